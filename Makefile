@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow check-models faults gpu-check lint types docs format clean
+.PHONY: help setup demo test test-slow check-models faults gpu-check gpu-wheels lint types docs format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
@@ -13,7 +13,8 @@ help:
 	@echo "make test-slow  the long runs that make test leaves out"
 	@echo "make check-models  each model type against transformers: train, resume, export; TYPES=olmo2 checks one"
 	@echo "make faults     kills, full disks, damaged files and more against real runs: 200 cases, an hour or less"
-	@echo "make gpu-check PART=1 (then PART=2)  kernels and steps on a CUDA machine, beside the peers installed there"
+	@echo "make gpu-check  tests, kernels and steps on a CUDA machine, next to peers, in 760 seconds; PART=1 or 2: one half"
+	@echo "make gpu-wheels  download the packages that gpu-check installs on a machine without a network"
 	@echo "make lint       ruff, format check and mypy (make types: mypy only)"
 	@echo "make docs       the pages that are made from the code: docs/configuration_reference.md"
 	@echo "make format     let ruff format the code"
@@ -54,10 +55,14 @@ faults: setup
 	rm -rf fault_report
 	$(BIN)/python tests/faults/run.py --cases $(CASES) --seed $(SEED) --output fault_report $(FAULT_OPTIONS)
 
-# Without `setup`: on a GPU machine PyTorch and its libraries are those of the machine.
-PART ?= 1
+# Without `setup`: on a GPU machine PyTorch and its libraries are those of the machine. PART=1 or PART=2 runs only one.
+GPU_WHEELS ?= $(wildcard build/gpu_wheels)
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --part $(PART) --output gpu_check
+	$(PYTHON) benchmarks/gpu_check.py $(if $(PART),--part $(PART)) $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS)) --output gpu_check
+
+# The packages that such a machine lacks, downloaded where there is a network.
+gpu-wheels: setup
+	$(BIN)/python benchmarks/gpu_check.py --download-wheels build/gpu_wheels
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ from retemper.engine.files.outputs import require_report
 
 SIZES = {"cuda": (4096, 8192), "cpu": (512, 1024)}
 COPY_BYTES = {"cuda": 2**32, "cpu": 2**26}
+MOST_CALLS = 300
+"""Products of one size: enough for a steady clock of a GPU, where one takes about a millisecond."""
 _QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv"]
 
 
@@ -55,7 +57,7 @@ def matmul_rates(
             left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             product = torch.empty(size, size, device=device, dtype=dtype)
             call = functools.partial(torch.mm, left, right, out=product)
-            times = time_for(call, device, seconds, most=10_000)
+            times = time_for(call, device, seconds, most=MOST_CALLS)
             rates.append(MatmulRate(name, size, 2 * size**3 / statistics.median(times)))
     return rates
 

@@ -4,15 +4,18 @@
     python benchmarks/peers.py --layers 4 --hidden 256 --vocab 32000 --batch 4 --sequence 512 --precision fp32
     python benchmarks/peers.py --model qwen2.5-0.5b --batch 4 --sequence 4096 --precision bf16
 
-Every engine runs in a fresh process: transformers' Trainer (eager, with torch.compile, with Liger's kernels, with a
-chunked loss as in torchtitan), LitGPT's pretraining step, and this repository's trainer. An engine whose losses differ
-from ours has not done the same work, and its row is rejected. Peers that are not installed are named. With
---compile all engines are compiled, on a CPU too. --json writes all measurements.
+Every engine runs in a fresh process: transformers' Trainer (eager, with torch.compile, with regional compilation, with
+Liger's kernels, with a chunked loss as in torchtitan), a plain PyTorch loop, LitGPT's pretraining step, and this
+repository's trainer (also with FSDP2, which one rank does without). An engine whose losses differ from ours has not
+done the same work, and its row is rejected. Peers that are not installed are named. With --compile all engines are
+compiled, on a CPU too. --json writes all measurements after every engine, and --compare takes our measurement from such
+a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -41,12 +44,17 @@ OURS = "retemper"
 NEEDS = {
     "trainer": ("transformers", "accelerate"),
     "trainer+compile": ("transformers", "accelerate"),
+    "trainer+regional": ("transformers", "accelerate"),
     "trainer+liger": ("transformers", "accelerate", "liger_kernel"),
     "trainer+chunked": ("transformers", "accelerate"),
     "trainer+compile+chunked": ("transformers", "accelerate"),
+    "loop": ("transformers",),
+    "loop+compile": ("transformers",),
+    "loop+chunked": ("transformers",),
     "litgpt": ("litgpt", "lightning"),
     "litgpt+compile": ("litgpt", "lightning"),
     OURS: (),
+    f"{OURS}+fsdp": (),
 }
 """Modules that each engine needs, by their import names."""
 QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
@@ -80,6 +88,8 @@ LAST_TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2, "bf16-states": 1e-1}
 """The same for the last loss: rounding errors grow over the updates, another optimizer setting differs by more."""
 LEAST_SECONDS = 5.0
 """No engine is started with less time left."""
+LOG_LINES = 60
+"""Maximum number of lines that are kept of the output of an engine that failed."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,7 +102,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step (default: %(default)s)")
     parser.add_argument("--sequence", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="see peer_engines/job.py")
-    parser.add_argument("--recompute", action="store_true", help="recompute the blocks in every engine")
+    parser.add_argument(
+        "--recompute",
+        nargs="?",
+        choices=["none", "full", "auto"],
+        const="full",
+        default="none",
+        help="recompute the blocks in every engine; auto: only in those that run out of memory without it",
+    )
     parser.add_argument("--warmup", type=int, default=3, metavar="STEPS", help="untimed steps before the timed ones")
     parser.add_argument("--steps", type=int, default=10, help="number of timed steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="number of rounds; medians are compared")
@@ -119,6 +136,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="time limit of all engines together; those with no time left are named",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="results of an earlier run with our engine, to compare peers with"
+    )
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -201,34 +221,79 @@ def make_data(job: Job) -> None:
     np.save(Path(job.folder) / BATCHES_FILE, np.stack(batches).reshape(shape))
 
 
-def run_engine(engine: str, job_path: Path, time_limit: float, threads: int | None) -> dict[str, Any]:
-    """Return the record of one engine's run in a fresh process, or the reason why there is none."""
+def run_engine(engine: str, job: Job, recompute: str, time_limit: float, threads: int | None) -> dict[str, Any]:
+    """Return the record of one engine, or the reason why there is none.
+
+    ``recompute`` auto: without recomputation, and with it if memory runs out.
+    """
+    started = time.monotonic()
+    job = dataclasses.replace(job, recompute=recompute == "full")
+    record = _run_process(engine, job, time_limit, threads)
+    if recompute == "auto" and _out_of_memory(record):
+        left = time_limit - (time.monotonic() - started)
+        if left < LEAST_SECONDS:
+            return {**record, "problem": "out of memory without recomputation, and no time left to try with it"}
+        return run_engine(engine, job, "full", left, threads)
+    return {"engine": engine, "recompute": "full" if job.recompute else "none", **record}
+
+
+def _run_process(engine: str, job: Job, time_limit: float, threads: int | None) -> dict[str, Any]:
+    """Run an engine in a fresh process."""
     started = time.perf_counter()
+    job_path, result = Path(job.folder) / "job.json", Path(job.folder) / "result.json"
+    job.write(job_path)
+    result.unlink(missing_ok=True)  # of an engine that failed after it had written one
     command = [sys.executable, __file__, "--engine", engine, "--job", str(job_path)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"engine": engine, "problem": f"not finished after {time_limit:g} s"}
-    result = job_path.with_name("result.json")
+    except subprocess.TimeoutExpired as expired:
+        lines = _text(expired.stderr).splitlines()
+        return {"problem": f"not finished after {time_limit:g} s", "log": lines[-LOG_LINES:]}
     if done.returncode or not result.exists():
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        return {"engine": engine, "problem": lines[-1][:300] if lines else f"exit code {done.returncode}", "log": lines}
-    record = json.loads(result.read_text(encoding="utf-8"))
-    result.unlink()
-    return {"engine": engine, **record, "process_seconds": time.perf_counter() - started}
+        problem = _problem(lines) if lines else f"exit code {done.returncode}"
+        return {"problem": problem, "log": lines[-LOG_LINES:]}
+    return {**json.loads(result.read_text(encoding="utf-8")), "process_seconds": time.perf_counter() - started}
+
+
+def _text(output: bytes | str | None) -> str:
+    """Return what a process printed before its time was over, which subprocess returns as bytes."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _problem(lines: list[str]) -> str:
+    """Return the line of an engine's output that names its problem: about memory, or the last one."""
+    return next((line for line in reversed(lines) if "out of memory" in line.lower()), lines[-1])[:300]
+
+
+def _out_of_memory(record: dict[str, Any]) -> bool:
+    return "out of memory" in record.get("problem", "").lower()
 
 
 def run_here(engine: str, job: Job) -> None:
     """Run one engine in this process and write its record next to the job."""
-    if engine == OURS:
+    if engine.startswith(OURS):
         from retemper.benchmarks.peer_engines.ours import run
+    elif engine.startswith("loop"):
+        from retemper.benchmarks.peer_engines.plain_loop import run
     elif engine.startswith("litgpt"):
         from retemper.benchmarks.peer_engines.litgpt_step import run
     else:
         from retemper.benchmarks.peer_engines.hugging_face import run
     record = run(job, engine)
     (Path(job.folder) / "result.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def compared_run(path: Path | None) -> list[dict[str, Any]]:
+    """Return the first run of our engine in a file that ``--json`` wrote; nothing if it has none.
+
+    A peer is measured all the same where ours has failed before.
+    """
+    if path is None or not path.exists():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [row["runs"][0] for row in rows if row["engine"] == OURS and "rate" in row]
 
 
 def refuse_different(runs: list[dict[str, Any]], precision: str) -> None:
@@ -270,6 +335,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["rate"] = statistics.median(run["rate"] for run in row["runs"])
         row["spread"] = [min(run["rate"] for run in row["runs"]), max(run["rate"] for run in row["runs"])]
         row["loss"] = row["runs"][0]["losses"][0]
+        row["recompute"] = row["runs"][0].get("recompute")
     ours = rows.get(OURS)
     for row in rows.values():
         if ours and "rate" in ours and "rate" in row:
@@ -281,7 +347,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def format_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
     """Return the rows as a Markdown table, and then the engines that did not run, with the reason."""
     header = ["engine", "tokens/s", "spread over rounds", "tokens per CPU-s", "peak memory", "first loss"]
-    header += ["ours: times as fast", "ours: share of memory"]
+    header += ["recomputation", "ours: times as fast", "ours: share of memory"]
     cells, reasons = [], {}
     for row in rows:
         if "rate" not in row:
@@ -297,6 +363,7 @@ def format_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> str:
                 f"{row['tokens_per_cpu_second']:,.0f}",
                 f"{row['peak_bytes'] / 2**20:,.0f} MiB",
                 f"{row['loss']:.4f}",
+                row["recompute"] or "",
                 *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             ]
         )
@@ -315,54 +382,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = asked_engines(options)
     if min(options.warmup, options.steps, options.rounds) < 1:
         sys.exit("--warmup, --steps and --rounds are at least 1: the first step compiles and allocates")
+    if options.compare and OURS in asked:
+        sys.exit(f"--compare {options.compare}: is for peers alone; remove {OURS} from --engines")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         require_report("--json", options.json)
     missing = {engine: reason for engine in asked if (reason := why_not(engine, device))}
     engines = [engine for engine in asked if engine not in missing]
-    runs: list[dict[str, Any]] = []
     report = BenchmarkReport(command_line("benchmarks/peers.py", arguments), describe_torch(), {"missing": missing})
-
-    def write() -> None:
-        """Write the results so far, after every engine, so that an interrupted run keeps them."""
-        refuse_different(runs, options.precision)
-        report.rows = summarize(runs)
-        report.write(options.json)
-
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        job = Job(
-            folder=folder,
-            architecture=architecture(options),
-            batch_size=options.batch,
-            sequence_length=options.sequence,
-            warmup_steps=options.warmup,
-            steps=options.steps,
-            device=device,
-            precision=options.precision,
-            recompute=options.recompute,
-            ours=our_settings(options),
-        )
-        job_path = Path(folder) / "job.json"
-        job.write(job_path)
+        job = job_of(options, folder, device)
         make_data(job)
         threads = options.threads or torch.get_num_threads()
-        report.settings |= {"job": {**vars(job), "folder": None}, "threads": threads}
-        for round_number in range(options.rounds):
-            for engine in engines:
-                left = math.inf if options.total_time is None else options.total_time - (time.monotonic() - started)
-                if left < LEAST_SECONDS and round_number:
-                    continue
-                if left < LEAST_SECONDS:
-                    runs.append({"engine": engine, "problem": "not run: no time left"})
-                else:
-                    runs.append(run_engine(engine, job_path, min(options.time_limit, left), options.threads))
-                last = runs[-1]
-                rate = last.get("problem") or f"{last['tokens_per_second']:,.0f} tokens/s"
-                print(f"{engine}: {rate}", file=sys.stderr, flush=True)
-                write()
-    write()
+        report.settings |= {"job": {**vars(job), "folder": None}, "threads": threads, "recompute": options.recompute}
+        run_engines(engines, job, options, report, started)
     print(format_rows(report.rows, missing))
     return 1 if any("rate" not in row for row in report.rows) else 0
+
+
+def job_of(options: argparse.Namespace, folder: str, device: str) -> Job:
+    """Return the job that the command line describes."""
+    return Job(
+        folder=folder,
+        architecture=architecture(options),
+        batch_size=options.batch,
+        sequence_length=options.sequence,
+        warmup_steps=options.warmup,
+        steps=options.steps,
+        device=device,
+        precision=options.precision,
+        ours=our_settings(options),
+    )
+
+
+def run_engines(
+    engines: Sequence[str], job: Job, options: argparse.Namespace, report: BenchmarkReport, started: float
+) -> None:
+    """Run the engines one after another; write the report after each, so that an interrupted run keeps them."""
+    runs: list[dict[str, Any]] = []
+    others = compared_run(options.compare)
+
+    def write() -> None:
+        refuse_different([*others, *runs], options.precision)
+        rows = summarize([*others, *runs])
+        report.rows = rows[len(others) :]
+        report.write(options.json)
+
+    write()
+    for round_number in range(options.rounds):
+        for engine in engines:
+            left = math.inf if options.total_time is None else options.total_time - (time.monotonic() - started)
+            if left < LEAST_SECONDS and round_number:
+                continue
+            if left < LEAST_SECONDS:
+                runs.append({"engine": engine, "problem": "not run: no time left"})
+            else:
+                limit = min(options.time_limit, left)
+                runs.append(run_engine(engine, job, options.recompute, limit, options.threads))
+            last = runs[-1]
+            rate = last.get("problem") or f"{last['tokens_per_second']:,.0f} tokens/s"
+            print(f"{engine}: {rate}", file=sys.stderr, flush=True)
+            write()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Linux only.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -28,7 +29,8 @@ from pathlib import Path
 
 import psutil
 
-from retemper.engine.errors import UserError
+from retemper.engine.config.command_line import CommandParser
+from retemper.engine.errors import UserError, run_command
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SAMPLE_SECONDS = 0.1
@@ -161,10 +163,16 @@ def _proportional_bytes(pid: int) -> tuple[int, int]:
 
 def main() -> None:
     """Run the keeper: ``python benchmarks/process_tree.py RESULT COMMAND...``."""
-    status, cost = keep(sys.argv[2:])
-    Path(sys.argv[1]).write_text(json.dumps(asdict(cost)), encoding="utf-8")
+    parser = CommandParser(description="Run a command, and write its cost in CPU time, wall time and memory as JSON.")
+    parser.add_argument("result", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="with its arguments")
+    options = parser.parse_args()
+    if not options.command:
+        raise UserError("COMMAND: is missing; see --help")
+    status, cost = keep(options.command)
+    options.result.write_text(json.dumps(asdict(cost)), encoding="utf-8")
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -56,7 +56,14 @@ class Batch(NamedTuple):
         """Return the same batch with all targets masked."""
         return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_targets=0)
 
-    def prepare(self, device: torch.device, attention_backend: str, windows: Iterable[int | None]) -> Batch:
+    def prepare(
+        self,
+        device: torch.device,
+        attention_backend: str,
+        windows: Iterable[int | None],
+        *,
+        equal_lengths_backend: str | None = None,
+    ) -> Batch:
         """Return this batch, whose offsets are in host memory, on ``device`` with its attention planned.
 
         A batch that has a plan already keeps it.
@@ -66,9 +73,12 @@ class Batch(NamedTuple):
             device: of the model.
             attention_backend: result of ``choose_attention``.
             windows: attention windows of the model's layers.
+            equal_lengths_backend: see :func:`plan_attention`.
         """
-        plan = self.attention or plan_attention(attention_backend, self.cu_seqlens, windows, device)
+        plan = self.attention or plan_attention(
+            attention_backend, self.cu_seqlens, windows, device, equal_lengths_backend=equal_lengths_backend
+        )
         batch = self.to(device)
         # Padding needs only the shape, which the host knows.
-        offsets = pad_offsets(batch.cu_seqlens) if attention_backend in VARIABLE_LENGTH else batch.cu_seqlens
+        offsets = pad_offsets(batch.cu_seqlens) if plan.backend in VARIABLE_LENGTH else batch.cu_seqlens
         return batch._replace(cu_seqlens=offsets, attention=plan)

@@ -169,12 +169,12 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             if first:  # the optimizer has its states now
                 run.saver.reserve_host_memory(training_tensors(run.model, run.optimizer))
             run.saver.poll()
+            report_pending(run)  # of the step before, while the device makes this one
             if rollback := rollback_if_spiking(run):  # by what guards.should_skip has seen
                 return rollback
             last, stopping = run.remaining_steps == 0, run.stop.agreed()
             if first or last or stopping or run.progress.step % run.config.logging.log_interval == 0:
-                numbers = run.report.step(run.progress, run.remaining_steps, result, run.guards.counts())
-                run.guards.check_skipped(run.progress.step, numbers)
+                note_step(run, result)
             run.guards.pause_watchdog()  # until the next step begins
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
@@ -190,6 +190,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
 def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
     """Begin a step: return this rank's micro-batches, and the targets of all ranks. Data errors are raised on all."""
     from retemper.engine.evaluation import count_targets
+    from retemper.engine.guards.run_guards import UnreadableData
 
     run.guards.begin_step(run.progress.step + 1)
     problem, batches = None, []
@@ -198,7 +199,11 @@ def next_batches(run: Run, prefetcher: Prefetcher) -> tuple[list[Batch], float]:
             batches = prefetcher.get()
     except UserError as error:
         problem = str(error)
-    return batches, run.guards.sum_targets(count_targets(batches, run.mesh), problem)
+    try:
+        return batches, run.guards.sum_targets(count_targets(batches, run.mesh), problem)
+    except UnreadableData:
+        report_pending(run)  # all ranks are here
+        raise
 
 
 def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
@@ -211,6 +216,21 @@ def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
     run.progress = run.progress.after_step(run.plan)
     run.guards.step_done()
     return result
+
+
+def note_step(run: Run, result: StepResult) -> None:
+    """Report the last step: now, or on a GPU with :func:`report_pending` while the next one runs."""
+    guard = run.guards.step_guard
+    run.report.step(run.progress, run.remaining_steps, result, guard.counts, guard.steps_without_targets)
+    if not run.report.reports_late:
+        report_pending(run)
+
+
+def report_pending(run: Run) -> None:
+    """Report the step that was noted but not reported, if any, and end the run after too many skipped steps."""
+    reported = run.report.report_pending()
+    if reported is not None:
+        run.guards.check_skipped(*reported)
 
 
 def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) -> bool:
@@ -227,6 +247,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
         losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
         stopping = stopping or not losses  # a stop request interrupted the evaluation
     if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
+        report_pending(run)
         run.guards.require_savable(step, result)
         save(run, losses, final=last)
         stopping = stopping or run.stop.agreed()  # asked during the save: this step is saved
@@ -235,6 +256,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
 
 def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool]:
     """Return the losses of the validation sets (none after a stop request), and whether they are the best so far."""
+    report_pending(run)
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
     run.report.evaluation(run.progress, losses)
     run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})

@@ -24,8 +24,9 @@ from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .optim import allocate_states
-from .parallel import build, fsdp, trainable
+from .parallel import build, trainable
 from .parallel import compile as block_compile
+from .parallel.data_parallel import copy_full_
 from .parallel.forward_backward import ModelParts
 from .parallel.memory_check import require_memory
 from .parallel.precision import with_precision
@@ -104,7 +105,7 @@ class RandomStart(Start):
     def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
         """See :class:`Start`."""
         for decoder in model.decoders:
-            decoder.initialize_(self.seed, fsdp.copy_full_)
+            decoder.initialize_(self.seed, copy_full_)
         return []
 
 
@@ -283,7 +284,7 @@ def choose_implementation(
         attention = choose_attention(config, architecture, ranks.device)
         compiled = block_compile.enabled(config, ranks.device, attention.backend)
         choices = build.Choices(attention, compiled, plan.num_micro_batches, precision.reason)
-        build.check(config, architecture, choices, ranks.device)
+        build.check(config, architecture, choices, ranks.device, ranks.world_size)
         require_memory(config, architecture, ranks.device, ranks.world_size)
         return choices
 

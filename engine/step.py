@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .optim import allocate_states, clip_grad_norm, set_learning_rate, step_unless
+from .optim import allocate_states, clip_divisor, global_norm, set_learning_rate, step_unless
 from .parallel.forward_backward import ForwardBackward, ModelParts
 
 
@@ -97,10 +97,10 @@ def train_step(
         loss = forward_backward.accumulate_gradients(micro_batches, num_targets, guards.begin_phase)
         guards.begin_phase("optimizer")
         # With the loss, so that one that is not finite shows in the norm of all ranks.
-        grad_norm = clip_grad_norm(model.parameters(), clip, model.unique_parameters(), loss)
+        grad_norm = global_norm(model.parameters(), model.unique_parameters(), loss)
         set_learning_rate(optimizer, learning_rate)
         guards.before_update()
-        step_unless(optimizer, guards.should_skip(loss, grad_norm))
+        step_unless(optimizer, guards.should_skip(loss, grad_norm), clip_divisor(grad_norm, clip))
         optimizer.zero_grad(set_to_none=True)
     else:
         loss = grad_norm = torch.full((), math.nan)

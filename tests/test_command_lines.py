@@ -24,7 +24,20 @@ COMMANDS = sorted(
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
-    *("--kernels", "--push-to-hub", "--engines", "--engine", "--ours", "--partition", "--qos", "--time", "--measure"),
+    *(
+        "--kernels",
+        "--cases",
+        "--providers",
+        "--push-to-hub",
+        "--engines",
+        "--engine",
+        "--ours",
+        "--partition",
+        "COMMAND",
+        "--qos",
+        "--time",
+        "--measure",
+    ),
 }
 """Options of all commands whose values are texts that are not paths. A new option is either here, or tells by its
 metavar or type that it names a path."""

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine import pretrain
 from retemper.engine.optim.adamw import CompactAdamW
+from retemper.engine.parallel import data_parallel
 from retemper.engine.parallel.process_group import process_group
 
 # Operators whose result is a host value, or whose output's shape is: on a GPU each of them waits for it.
@@ -131,8 +132,9 @@ def test_prefetching_changes_no_bit(settings, two_ranks, run_file, tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_which_blocks_are_gathered_ahead(count, one_rank, run_file, tmp_path):
+def test_which_blocks_are_gathered_ahead(count, one_rank, run_file, tmp_path, monkeypatch):
     """FSDP is told the next blocks in the order of each pass."""
+    monkeypatch.setattr(data_parallel, "is_alone", lambda mesh, config: False)
     overrides = ["--run_folder", str(tmp_path), "--parallel.prefetch_blocks", str(count)]
     model = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank).model.decoders[0]
     first, second = (layer._get_fsdp_state() for layer in model.model.blocks)

@@ -82,6 +82,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         metavar="COMMAND",
         help="with --sweep: command that starts each process, such as 'torchrun --nproc-per-node 8' (default: python)",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="FOLDER",
+        help="profile three further steps on the main rank: operators.txt, a table by device time, and trace.json.gz "
+        "for ui.perfetto.dev",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     options, rest = parser.parse_known_args(arguments)
     return options, [word for file in options.config for word in ("--config", file)] + rest
@@ -93,7 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, run_arguments = parse_arguments(arguments)
     config = parse_config(run_arguments)
     settings = StepBenchmarkOptions(
-        options.steps, options.warmup_steps, options.real_data, options.documents, options.matmul_seconds
+        options.steps,
+        options.warmup_steps,
+        options.real_data,
+        options.documents,
+        options.matmul_seconds,
+        options.profile,
     )
     settings.check()
     if options.json is not None:
@@ -132,6 +143,8 @@ def _sweep(
 ) -> None:
     if read_launcher().launched:
         raise UserError("--sweep: starts processes itself; leave out torchrun and name it with --launch 'torchrun ...'")
+    if settings.profile is not None:
+        raise UserError(f"--profile {settings.profile}: is for one measurement; remove it, or --sweep")
     combinations = parse_sweep(options.sweep, config)
     report = BenchmarkReport(command, describe_machine(), {"config": to_dict(config), "sweep": options.sweep})
     program = [*(shlex.split(options.launch) or [sys.executable]), str(Path(__file__).resolve()), *run_arguments]

@@ -37,6 +37,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "fresh memory held NaN. Fails if one of our kernels is outside its bounds."
     )
     parser.add_argument("--kernels", default=",".join(KERNELS), metavar="NAMES", help="default: %(default)s")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="names of cases, as in the tables (default: all)")
+    parser.add_argument(
+        "--providers", nargs="+", metavar="NAME", help="names of providers, as in the tables (default: all)"
+    )
     parser.add_argument(
         "--sizes",
         type=_current_name,

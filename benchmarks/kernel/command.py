@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -14,8 +14,9 @@ from ...engine.errors import UserError
 from ...engine.model.dtypes import DTYPES
 from ..machine import describe_torch
 from ..report import BenchmarkReport
-from .cases import cases
+from .cases import Case, cases
 from .measure import KernelBenchmarkOptions, KernelResult, measure_case
+from .providers import Provider
 from .report import format_results, plot_results
 
 
@@ -27,21 +28,43 @@ def run(
     ``keep`` is called with both after every case, so that a run that is ended early keeps its results.
 
     Raises:
-        UserError: a GPU is requested but there is none.
+        UserError: a name of a case or provider is unknown.
     """
-    kernels = options.kernels.split(",")
     settings = KernelBenchmarkOptions(options.device, options.dtype, options.seconds)
     torch.manual_seed(options.seed)
     started, results, left_out = time.monotonic(), [], []
-    for case in cases(options.sizes):
-        if case.kernel not in kernels:
-            continue
+    for case in selected_cases(options):
         if options.time_limit is not None and time.monotonic() - started > options.time_limit:
             left_out.append(f"{case.kernel}: {case.name}")
             continue
         results += measure_case(case, settings, say=_say, compiled=not options.no_compile)
         keep(results, left_out)
     return results, left_out
+
+
+def selected_cases(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that the options select, with the selected providers.
+
+    Raises:
+        UserError: a name of a case or provider is unknown.
+    """
+    found = [case for case in cases(options.sizes) if case.kernel in options.kernels.split(",")]
+    _require_known("--cases", options.cases, {case.name for case in found})
+    _require_known("--providers", options.providers, {name for case in found for name in case.providers})
+    if options.cases:
+        found = [case for case in found if case.name in options.cases]
+    if options.providers:
+        found = [replace(case, providers=_only(options.providers, case.providers)) for case in found]
+    return found
+
+
+def _only(names: list[str], providers: dict[str, Provider]) -> dict[str, Provider]:
+    return {name: provider for name, provider in providers.items() if name in names}
+
+
+def _require_known(option: str, names: list[str] | None, known: set[str]) -> None:
+    if unknown := sorted({*(names or [])} - known):
+        raise UserError(f"{option} {' '.join(map(repr, unknown))}: there are {', '.join(map(repr, sorted(known)))}")
 
 
 def _say(result: KernelResult) -> None:

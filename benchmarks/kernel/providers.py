@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels.activations import gated
 from ...kernels.attention import BACKENDS, Choice, UnusableBackend, attention, choose_attention_backend, plan_attention
 from ...kernels.attention.flash import use_implementation
-from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.linear_cross_entropy import backend_refusal, default_backend, linear_cross_entropy
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair
 from . import chunked_loss
@@ -81,9 +81,20 @@ def _compiled(function: Function) -> Provider:
 # Cross-entropy of a linear head: the mean over targets
 
 
-def _our_cross_entropy(inputs: Tensors) -> Outputs:
-    result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"])
-    return (result.loss_sum / result.count,)
+def _our_cross_entropy(backend: str) -> Provider:
+    """Return our loss with one backend, or with that of ``auto``."""
+
+    def compute(inputs: Tensors) -> Outputs:
+        result: Any = linear_cross_entropy(inputs["x"], inputs["weight"], inputs["targets"], backend=backend)
+        return (result.loss_sum / result.count,)
+
+    def obstacle(inputs: Tensors) -> str | None:
+        return backend_refusal(backend, inputs["x"], inputs["weight"])
+
+    def describe(inputs: Tensors) -> str:
+        return default_backend(inputs["x"], inputs["weight"])
+
+    return Provider(lambda _: compute, OURS, obstacle=obstacle, describe=describe if backend == "auto" else None)
 
 
 def _logits_cross_entropy(inputs: Tensors) -> Outputs:
@@ -129,7 +140,9 @@ def _chunked_cross_entropy(compiled: bool) -> Callable[[Tensors], Function]:
 
 
 LINEAR_CROSS_ENTROPY = {
-    "retemper": _ours(_our_cross_entropy),
+    "retemper": _our_cross_entropy("auto"),
+    "retemper, triton": _our_cross_entropy("triton"),
+    "retemper, triton-persistent": _our_cross_entropy("triton-persistent"),
     "torch eager": Provider(lambda _: _logits_cross_entropy),
     "torch.compile": _compiled(_logits_cross_entropy),
     "as in torchtitan, 8 chunks": Provider(_chunked_cross_entropy(False)),
@@ -224,16 +237,15 @@ def _varlen(inputs: Tensors) -> Function:
     varlen_attn: Any = varlen.varlen_attn
 
     longest = int(inputs["cu_seqlens"].diff().max())
-    # torch 2.11 has a flag for causality, 2.13 uses the window.
-    names = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
-    grouped = {"enable_gqa": True} if "enable_gqa" in names else {}
+    # PyTorch 2.11 documents equal numbers of heads.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def compute(x: Tensors) -> Outputs:
         q, k, v = x["q"], x["k"], x["v"]
         if not grouped:
             k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
-        return (varlen_attn(q, k, v, x["cu_seqlens"], x["cu_seqlens"], longest, longest, **causal, **grouped),)
+        offsets = x["cu_seqlens"]
+        return (varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped),)
 
     return compute
 

@@ -1,5 +1,5 @@
-"""Run transformers' Trainer: eager, with torch.compile, with Liger's kernels, or with a chunked loss as in
-torchtitan.
+"""Run transformers' Trainer: eager, with torch.compile, with regional compilation, with Liger's kernels, or with a
+chunked loss as in torchtitan.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ class ChunkedLossModel(nn.Module):
         return {"loss": loss}
 
 
-def run(job: Job, engine: str) -> dict[str, Any]:
-    """Train and measure. ``engine``: trainer, then any of +compile, +liger, +chunked."""
-    extras = engine.split("+")[1:]
+def build_model(job: Job) -> Any:
+    """Return transformers' model with the job's weights, in bf16 if the job's weights are."""
     options = {key: value for key, value in job.architecture.items() if key != "model_type"}
     config = AutoConfig.for_model(job.architecture["model_type"], **options)
     config.use_cache = False
@@ -77,6 +76,15 @@ def run(job: Job, engine: str) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(draw(name, parameter.shape, job))
+    return model
+
+
+def run(job: Job, engine: str) -> dict[str, Any]:
+    """Train and measure. ``engine``: trainer, then any of +compile, +regional, +liger, +chunked."""
+    extras, model = engine.split("+")[1:], build_model(job)
+    if "regional" in extras:  # as PyTorch recommends for repeated blocks: all of them share the compiled code
+        for block in model.model.layers:
+            block.compile()
     checkpointing = {"use_reentrant": False}
     chunked = "chunked" in extras
     if chunked:

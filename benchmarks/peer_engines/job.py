@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import resource
-import time
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..timing import peak_bytes, reset_peak
+from ..timing import now, peak_bytes, reset_peak, seconds_between
 
 BATCHES_FILE = "batches.npy"
 """[steps, B, S] int64 token ids, in the order in which every engine reads them."""
@@ -78,58 +79,55 @@ class Job:
 
 
 class Clock:
-    """Wall and CPU time of the timed steps, peak memory, and the losses.
+    """Device and CPU time of every step, peak memory, and the losses.
 
-    A GPU is synchronized only when the clock starts and stops, so that an engine may run ahead in between. Peak memory
-    covers all steps from the first one, without the building of the model: memory allocated by PyTorch on a GPU,
-    resident memory of the process on a CPU.
+    On a GPU the end of a step is an event on the current stream, and all events are read after the last step. So no
+    engine is made to wait for its GPU in between, and an engine may run ahead. Peak memory covers all steps from the
+    first one, without the building of the model: memory allocated by PyTorch on a GPU, resident memory of the process
+    on a CPU.
     """
 
     def __init__(self, job: Job):
         self.job = job
         self.losses: list[Tensor | float] = []
-        self._times: list[float] = []
+        self._device = torch.device(job.device)
+        self._moments: list[Any] = []
         self._cpu: list[float] = []
 
     def ready(self) -> None:
         """Start: model and data are built, and the first step follows."""
-        self._memory_resets = reset_peak(torch.device(self.job.device))
-        self._built = time.perf_counter()
+        self._memory_resets = reset_peak(self._device)
+        self._built = now(self._device)
 
     def step_done(self, loss: Tensor | float) -> None:
         """Record that one optimizer step is done (or queued); ``loss`` is the mean over its targets before the
         update.
         """
         self.losses.append(loss)
-        done = len(self.losses)
-        if self.job.device == "cuda" and done in (self.job.warmup_steps, self.job.total_steps):
-            torch.cuda.synchronize()
-        self._times.append(time.perf_counter())
+        self._moments.append(now(self._device))
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self._cpu.append(usage.ru_utime + usage.ru_stime)
-        if done == self.job.total_steps:
-            self._peak = peak_bytes(torch.device(self.job.device))
+        if len(self.losses) == self.job.total_steps:
+            self._peak = peak_bytes(self._device)
 
     def record(self) -> dict[str, Any]:
-        """Return the measurements."""
+        """Return the measurements. Waits for the device."""
         first = self.job.warmup_steps - 1
-        assert len(self._times) == self.job.total_steps and first >= 0
-        seconds, cpu = self._times[-1] - self._times[first], self._cpu[-1] - self._cpu[first]
-        laps = np.diff(self._times[first:])
+        assert len(self._moments) == self.job.total_steps and first >= 0
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        steps = [seconds_between(*pair) for pair in itertools.pairwise(self._moments[first:])]
         tokens = self.job.steps * self.job.tokens_per_step
-        record = {
-            "tokens_per_second": tokens / seconds,
-            "tokens_per_cpu_second": tokens / cpu,
-            "warmup_seconds": self._times[first] - self._built,
+        return {
+            "tokens_per_second": tokens / sum(steps),
+            "tokens_per_second_median": self.job.tokens_per_step / statistics.median(steps),
+            "tokens_per_cpu_second": tokens / (self._cpu[-1] - self._cpu[first]),
+            "step_seconds": steps,
+            "warmup_seconds": seconds_between(self._built, self._moments[first]),
             "peak_bytes": self._peak,
             "peak_is_of_steps": self._memory_resets,
             "losses": [float(loss) for loss in self.losses],
         }
-        if self.job.device == "cpu":
-            # On a GPU only the sum of all steps is known.
-            record["step_seconds"] = laps.tolist()
-            record["tokens_per_second_median"] = self.job.tokens_per_step / float(np.median(laps))
-        return record
 
 
 def draw(name: str, shape: torch.Size, job: Job) -> Tensor:

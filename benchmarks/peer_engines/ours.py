@@ -1,19 +1,28 @@
-"""Run the steps of this repository's ``engine/pretrain.py``, with external timing."""
+"""Run the steps of this repository's ``engine/pretrain.py`` with the reports that users get, with external timing.
+
+Evaluations and checkpoints are left out: the run has no validation set, and the last checkpoint is not written.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor
 
+from retemper.engine import pretrain
+from retemper.engine.batch import Batch
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig
-from retemper.engine.data.loader import Prefetcher
 from retemper.engine.model.decoder import Decoder
+from retemper.engine.parallel import data_parallel
 from retemper.engine.parallel.process_group import process_group
-from retemper.engine.pretrain import build, next_batches, one_step
+from retemper.engine.run import Run
+from retemper.engine.run_folder import open_run_folder
+from retemper.engine.step import StepResult
 
 from .job import DATASET, Clock, Job, draw
 
@@ -47,7 +56,6 @@ def configure(job: Job) -> RunConfig:
         },
         "parallel": {"recompute": "full" if job.recompute else "none"},
         "checkpoint": {"save_interval": 10**9, "keep_best": False, "asynchronous": False},
-        "logging": {"log_interval": max(1, job.total_steps), "tensorboard": False},
     }
     settings = dict(job.ours)
     if job.precision == "bf16-states":
@@ -64,24 +72,44 @@ def configure(job: Job) -> RunConfig:
 
 
 def run(job: Job, engine: str) -> dict[str, Any]:
-    """Train and measure."""
+    """Train and measure. ``engine``: retemper, or retemper+fsdp with FSDP2 on its only rank, too."""
 
     def initialize_(self: Decoder, seed: int, copy_: Any = Tensor.copy_) -> None:
         for name, parameter in self.named_parameters():
             copy_(parameter.detach(), draw(name, parameter.shape, job))
 
     Decoder.initialize_ = initialize_  # type: ignore[method-assign]
+    if engine.endswith("+fsdp"):
+        data_parallel.is_alone = lambda mesh, config: False
     config = configure(job)
     clock = Clock(job)
     with process_group(config.device, config.parallel.timeout_seconds) as ranks:
-        run = build(config, ranks, check_room=False)
-        first_samples = range(0, run.end_sample, run.plan.global_batch_size)
-        clock.ready()
-        prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
-        with run.guards, prefetcher:
-            for _ in first_samples:
-                result = one_step(run, *next_batches(run, prefetcher))
-                clock.step_done(result.loss)
+        run = pretrain.build(config, ranks, check_room=False)
+        with open_run_folder(run, None), run.stop, run.guards, run.saver, _timed_steps(clock):
+            clock.ready()
+            pretrain.make_steps(run)
         record = clock.record()
-        del run, result
+        del run
     return record
+
+
+@contextmanager
+def _timed_steps(clock: Clock) -> Iterator[None]:
+    """Let ``clock`` record each step of the run, and leave out what follows the report of a step."""
+    one_step, evaluate_and_save = pretrain.one_step, pretrain.evaluate_and_save
+
+    def timed_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
+        result = one_step(run, batches, num_targets)
+        clock.step_done(result.loss)
+        return result
+
+    def report_only(run: Run, result: StepResult, last: bool, stopping: bool) -> bool:
+        if last:
+            pretrain.report_pending(run)
+        return stopping
+
+    pretrain.one_step, pretrain.evaluate_and_save = timed_step, report_only
+    try:
+        yield
+    finally:
+        pretrain.one_step, pretrain.evaluate_and_save = one_step, evaluate_and_save

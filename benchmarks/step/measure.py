@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +24,11 @@ from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
 from ...engine.guards.run_guards import RunGuards
 from ...engine.model.architecture import Architecture
+from ...engine.model.decoder import Decoder
 from ...engine.model.dtypes import DTYPES
 from ...engine.observe.flops import Trainable, named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
+from ...engine.optim.local import local_part
 from ...engine.parallel.process_group import Ranks
 from ...engine.pretrain import build, next_batches, one_step
 from ...engine.run import Run
@@ -35,6 +37,7 @@ from ..hardware_limits import MatmulRate, matmul_rates
 from ..timing import peak_bytes
 from .options import StepBenchmarkOptions
 from .phases import PhaseClock, StepTime
+from .profile import PROFILED_STEPS, WARMUP_STEPS, profiled_steps
 from .synthetic import DocumentLengths, write_random_dataset
 
 _OUT_OF_MEMORY = (
@@ -108,7 +111,7 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
     source = architecture_source(config.model)
     architecture = configured_architecture(config.model)
     training, data = config.training, config.data
-    num_steps = options.warmup_steps + options.steps
+    num_steps = options.warmup_steps + options.steps + (WARMUP_STEPS + PROFILED_STEPS if options.profile else 0)
     samples = num_steps * training.global_batch_size
     if not options.real_data:
         prefix = folder / "random"
@@ -184,26 +187,73 @@ def time_steps(config: RunConfig, options: StepBenchmarkOptions, ranks: Ranks) -
         UserError: the configuration cannot be trained with.
         KeyboardInterrupt: the run was asked to stop.
     """
-    run, clock = build(config, ranks, check_room=False), PhaseClock(ranks.device)
+    with quick_initialization(ranks.device):
+        run, clock = build(config, ranks, check_room=False), PhaseClock(ranks.device)
     described, guards = describe_start(run), run.guards
     run.guards = cast(RunGuards, TimedGuards(guards, clock))
     boundaries: list[Tensor] = []
     warm_at = began_at = time.perf_counter()
     first_samples = range(0, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, first_samples, config.data.prefetch_steps)
+
+    def step() -> list[Tensor]:
+        batches, num_targets = next_batches(run, prefetcher)
+        one_step(run, batches, num_targets)
+        if run.stop.agreed():
+            raise KeyboardInterrupt
+        return [batch.cu_seqlens for batch in batches]
+
     with run.stop, guards, prefetcher:
-        for number in range(len(first_samples)):
+        for number in range(options.warmup_steps + options.steps):
             if number == options.warmup_steps:
                 warm_at = time.perf_counter()
             clock.mark("data")
-            batches, num_targets = next_batches(run, prefetcher)
-            one_step(run, batches, num_targets)
+            used = step()
             if number >= options.warmup_steps:
-                boundaries += [batch.cu_seqlens for batch in batches]
-            if run.stop.agreed():
-                raise KeyboardInterrupt
+                boundaries += used
         clock.close()
-    return Timed(run, described, clock.steps()[options.warmup_steps :], warm_at - began_at, boundaries)
+        steps = clock.steps()[options.warmup_steps :]
+        if options.profile is not None:
+            _profile(step, Path(options.profile), ranks)
+    return Timed(run, described, steps, warm_at - began_at, boundaries)
+
+
+@contextmanager
+def quick_initialization(device: torch.device) -> Iterator[None]:
+    """Let decoders draw their random weights on a GPU, where this costs no time.
+
+    A run draws on the host, so that its weights do not depend on the device; 7 billion of them take a minute. No
+    measurement depends on the values.
+    """
+
+    @torch.no_grad()
+    def initialize_(self: Decoder, seed: int, copy_: object = None) -> None:
+        torch.manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            values = local_part(parameter)
+            if name.endswith("norm.weight"):
+                values.fill_(0.0 if self.architecture.norm == "rms_plus_one" else 1.0)
+            elif name.endswith("bias"):
+                values.zero_()
+            else:
+                values.normal_(0.0, self.architecture.initializer_range)
+
+    on_the_host = Decoder.initialize_
+    if device.type == "cuda":
+        Decoder.initialize_ = initialize_  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Decoder.initialize_ = on_the_host  # type: ignore[method-assign]
+
+
+def _profile(step: Callable[[], object], folder: Path, ranks: Ranks) -> None:
+    """Make further steps, which the main rank profiles."""
+    context = profiled_steps(folder, ranks.device) if ranks.is_main else nullcontext(lambda: None)
+    with context as step_done:
+        for _ in range(WARMUP_STEPS + PROFILED_STEPS):
+            step()
+            step_done()
 
 
 def _describe(timed: Timed, before: dict[str, int]) -> Measurement:

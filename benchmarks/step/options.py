@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...engine.errors import UserError
 from .synthetic import DocumentLengths
+
+TABLE_FILE, TRACE_FILE = "operators.txt", "trace.json.gz"
+"""Files of a profile: the table as text, and the trace for https://ui.perfetto.dev or chrome://tracing."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class StepBenchmarkOptions:
     """See :class:`~retemper.benchmarks.step.synthetic.DocumentLengths`."""
     matmul_seconds: float = 0.2
     """Seconds for each size and dtype of the matmul sweep; 0 skips it."""
+    profile: str | None = None
+    """Folder for a profile of a few further steps on the main rank; see :mod:`retemper.benchmarks.step.profile`."""
 
     def check(self) -> None:
         """Refuse impossible settings.
@@ -35,3 +42,9 @@ class StepBenchmarkOptions:
         if self.real_data and self.documents != "whole":
             raise UserError(f"--documents {self.documents}: is only for random data; remove it, or --real-data")
         DocumentLengths.parse(self.documents)
+        if self.profile is not None:
+            folder = Path(self.profile)
+            if folder.exists() and not (
+                folder.is_dir() and (TABLE_FILE in os.listdir(folder) or not any(folder.iterdir()))
+            ):
+                raise UserError(f"--profile {folder}: exists, and is not a folder with a profile; choose another one")

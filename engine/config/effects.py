@@ -153,6 +153,15 @@ RULES = (
         "it matters only with several ranks, several micro-batches in a step and no pipeline",
     ),
     Rule(
+        ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
+        lambda now: (
+            now.reduces
+            or now.config.parallel.cpu_offload
+            or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
+        ),
+        "no other rank has a part of this rank's parameters, so nothing is gathered",
+    ),
+    Rule(
         ("training.check_replicas_interval",),
         lambda now: now.same_weights,
         "no two ranks hold the same weights",
@@ -186,7 +195,7 @@ ALWAYS = {
     *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
     *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
-    *("parallel.reshard_after_forward", "parallel.prefetch_blocks", "parallel.recompute", "parallel.timeout_seconds"),
+    *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
     *("logging.log_interval", "logging.stragglers", "logging.tensorboard"),
 }
@@ -197,6 +206,7 @@ ELSEWHERE = {
     "training.attention_backend": "engine/model/attention_choice.py: choose_attention refuses what cannot run",
     "training.compile": "engine/parallel/compile.py: enabled refuses what cannot be compiled",
     "training.float8": "engine/parallel/float8.py: enabled refuses a device without it",
+    "training.fuse_projections": "engine/parallel/fused_projections.py: check refuses what it does not work with",
     "parallel.async_tensor": "engine/parallel/build.py: check refuses it without tensor parallelism",
 }
 """Settings that are refused or reported elsewhere, where the necessary facts are known."""

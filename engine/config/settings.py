@@ -177,16 +177,21 @@ class TrainingConfig:
     more for the parameters that it gathers."""
     attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
     """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
-    fa4, fa3: FlashAttention-4 or -3 through PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with
-    ``data.attend_across_documents``. flash_attn: the flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex:
-    FlexAttention. per_document: PyTorch's SDPA for one document at a time, works everywhere. Only flash_attn, flex,
-    sdpa and per_document can cap scores (Gemma 2), and only the last three have attention sinks (gpt-oss)."""
+    It may be another one for micro-batches whose documents have one length. fa4, fa3: FlashAttention-4 or -3 through
+    PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with ``data.attend_across_documents``. flash_attn: the
+    flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex: FlexAttention. per_document: PyTorch's SDPA for
+    one document at a time, works everywhere. Only flash_attn, flex, sdpa and per_document can cap scores (Gemma 2),
+    and only the last three have attention sinks (gpt-oss)."""
     compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
     """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
     float8: bool = False
     """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
     ``precision``. Stored weights and optimizer states do not change."""
+    fuse_projections: bool = False
+    """Compute queries, keys and values by one matrix product, and gate and up by another. Their weights are views of
+    one matrix; parameters and checkpoints do not change, and results differ by rounding. Only for native models on one
+    data-parallel rank, without tensor and pipeline parallelism. The gain on a GPU has not been measured."""
     gc_interval: int = 50
     """Number of steps between runs of Python's garbage collector on all ranks. Otherwise it is off during training: if
     ranks collected at different times, all would wait for each of them. 0: Python decides when to collect."""
@@ -291,14 +296,16 @@ class ParallelConfig:
     in no other layout. Slow."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
-    backward pass. False: shard gradients and states only (ZeRO-2)."""
+    backward pass. False: shard gradients and states only (ZeRO-2). No effect if no other rank shares this rank's
+    parameters; with fp32 weights and bf16 computation, such a rank keeps bf16 copies of them."""
     reduce_gradients: Literal["micro_batch", "step"] = "micro_batch"
     """How often ranks sum their gradients. micro_batch: after each micro-batch. step: after the last micro-batch of a
     step. This needs less communication, but until then every rank holds the full gradients of its layers in fp32.
-    Pipelines always use step."""
+    Pipelines always use step. No effect without other ranks."""
     prefetch_blocks: int = 1
     """Number of blocks whose parameters are gathered ahead of time, while an earlier block computes, in the forward and
-    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same."""
+    the backward pass. Each needs the memory of one gathered block. 0: PyTorch decides. Results are the same. No effect
+    if no other rank shares this rank's parameters."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
     activation functions; outputs of matrix products and attention are stored. full: everything except the block's

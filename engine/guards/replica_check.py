@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..optim.local import local_part
+from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
-from ..weights.checkpoint.tensors import OPTIMIZER_PREFIX, ParameterOwner, training_tensors
+from ..weights.checkpoint.tensors import OPTIMIZER_PREFIX, training_tensors
 
 _CHUNK = 2**22
 """Number of elements hashed at a time: temporaries take about 32 bytes for each, 128 MiB."""
@@ -51,7 +52,7 @@ class ReplicaCheck:
         """Return whether replicas are compared after ``step``."""
         return self._interval > 0 and step % self._interval == 0
 
-    def __call__(self, step: int, model: ParameterOwner, optimizer: torch.optim.Optimizer) -> None:
+    def __call__(self, step: int, model: ModelParts, optimizer: torch.optim.Optimizer) -> None:
         """Compare replicas. All ranks must call this; it waits for the device.
 
         Args:
@@ -65,7 +66,7 @@ class ReplicaCheck:
         tensors = training_tensors(model, optimizer)
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
-            if not isinstance(parameter, DTensor):  # a constant
+            if name in model.constants:
                 owners[name] = tuple(range(self._ranks.world_size))
             # States that are not sharded, such as a count of steps, are replicated wherever the parameter is.
             for state in optimizer.state.get(parameter, {}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -127,18 +127,13 @@ class RunGuards:
         """Disable the time limit until the next step begins."""
         self.watchdog.pause()
 
-    def counts(self) -> dict[str, int]:
-        """Return the numbers of skipped steps, for records. Waits for the device."""
-        guard = self.step_guard
-        return {"skipped_steps": guard.skipped_steps(), "steps_without_targets": guard.steps_without_targets}
-
     def require_finite(self, step: int, numbers: dict[str, float]) -> None:
         """See :meth:`StepGuard.require_finite`."""
         self.step_guard.require_finite(step, numbers)
 
-    def check_skipped(self, step: int, numbers: dict[str, float]) -> None:
+    def check_skipped(self, step: int, numbers: dict[str, float], counts: Sequence[float]) -> None:
         """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
-        self.step_guard.check(step, numbers, self._model.parameters())
+        self.step_guard.check(step, numbers, counts, self._model.parameters())
 
     def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Compare replicas if that is due after ``step``; see :class:`ReplicaCheck`."""
@@ -146,10 +141,12 @@ class RunGuards:
             self.replica_check(step, self._model, optimizer)
 
     def require_savable(self, step: int, result: StepResult) -> None:
-        """Raise UserError if the result of ``step`` or the weights are not finite. All ranks must call this."""
-        self.check_skipped(
-            step, {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
-        )
+        """Raise UserError if the result of ``step``, the last one, or the weights are not finite. Waits for the device.
+
+        All ranks must call this.
+        """
+        numbers = {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
+        self.check_skipped(step, numbers, self.step_guard.counts.tolist())
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     def _newest_checkpoint(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ class StepGuard:
 
     def __init__(self, config: TrainingConfig, ranks: Ranks, newest: Callable[[], str], say: Callable[[str], None]):
         self._config, self._ranks, self._newest, self._say = config, ranks, newest, say
-        self._counts = torch.zeros(3, device=ranks.device)
-        """[3] fp32 on the device: number of skipped steps, in a row up to now, and in a row at most."""
+        self.counts = torch.zeros(3, device=ranks.device)
+        """[3] fp32 on the device: number of skipped steps, in a row up to now, and in a row at most. Each step makes a
+        new tensor."""
         self._skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.spiked = False
@@ -66,13 +67,13 @@ class StepGuard:
             [] fp32 on the device, 1 to skip it, else 0.
         """
         self._without_targets_in_a_row = 0
-        skip = (~grad_norm.isfinite()).to(self._counts)
+        skip = (~grad_norm.isfinite()).to(self.counts)
         if self._config.loss_spike_zscore is not None:
             self.spiked = self._is_spike(step, self._ranks.all_reduce(loss.item()))
             skip = torch.ones_like(skip) if self.spiked else skip
-        total, in_a_row, most = self._counts.unbind()
+        total, in_a_row, most = self.counts.unbind()
         in_a_row = (in_a_row + skip) * skip
-        self._counts = torch.stack([total + skip, in_a_row, torch.maximum(most, in_a_row)])
+        self.counts = torch.stack([total + skip, in_a_row, torch.maximum(most, in_a_row)])
         return skip
 
     def count_without_targets(self, step: int) -> None:
@@ -106,22 +107,21 @@ class StepGuard:
             )
         return score > bound
 
-    def skipped_steps(self) -> int:
-        """Return the number of skipped steps. Waits for the device."""
-        return int(self._counts[0].item())
-
-    def check(self, step: int, numbers: Mapping[str, float], parameters: Iterable[Tensor]) -> None:
-        """End the run after too many skipped steps. Waits for the device. All ranks must call this.
+    def check(
+        self, step: int, numbers: Mapping[str, float], counts: Sequence[float], parameters: Iterable[Tensor]
+    ) -> None:
+        """End the run after too many skipped steps. All ranks must call this.
 
         Args:
-            step: number of steps made.
-            numbers: loss and gradient norm of the last step, for the message.
-            parameters: of this rank.
+            step: number of a step, not necessarily the last one.
+            numbers: its loss and gradient norm, for the message.
+            counts: :attr:`counts` after it.
+            parameters: of this rank at present; if steps were skipped, they are checked, which waits for the device.
 
         Raises:
             UserError: more steps in a row were skipped than allowed, or a weight is not finite.
         """
-        total, _, most = (int(count) for count in self._counts.tolist())
+        total, _, most = map(int, counts)
         bound, new = self._config.max_skipped_steps, total - self._skipped
         if most > bound:
             found = ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -168,7 +168,7 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs to skip the same steps, in JSON's types. Waits for the device."""
-        total, in_a_row, _ = (int(count) for count in self._counts.tolist())
+        total, in_a_row, _ = (int(count) for count in self.counts.tolist())
         state: dict[str, Any] = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
         if self.steps_without_targets:
             state["without_targets"] = [self.steps_without_targets, self._without_targets_in_a_row]
@@ -178,7 +178,7 @@ class StepGuard:
         """Continue from :meth:`state_dict`; an empty one means that nothing was skipped."""
         total, in_a_row = state.get("skipped_steps", 0), state.get("in_a_row", 0)
         self._skipped = total
-        self._counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
+        self.counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
         self._losses = deque(state.get("losses", ()), maxlen=WINDOW)
         self.steps_without_targets, self._without_targets_in_a_row = state.get("without_targets", (0, 0))
         self.spiked, self.rewinds = False, list(state.get("rewinds", ()))

@@ -31,7 +31,7 @@ from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel
+from .language_model import Attend, LanguageModel, SameInput
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -224,7 +224,7 @@ class Block(nn.Module):
         return x_TH if self._residual_scale == 1.0 else x_TH * self._residual_scale
 
 
-class Attention(nn.Module):
+class Attention(SameInput):
     """Grouped-query attention. Queries and keys may be normalized, then rotate by their positions."""
 
     def __init__(self, architecture: DecoderArchitecture, number: int):
@@ -246,9 +246,14 @@ class Attention(nn.Module):
         self._options = architecture.attention_options
         self.attend: Attend = attention
 
+    @property
+    def layers_with_same_input(self) -> list[nn.Linear]:
+        """See :class:`~.language_model.SameInput`."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
     def forward(self, hidden_TH: Tensor, rotation: Rotation | None, batch: Batch) -> Tensor:
         """Map [T, H] to [T, H]."""
-        q, k, v = (projection(hidden_TH) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(hidden_TH)
         q_TND, k_TKD = self._heads(q, self.q_norm), self._heads(k, self.k_norm)
         v_TKD = v.unflatten(-1, (-1, self.head_dim))
         if rotation is not None and self.rope is not None:
@@ -272,7 +277,7 @@ class Attention(nn.Module):
         return norm(x.unflatten(-1, (-1, self.head_dim)))
 
 
-class FeedForward(nn.Module):
+class FeedForward(SameInput):
     """Feed-forward layer; the activation of a gate may multiply the inner features."""
 
     def __init__(self, architecture: DecoderArchitecture):
@@ -283,11 +288,16 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self._activation = architecture.activation
 
+    @property
+    def layers_with_same_input(self) -> list[nn.Linear]:
+        """See :class:`~.language_model.SameInput`."""
+        return [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Map [T, H] to [T, H]."""
         if self.gate_proj is None:
             return self.down_proj(ACTIVATIONS[self._activation](self.up_proj(hidden_TH)))
-        gate, up = self.gate_proj(hidden_TH), self.up_proj(hidden_TH)
+        gate, up = self.project(hidden_TH)
         return self.down_proj(gated(gate, up, self._activation))
 
 

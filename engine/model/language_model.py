@@ -9,9 +9,10 @@ Shapes: T tokens, H hidden, N query heads, K key/value heads, D head size, V voc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch
@@ -110,3 +111,34 @@ class LanguageModel(nn.Module, ABC):
         """
         self.to_empty(device=weights_device or device)
         return self
+
+
+class SameInput(nn.Module):
+    """A module with linear layers that have the same input, so that one product can compute them.
+
+    While ``fused_weight`` and ``fused_bias`` are set, they are used instead of the layers' own: the same values, one
+    layer's rows below the other's.
+    """
+
+    fused_weight: nn.Parameter | None
+    """[sum of outputs, H]."""
+    fused_bias: nn.Parameter | None
+    """[sum of outputs]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("fused_weight", None)
+        self.register_parameter("fused_bias", None)
+
+    @property
+    @abstractmethod
+    def layers_with_same_input(self) -> list[nn.Linear]:
+        """The layers; fewer than two if there is nothing to fuse."""
+
+    def project(self, hidden_TH: Tensor) -> Sequence[Tensor]:
+        """Return [T, outputs] of each layer."""
+        layers = self.layers_with_same_input
+        if self.fused_weight is None:
+            return [layer(hidden_TH) for layer in layers]
+        outputs = [layer.out_features for layer in layers]
+        return F.linear(hidden_TH, self.fused_weight, self.fused_bias).split(outputs, -1)

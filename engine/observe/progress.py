@@ -29,19 +29,23 @@ class Stopwatch:
         """Count one step."""
         self._steps += 1
 
-    def lap(self) -> tuple[float, int]:
-        """Return the seconds and steps since the last lap."""
+    def take_steps(self) -> int:
+        """Return the number of steps since the last call."""
+        steps, self._steps = max(1, self._steps), 0
+        return steps
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap."""
         now = time.perf_counter()
-        seconds, steps = now - self._since, max(1, self._steps)
-        self._since, self._steps = now, 0
-        return seconds, steps
+        seconds, self._since = now - self._since, now
+        return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside."""
+        """Exclude the time inside. A lap may end inside; what follows it is excluded."""
         started = time.perf_counter()
         yield
-        self._since += time.perf_counter() - started
+        self._since += time.perf_counter() - max(started, self._since)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config.settings import RunConfig
 from ..model.architecture import Architecture
@@ -15,10 +17,11 @@ from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
 from .flops import flops_per_token
+from .host_copy import HostCopy
 from .metrics_file import MetricsFile
 from .observer import Observer, StepRecord
 from .progress import Stopwatch, speed, step_line
-from .stragglers import Stragglers
+from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
 from .totals import Totals
 from .waiting import Say
@@ -63,6 +66,31 @@ def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     return [*observers, ConsoleLines(say)]
 
 
+class ReportedStep(NamedTuple):
+    """The numbers of a reported step, the same on all ranks."""
+
+    step: int
+    numbers: dict[str, float]
+    """Loss of all ranks and gradient norm, by name."""
+    skips: list[float]
+    """See :attr:`~retemper.engine.guards.step_guard.StepGuard.counts`."""
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    """A step whose numbers may still be on their way from the device."""
+
+    progress: Progress
+    remaining_steps: int
+    result: StepResult
+    numbers: HostCopy
+    """The guard's three counts and, with targets, loss and gradient norm."""
+    steps_without_targets: int
+    steps: int
+    """Number of steps since the last report."""
+    stragglers: Lap
+
+
 class Reporter:
     """Measures a run and notifies its observers. All ranks must call its methods, unless stated otherwise.
 
@@ -94,6 +122,10 @@ class Reporter:
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.totals = Totals(progress)
         self.stopwatch = Stopwatch()
+        self._pending: _PendingStep | None = None
+        self.reports_late = ranks.device.type == "cuda"
+        """Whether :meth:`report_pending` is best called when the next step has been launched, because the numbers of a
+        step are on a GPU. A host that waits for them at once lets the GPU run out of work."""
 
     def start(self, after_step: int | None, evaluates_again: bool) -> None:
         """Tell the observers, on the main rank only; see :class:`~retemper.engine.observe.observer.Observer`.
@@ -105,37 +137,57 @@ class Reporter:
             observer.start(after_step, evaluates_again)
 
     def step(
-        self, progress: Progress, remaining_steps: int, result: StepResult, counts: Mapping[str, int]
-    ) -> dict[str, float]:
-        """Report a step. Waits for the device.
+        self,
+        progress: Progress,
+        remaining_steps: int,
+        result: StepResult,
+        skips: Tensor,
+        steps_without_targets: int,
+    ) -> None:
+        """Note a step, to be reported by :meth:`report_pending`, without waiting for the device.
 
         Args:
             progress: after it.
             remaining_steps: of the run.
             result: of the step.
-            counts: further numbers for the record.
-
-        Returns:
-            loss of all ranks and gradient norm, by name.
+            skips: [3] fp32 on the device: see :attr:`~retemper.engine.guards.step_guard.StepGuard.counts`.
+            steps_without_targets: number of them so far.
         """
-        loss, grad_norm = self._ranks.all_reduce(result.loss.item()), result.grad_norm.item()
-        stragglers = self.stragglers.report()
-        seconds, steps = self.stopwatch.lap()
-        self.totals.add_steps(seconds, steps)
+        assert self._pending is None, "a step was not reported"
+        # Without targets loss and norm are NaN, and on the host.
+        of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
+        numbers, steps = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
+        self._pending = _PendingStep(
+            progress, remaining_steps, result, numbers, steps_without_targets, steps, self.stragglers.lap()
+        )
+
+    def report_pending(self) -> ReportedStep | None:
+        """Report the step that was noted, if any. Waits until the device has completed it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        progress, result = pending.progress, pending.result
+        numbers = pending.numbers.wait()
+        skips, (loss, grad_norm) = numbers[:3], numbers[3:] or (math.nan, math.nan)
+        loss = self._ranks.all_reduce(loss)
+        stragglers = self.stragglers.report(pending.stragglers)
+        seconds = self.stopwatch.lap()
+        self.totals.add_steps(seconds, pending.steps)
         self.totals.add_loss("training", progress.step, loss)
         values: dict[str, Any] = {
             "loss": loss if result.has_targets else None,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm if result.has_targets else None,
-            **counts,
-            **speed(seconds / steps, self._tokens_per_step, self._flops, self._ranks),
+            "skipped_steps": int(skips[0]),
+            "steps_without_targets": pending.steps_without_targets,
+            **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
         }
-        seconds_left = remaining_steps * self.totals.mean_step_seconds
-        record = StepRecord(progress, values, remaining_steps, seconds_left, stragglers.lines)
+        seconds_left = pending.remaining_steps * self.totals.mean_step_seconds
+        record = StepRecord(progress, values, pending.remaining_steps, seconds_left, stragglers.lines)
         for observer in self.observers:
             observer.step(record)
-        return {"loss": loss, "gradient norm": grad_norm}
+        return ReportedStep(progress.step, {"loss": loss, "gradient norm": grad_norm}, skips)
 
     def evaluation(self, progress: Progress, losses: Mapping[str, float]) -> None:
         """Report mean losses per target of validation sets, in nats, by name."""

@@ -26,6 +26,7 @@ from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.resume_changes import describe_changes
 from ..weights.checkpoint.retention import describe_rule
+from ..weights.checkpoint.slabs import plan_slabs
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
 from .tokenizer_notes import tokenizer_notes
@@ -133,15 +134,12 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
         parameters: of this rank.
     """
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    sizes, pinned = [], 0
+    sizes: list[int] = []
     for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        of_held = [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
-        sizes += of_held
-        # PyTorch rounds pinned memory up to powers of two.
-        pinned += sum(1 << (size - 1).bit_length() if held.is_cuda and size else size for size in of_held)
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
-        on_node = pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         how = f"copied to {_size(on_node)} of host memory on this node, which has {_size(free)} free"
     return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"

@@ -57,6 +57,17 @@ class Report(NamedTuple):
     """Lines for people, if a rank is much slower than the others."""
 
 
+class Lap(NamedTuple):
+    """What was timed on this rank between two reports. Events of the device may lie ahead of it."""
+
+    marks: list[tuple[Any, Any, Any]]
+    """When a block was called, had its parameters, and ended."""
+    calls: int
+    """Number of blocks' calls, of which only the first are marked."""
+    steps: int
+    data_seconds: float
+
+
 class Stragglers:
     """Times this rank, and compares it with the others.
 
@@ -89,14 +100,18 @@ class Stragglers:
         self._data_seconds += time.perf_counter() - began
         self._steps += 1
 
-    def report(self) -> Report:
-        """Compare the ranks. All must call this, after waiting for the device."""
-        if not self._active:
-            return Report({}, [])
-        timed, mine = bool(self._calls), self._own_times()
-        self._marks.clear()
+    def lap(self) -> Lap:
+        """Return what was timed since the last lap, and time a step of the next. Does not wait for the device."""
+        lap = Lap(list(self._marks), self._calls, self._steps, self._data_seconds)
+        self._marks.clear()  # which the blocks' timers share
         self._calls, self._steps, self._data_seconds, self._wanted = 0, 0, 0.0, True
-        return self._compared(_of_all(self._ranks, mine)) if timed else Report({}, [])
+        return lap
+
+    def report(self, lap: Lap) -> Report:
+        """Compare the ranks in ``lap``. All must call this, after the device has passed its end."""
+        if not self._active or not lap.calls:
+            return Report({}, [])
+        return self._compared(_of_all(self._ranks, self._own_times(lap)))
 
     def _keeps_time(self) -> bool:
         """Return whether to time this call of a block. Evaluations, which keep no gradients, are not timed."""
@@ -105,11 +120,11 @@ class Stragglers:
         self._calls += 1
         return len(self._marks) < _MOST_TIMED
 
-    def _own_times(self) -> Times:
-        scale = self._calls / max(1, len(self._marks))
-        waiting = scale * sum(self._clock.seconds(called, begun) for called, begun, _ in self._marks)
-        blocks = scale * sum(self._clock.seconds(begun, ended) for _, begun, ended in self._marks)
-        return Times(self._data_seconds / max(1, self._steps), blocks, waiting)
+    def _own_times(self, lap: Lap) -> Times:
+        scale = lap.calls / max(1, len(lap.marks))
+        waiting = scale * sum(self._clock.seconds(called, begun) for called, begun, _ in lap.marks)
+        blocks = scale * sum(self._clock.seconds(begun, ended) for _, begun, ended in lap.marks)
+        return Times(lap.data_seconds / max(1, lap.steps), blocks, waiting)
 
     def _compared(self, times: list[Times]) -> Report:
         slowest = max(range(len(times)), key=lambda rank: times[rank].own)

@@ -1,4 +1,4 @@
-"""Build AdamW with decay and no-decay groups, and clip the global gradient norm."""
+"""Build AdamW with decay and no-decay groups, and clip the global gradient norm in its update."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ..config.settings import OptimizerConfig
 from ..model.dtypes import DTYPES
 from .adamw import CompactAdamW
-from .clipping import clip_grad_norm
+from .clipping import clip_divisor, global_norm
+from .fused_adamw import FusedAdamW
 
-__all__ = ["allocate_states", "build_optimizer", "clip_grad_norm", "set_learning_rate", "step_unless"]
+__all__ = ["allocate_states", "build_optimizer", "clip_divisor", "global_norm", "set_learning_rate", "step_unless"]
 
 
 def build_optimizer(
@@ -39,7 +40,7 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     if {DTYPES[config.state_dtype], *(parameter.dtype for _, parameter in parameters)} == {torch.float32}:
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.eps, fused=True)
+        return FusedAdamW(groups, lr=rate, betas=betas, eps=config.eps)
     return compact(groups, DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
 
 
@@ -49,16 +50,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None) -> None:
     """Update the weights, or leave them and both moments bitwise unchanged, without a host sync for device tensors.
 
     Args:
         optimizer: of :func:`build_optimizer`.
         skip: [] fp32 on the device, 1 to leave out the update, else 0.
+        divisor: [] fp32 of all gradients; None: one.
     """
-    # PyTorch would copy the flag to offloaded parameters on the host without waiting, and might read it too early.
+    assert isinstance(optimizer, FusedAdamW | CompactAdamW)
+    # Waits for parameters on the host only: a copy that does not might be read too early.
     home = optimizer.param_groups[0]["params"][0].device
-    optimizer.found_inf = skip.to(home)  # type: ignore[attr-defined]  # fused AdamW reads it for its GradScaler
+    optimizer.found_inf = skip.to(home)
+    optimizer.grad_scale = None if divisor is None else divisor.to(home)
     optimizer.step()
 
 

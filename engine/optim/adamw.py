@@ -51,7 +51,9 @@ class CompactAdamW(torch.optim.Optimizer):
         self._state_dtype, self._seed, self._compiled = state_dtype, seed, compiled
         self._places: dict[Tensor, Tensor] = {}
         self.found_inf: Tensor | None = None
-        """Scalar, [] fp32; a non-zero value makes the next step change nothing (PyTorch's ``found_inf``)."""
+        """[] fp32; a non-zero value makes the next step change nothing, as in PyTorch's fused AdamW."""
+        self.grad_scale: Tensor | None = None
+        """[] fp32; gradients are divided by it, as in PyTorch's fused AdamW."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -77,8 +79,9 @@ class CompactAdamW(torch.optim.Optimizer):
         numbers_PN = _sent(torch.tensor(numbers, dtype=torch.float32), device)
         keys_P2 = _sent(torch.tensor(keys, dtype=torch.int32), device)
         skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf.to(device)
+        divisor = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale.to(device)
         for position, (parameter, state) in enumerate(updated):
-            self._update(parameter, state, numbers_PN[position], keys_P2[position], skip)
+            self._update(parameter, state, numbers_PN[position], keys_P2[position], skip, divisor)
 
     def _parameters(self) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
         for group in self.param_groups:
@@ -93,8 +96,12 @@ class CompactAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self._state_dtype)
         return state
 
-    def _update(self, parameter: Tensor, state: dict[str, Tensor], numbers: Tensor, keys: Tensor, skip: Tensor) -> None:
-        """Update this rank's shard, a chunk at a time."""
+    def _update(self, parameter: Tensor, state: dict[str, Tensor], *settings: Tensor) -> None:
+        """Update this rank's shard, a chunk at a time.
+
+        Args:
+            settings: numbers, keys, skip and divisor of :func:`update_chunk`.
+        """
         assert parameter.grad is not None
         tensors = [local_part(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         weight = tensors[0]
@@ -113,7 +120,7 @@ class CompactAdamW(torch.optim.Optimizer):
         for start in range(0, count, size):
             # The data of a view is not a view: torch.compile would compile one variant for each kind of base of a view.
             chunk = [tensor[start : start + size].view(-1, min(row, count - start)).data for tensor in flat]
-            update(*chunk, first + (start if consecutive else start // row * width), width, numbers, keys, skip)
+            update(*chunk, first + (start if consecutive else start // row * width), width, *settings)
 
 
 def update_chunk(
@@ -126,6 +133,7 @@ def update_chunk(
     numbers: Tensor,
     keys: Tensor,
     skip: Tensor,
+    divisor: Tensor,
 ) -> None:
     """Update one chunk by AdamW in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
 
@@ -136,9 +144,10 @@ def update_chunk(
         numbers: [7] fp32, see :func:`_numbers`.
         keys: [2] int32, see :func:`~retemper.engine.optim.stochastic_rounding.stream_key`.
         skip: [] fp32, non-zero to change nothing.
+        divisor: [] fp32, of the gradient.
     """
     one_minus_beta1, beta2, one_minus_beta2, root_correction2, eps, step_size, decay = numbers.unbind()
-    gradient, before = gradient.float(), weight.float()
+    gradient, before = gradient.float() / divisor, weight.float()
     mean, square = exp_avg.float(), exp_avg_sq.float()
     mean = mean + (gradient - mean) * one_minus_beta1
     square = square * beta2 + gradient * gradient * one_minus_beta2

@@ -1,4 +1,4 @@
-"""Clip the global gradient norm."""
+"""Compute the global gradient norm, and how to clip it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from .local import local_part
 
 
 @torch.no_grad()
-def clip_grad_norm(
-    parameters: Iterable[Tensor], max_norm: float, counted: Iterable[Tensor] | None = None, loss: Tensor | None = None
+def global_norm(
+    parameters: Iterable[Tensor], counted: Iterable[Tensor] | None = None, loss: Tensor | None = None
 ) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most ``max_norm`` (0: no scaling), without a host sync.
+    """Return [] fp32: the L2 norm of the gradients of all parameters and ranks, without a host sync.
 
     Args:
         parameters: of this rank; DTensors if there are several ranks.
-        max_norm: the maximum norm after scaling.
         counted: parameters without a copy in another pipeline stage; None for all.
         loss: [] this rank's part of the loss, if any. If it is not finite, the norm is NaN on all ranks.
-
-    Returns:
-        [] fp32, the norm over all parameters and ranks before clipping.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     own = gradients if counted is None else [p.grad for p in counted if p.grad is not None]
-    norm = _total_norm(own, loss, local_part(gradients[0]).device)
-    if max_norm > 0:
-        _scale(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return _total_norm(own, loss, local_part(gradients[0]).device)
+
+
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor | None:
+    """Return [] fp32: the number to divide all gradients by, so that their norm is at most ``max_norm``.
+
+    It is 1 for gradients that are not clipped. The optimizer divides, so that no pass over all gradients is needed.
+
+    Args:
+        norm: of :func:`global_norm`.
+        max_norm: 0: no clipping, and None is returned.
+    """
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
 
 
 def _total_norm(gradients: list[Tensor], loss: Tensor | None, device: torch.device) -> Tensor:
@@ -64,15 +69,3 @@ def _num_copies(gradient: Tensor) -> int:
         return 1
     mesh = gradient.device_mesh
     return math.prod(mesh.size(axis) for axis, place in enumerate(gradient.placements) if place.is_replicate())
-
-
-def _scale(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply by ``factor``, [] fp32: a bf16 factor would change all gradients of a step by up to 0.4 %."""
-    local = [local_part(gradient) for gradient in gradients]
-    in_fp32 = [gradient for gradient in local if gradient.dtype == torch.float32]
-    if in_fp32:
-        torch._foreach_mul_(in_fp32, factor)
-    for gradient in local:
-        if gradient.dtype != torch.float32:
-            # One element instead of zero dimensions makes the product fp32; it is rounded when it is written.
-            torch.mul(gradient, factor.reshape(1), out=gradient)

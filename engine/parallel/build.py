@@ -16,7 +16,8 @@ from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from . import compile as block_compile
-from . import context, float8, fsdp, pipeline, recompute, tensor, trainable
+from . import context, data_parallel, float8, fused_projections, pipeline, recompute, tensor, trainable
+from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
 from .mesh import Mesh
 from .process_group import Ranks
@@ -36,8 +37,10 @@ class Choices:
     """The reason for the compute dtype."""
 
 
-def check(config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device) -> None:
-    """Refuse settings that are impossible with the model's shape.
+def check(
+    config: RunConfig, architecture: Architecture, choices: Choices, device: torch.device, world_size: int
+) -> None:
+    """Refuse settings that are impossible with the model's shape or on this number of ranks.
 
     Raises:
         UserError: with both sides of the arithmetic.
@@ -45,6 +48,7 @@ def check(config: RunConfig, architecture: Architecture, choices: Choices, devic
     parallel, training = config.parallel, config.training
     float8.enabled(training, device)
     _check_implementation(config, architecture)
+    fused_projections.check(config, architecture, world_size == parallel.tensor * parallel.pipeline)
     tensor.check(architecture, config)
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
@@ -122,26 +126,27 @@ def build_model(
     )
     stages = stages or pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
 
-    def build_stage(layers: LayerRange) -> LanguageModel:
+    def build_stage(layers: LayerRange) -> tuple[LanguageModel, DataParallel]:
         model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         context.apply(model, mesh.context_group)
         float8.apply(model, training, ranks.device)
-        recompute.apply(model, parallel)
+        recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:
             block_compile.apply(model)
         trainable.apply(model, training)
-        fsdp.apply(model, mesh.fsdp, parallel, compute_dtype)
+        wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
-        if training.weight_dtype != "fp32" and choices.num_micro_batches > 1:
-            fsdp.accumulate_in_fp32(model)
-        return model
+        wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
+        return model, wrapped
 
-    decoders = [build_stage(stages[number]) for number in numbers]
-    prepare = BatchPreparer(mesh, ranks.device, choices.attention.backend, architecture.sliding_windows)
+    built = [build_stage(stages[number]) for number in numbers]
+    decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows)
     parts = ModelParts(decoders)
     if parallel.pipeline > 1:
-        return parts, pipeline.Pipelined(decoders, numbers, config, prepare, choices.num_micro_batches, compute_dtype)
-    return parts, NonPipelined(decoders[0], prepare, parallel.reduce_gradients == "micro_batch")
+        count = choices.num_micro_batches
+        return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)
+    return parts, NonPipelined(decoders[0], wrapped[0], prepare, parallel.reduce_gradients == "micro_batch")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import sym_node
 
 from ...kernels.attention import PER_DOCUMENT
 from ..config.settings import RunConfig
@@ -14,7 +15,9 @@ from ..model.language_model import LanguageModel
 
 _RECOMPILE_LIMIT = 64
 """Limit of graphs. Blocks share them: there is one for each kind of block (window, recomputation), training or
-evaluation, and first or later number of documents."""
+evaluation, and backend of the attention."""
+
+_DYNAMIC_INT = getattr(sym_node, "DynamicInt", int)  # PyTorch 2.10
 
 
 def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> bool:
@@ -45,9 +48,12 @@ def apply(model: LanguageModel, backend: Any = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, backend=backend)
-    model.register_forward_pre_hook(_take_any_document_count)
+    model.register_forward_pre_hook(_take_any_packing)
 
 
-def _take_any_document_count(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Prevent compiled blocks from making a graph for each length of ``cu_seqlens``."""
-    torch._dynamo.maybe_mark_dynamic(inputs[0].cu_seqlens, 0)
+def _take_any_packing(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Prevent compiled blocks from making a graph for each number of documents, or for each longest document."""
+    batch, *others = inputs
+    torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+    # A plain int is a constant of the first graph, and variable only in a second one.
+    return batch._replace(max_seqlen=_DYNAMIC_INT(batch.max_seqlen)), *others

@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...kernels.attention import Choice
 from ..batch import Batch
 from ..model.language_model import LanguageModel
-from . import fsdp
+from .data_parallel import DataParallel
 from .mesh import Mesh
 
 
@@ -20,17 +21,22 @@ class BatchPreparer:
     Args:
         mesh: this rank's place.
         device: of the model.
-        attention_backend: result of ``choose_attention``.
+        attention: result of ``choose_attention``.
         windows: attention windows of the model's layers.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, attention_backend: str, windows: Iterable[int | None]):
+    def __init__(self, mesh: Mesh, device: torch.device, attention: Choice, windows: Iterable[int | None]):
         self.mesh, self.device = mesh, device
-        self._backend, self._windows = attention_backend, tuple(windows)
+        self._attention, self._windows = attention, tuple(windows)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return ``batch`` as the model takes it. Does not wait for the device."""
-        batch = batch.prepare(self.device, self._backend, self._windows)
+        batch = batch.prepare(
+            self.device,
+            self._attention.backend,
+            self._windows,
+            equal_lengths_backend=self._attention.equal_lengths_backend,
+        )
         count = len(batch.tokens) // self.mesh.layout.context
         mine = slice(self.mesh.coordinate.context * count, (self.mesh.coordinate.context + 1) * count)
         return batch._replace(
@@ -39,19 +45,32 @@ class BatchPreparer:
 
 
 class ModelParts:
-    """This rank's decoders: one, or several with some pipelines. Parameters have their names in the whole model."""
+    """This rank's decoders: one, or several with some pipelines. Parameters have their names in the whole model.
+
+    The parameters are those that optimizers and checkpoints need, also while the decoders show other tensors.
+
+    Args:
+        decoders: with memory for their parameters.
+    """
 
     def __init__(self, decoders: list[LanguageModel]):
         self.decoders = decoders
+        # Every step asks for them, and finding them in a model takes the host longer than to compute with them.
+        self._named = [named for decoder in decoders for named in decoder.named_parameters()]
+        self._unique = [parameter for decoder in decoders for parameter in _unique_parameters(decoder)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return every parameter of this rank by name."""
-        for decoder in self.decoders:
-            yield from decoder.named_parameters()
+        return iter(self._named)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return every parameter of this rank."""
-        return (parameter for _, parameter in self.named_parameters())
+        return (parameter for _, parameter in self._named)
+
+    @property
+    def constants(self) -> frozenset[str]:
+        """The names of parameters that every rank holds whole, see :attr:`LanguageModel.constants`."""
+        return frozenset().union(*(decoder.constants for decoder in self.decoders))
 
     def blocks(self) -> Iterator[nn.Module]:
         """Return the transformer blocks of this rank."""
@@ -59,9 +78,12 @@ class ModelParts:
 
     def unique_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters without those that an earlier stage has as well: a tied head."""
-        for decoder in self.decoders:
-            copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
-            yield from (p for p in decoder.parameters() if not (copied and p is decoder.head_weight))
+        return iter(self._unique)
+
+
+def _unique_parameters(decoder: LanguageModel) -> list[nn.Parameter]:
+    copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
+    return [parameter for parameter in decoder.parameters() if not (copied and parameter is decoder.head_weight)]
 
 
 class ForwardBackward(Protocol):
@@ -85,28 +107,32 @@ class ForwardBackward(Protocol):
 class NonPipelined:
     """Computes micro-batches one after the other on a rank with all layers."""
 
-    def __init__(self, model: LanguageModel, prepare: BatchPreparer, reduce_every_micro_batch: bool):
-        self._model, self._prepare, self._reduce_every = model, prepare, reduce_every_micro_batch
+    def __init__(
+        self, model: LanguageModel, wrapped: DataParallel, prepare: BatchPreparer, reduce_every_micro_batch: bool
+    ):
+        self._model, self._wrapped, self._prepare = model, wrapped, prepare
+        self._reduce_every = reduce_every_micro_batch
 
     def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
         """See :class:`ForwardBackward`."""
         loss = torch.zeros((), device=self._prepare.device)
-        for number, batch in enumerate(batches, 1):
-            fsdp.reduce_gradients(self._model, self._reduce_every or number == len(batches))
-            on_phase("forward")
-            part = self.loss_sum(batch) / num_targets
-            on_phase("backward")
-            part.backward()
-            loss += part.detach()
+        with self._wrapped.computing():
+            for number, batch in enumerate(batches, 1):
+                self._wrapped.reduce_gradients(self._reduce_every or number == len(batches))
+                on_phase("forward")
+                part = self.loss_sum(batch) / num_targets
+                on_phase("backward")
+                part.backward()
+                loss += part.detach()
         return counted_once(loss, self._prepare.mesh)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
         """See :class:`ForwardBackward`."""
         total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
-        for batch in batches:
-            total += self.loss_sum(batch)
-        fsdp.reshard(self._model)
+        with self._wrapped.computing():
+            for batch in batches:
+                total += self.loss_sum(batch)
         return counted_once(total, self._prepare.mesh)
 
     def loss_sum(self, batch: Batch) -> Tensor:

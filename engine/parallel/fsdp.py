@@ -8,27 +8,72 @@ wrong if ranks hold different numbers of targets.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config.settings import ParallelConfig
 from ..model.language_model import LanguageModel
 
 
-def apply(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
-    """Shard ``model`` in place: each block, and an embedding that is not the head, separately; the rest with the root.
+class FullySharded:
+    """See :class:`~retemper.engine.parallel.data_parallel.DataParallel`.
+
+    Shards a model in place: each block, and an embedding that is not the head, separately; the rest with the root.
 
     Args:
+        model: on the meta device.
         mesh: the ranks that share parameters; with two axes, parameters are copied over the first.
         config: of the run.
         compute_dtype: of activations and gathered parameters.
     """
+
+    def __init__(self, model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype):
+        self._model = model
+        _shard(model, mesh, config, compute_dtype)
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in self._sharded:
+            if mesh.size() > 1:  # on one rank it is 1, and setting it costs a pass over the gradients
+                module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        _prefetch(model, config.prefetch_blocks)
+
+    def on_materialized(self, accumulates: bool) -> None:
+        """See the class.
+
+        FSDP casts each reduced gradient to its parameter's dtype. From the first one on, the accumulated gradient is
+        fp32.
+        """
+        for parameter in self._model.parameters():
+            # A frozen parameter has no gradient to attach the hook to.
+            if accumulates and parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.grad_dtype = None  # of any dtype
+                parameter.register_post_accumulate_grad_hook(_widen_gradient)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """See the class. Parameters that a forward pass has left gathered are freed at the end.
+
+        Until then the model shows gathered copies in the compute dtype instead of the sharded parameters.
+        """
+        yield
+        for module in self._sharded:
+            module.reshard()
+
+    def reduce_gradients(self, now: bool) -> None:
+        """See the class."""
+        cast(FSDPModule, self._model).set_requires_gradient_sync(now)
+
+    def collect_gradients(self) -> None:
+        """See the class. Does nothing: FSDP takes them when it reduces gradients."""
+
+
+def _shard(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     on_gpu = mesh.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
@@ -43,10 +88,6 @@ def apply(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, comput
         # In a group with the head, both would be gathered, and their full gradients held, at the same time.
         shard(embedding, reshard_after_forward=config.reshard_after_forward)
     shard(model, reshard_after_forward=False)
-    for module in _sharded_modules(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    _prefetch(model, config.prefetch_blocks)
 
 
 def _prefetch(model: LanguageModel, count: int) -> None:
@@ -62,50 +103,6 @@ def _prefetch(model: LanguageModel, count: int) -> None:
     root.set_modules_to_backward_prefetch(blocks[: -count - 1 : -1])
 
 
-def accumulate_in_fp32(model: LanguageModel) -> None:
-    """Make gradients of bf16 parameters fp32, to accumulate several micro-batches; call after materializing.
-
-    FSDP casts each reduced gradient to its parameter's dtype. From the first one on, the accumulated gradient is fp32.
-    """
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue  # without a gradient to attach the hook to
-        parameter.grad_dtype = None  # of any dtype
-        parameter.register_post_accumulate_grad_hook(_widen_gradient)
-
-
 def _widen_gradient(parameter: Tensor) -> None:
     if parameter.grad is not None and parameter.grad.dtype != torch.float32:
         parameter.grad = parameter.grad.float()
-
-
-def reshard(model: LanguageModel) -> None:
-    """Free the parameters that a forward pass without a backward pass has left gathered.
-
-    Until then the model shows gathered copies in the compute dtype instead of the sharded parameters, which optimizers
-    and checkpoints need.
-    """
-    for module in _sharded_modules(model):
-        module.reshard()
-
-
-def copy_full_(parameter: Tensor, values: Tensor) -> None:
-    """Write the whole tensor ``values``, the same on every rank, into a parameter: each rank takes its part."""
-    if not isinstance(parameter, DTensor):  # a constant, which is not sharded
-        parameter.copy_(values)
-        return
-    # Not distribute_tensor, which does not support rows that two axes shard one after the other.
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    mine = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    parameter.to_local().copy_(values[mine])
-
-
-def reduce_gradients(model: LanguageModel, now: bool) -> None:
-    """Set whether the next backward pass sums gradients over ranks, or only over micro-batches on this rank (in
-    fp32).
-    """
-    cast(FSDPModule, model).set_requires_gradient_sync(now)
-
-
-def _sharded_modules(model: LanguageModel) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]

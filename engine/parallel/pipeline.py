@@ -6,9 +6,10 @@ stage's inputs. It also keeps an embedding that is also the head, and so is at b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture, LayerRange
 from ..model.language_model import LanguageModel
-from . import fsdp
+from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, counted_once
 
 SCHEDULES: dict[str, Any] = {
@@ -92,10 +93,22 @@ def _check_zero_bubble(architecture: Architecture, parallel: ParallelConfig, com
                 f"parallel.pipeline_schedule {schedule} needs {need}, because it computes gradients of inputs and of "
                 "weights separately; set it, or use interleaved_1f1b"
             )
-    if schedule == "zbv_zero_bubble" and architecture.tie_word_embeddings:
+    if schedule == "zbv_zero_bubble":
+        _check_zbv(architecture)
+
+
+def _check_zbv(architecture: Architecture) -> None:
+    """Refuse the schedule that puts two consecutive stages, and both ends of the model, on one rank."""
+    if architecture.tie_word_embeddings:
         raise UserError(
-            f"parallel.pipeline_schedule {schedule} puts both ends of the model on one rank, but the model's embedding "
-            "is also its head; use interleaved_zero_bubble"
+            "parallel.pipeline_schedule zbv_zero_bubble puts both ends of the model on one rank, but the model's "
+            "embedding is also its head; use interleaved_zero_bubble"
+        )
+    # Before 2.13 a stage sends the shapes of its outputs to the next stage even if both are on one rank.
+    if torch.__version__ < "2.13" and dist.is_initialized() and dist.get_backend() == dist.Backend.GLOO:
+        raise UserError(
+            f"parallel.pipeline_schedule zbv_zero_bubble sends from a rank to itself with PyTorch {torch.__version__}, "
+            "which gloo (the communication of CPUs) cannot; use interleaved_zero_bubble, or PyTorch 2.13 or newer"
         )
 
 
@@ -143,6 +156,31 @@ def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
     return [LayerRange(start, stop) for start, stop in itertools.pairwise((0, *cuts, layers))]
 
 
+class _Stage(PipelineStage):
+    """A stage for zero-bubble schedules, which assign gradients of ``parameters`` without autograd's hooks.
+
+    An evaluation by zbv_zero_bubble also passes gradients between the stages of a rank, and there are none.
+    """
+
+    def __init__(self, parameters: DataParallel, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self._parameters = parameters
+
+    def backward_weight_one_chunk(self, *arguments: Any, **named: Any) -> None:
+        """Compute the gradients of weights of one micro-batch, and collect them."""
+        super().backward_weight_one_chunk(*arguments, **named)
+        self._parameters.collect_gradients()
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """Return the gradients of this stage's inputs for the preceding one on the same rank."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients of this stage's outputs from the following one on the same rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
 class Pipelined:
     """Run the passes of a rank that holds some layers only.
 
@@ -150,6 +188,7 @@ class Pipelined:
 
     Args:
         decoders: this rank's stages, in their order.
+        wrapped: the parameters of each.
         numbers: their numbers, see :func:`stage_numbers`.
         config: of the run.
         prepare: prepares micro-batches for the model.
@@ -160,13 +199,15 @@ class Pipelined:
     def __init__(
         self,
         decoders: list[LanguageModel],
+        wrapped: list[DataParallel],
         numbers: list[int],
         config: RunConfig,
         prepare: BatchPreparer,
         num_micro_batches: int,
         compute_dtype: torch.dtype,
     ):
-        self._decoders, self._prepare, self._num_micro_batches = decoders, prepare, num_micro_batches
+        self._decoders, self._wrapped, self._prepare = decoders, wrapped, prepare
+        self._num_micro_batches = num_micro_batches
         self._batches: list[Batch] = []
         self._num_targets = 1.0
         self._losses: list[Tensor] = []
@@ -176,10 +217,11 @@ class Pipelined:
         hidden = torch.empty(tokens, width, dtype=compute_dtype, device="meta", requires_grad=True)
         index, loss = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
         stages = []
-        for decoder, number in zip(decoders, numbers, strict=True):
+        for decoder, parameters, number in zip(decoders, wrapped, numbers, strict=True):
             decoder.register_forward_pre_hook(self._fill_in, with_kwargs=True, prepend=True)
             stages.append(
-                PipelineStage(
+                _Stage(
+                    parameters,
                     decoder,
                     number,
                     layout.pipeline * len(numbers),
@@ -204,7 +246,8 @@ class Pipelined:
         """
         on_phase("forward")
         self._num_targets = num_targets
-        self._run(self._schedule.step, batches)
+        with self._computing():
+            self._run(self._schedule.step, batches)
         self._join_tied_embedding()
         return self._loss(torch.float32) / num_targets
 
@@ -213,15 +256,21 @@ class Pipelined:
         """Evaluate, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`."""
         total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
         count = self._num_micro_batches
-        for first in range(0, len(batches), count):
-            some = batches[first : first + count]
-            # The schedule has a fixed length: the remaining micro-batches are copies without targets.
-            some += [some[0].without_targets()] * (count - len(some))
-            self._run(self._schedule.eval, some)
-            total += self._loss(torch.float64)
-        for decoder in self._decoders:
-            fsdp.reshard(decoder)
+        with self._computing():
+            for first in range(0, len(batches), count):
+                some = batches[first : first + count]
+                # The schedule has a fixed length: the remaining micro-batches are copies without targets.
+                some += [some[0].without_targets()] * (count - len(some))
+                self._run(self._schedule.eval, some)
+                total += self._loss(torch.float64)
         return total
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for parameters in self._wrapped:
+                stack.enter_context(parameters.computing())
+            yield
 
     def _run(self, run: Callable[..., Any], batches: list[Batch]) -> None:
         self._batches, self._losses = batches, []
@@ -261,5 +310,5 @@ class Pipelined:
             return
         end = self._decoders[0] if self._decoders[0].is_first else self._decoders[-1]
         gradient = end.head_weight.grad
-        assert isinstance(gradient, DTensor)
-        dist.all_reduce(gradient.to_local(), group=group)
+        assert gradient is not None
+        dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=group)

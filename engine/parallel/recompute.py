@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ..config.settings import ParallelConfig
 from ..model.architecture import Architecture
 from ..model.families import DecoderArchitecture
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, SameInput
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 _ATTENTIONS = (
@@ -33,7 +34,7 @@ FlexAttention is one operator in compiled blocks. Otherwise it is compiled alone
 and are recomputed."""
 
 
-def apply(model: LanguageModel, config: ParallelConfig) -> None:
+def apply(model: LanguageModel, config: ParallelConfig, fuse_projections: bool = False) -> None:
     """Let every ``recompute_every``-th block store less and recompute it in the backward pass.
 
     The block's forward is wrapped rather than the block. So parameter names stay the same, and FSDP's gathering stays
@@ -46,6 +47,9 @@ def apply(model: LanguageModel, config: ParallelConfig) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
+            if fuse_projections:
+                fused = [module for module in block.modules() if isinstance(module, SameInput)]
+                num_linear -= sum(len(module.layers_with_same_input) - 1 for module in fused)
             num_kept = num_linear if _reads_last_product(model.architecture) else num_linear - 1
             options["context_fn"] = functools.partial(_selective_contexts, num_kept)
         block.forward = functools.partial(checkpoint, block.forward, **options)
@@ -67,13 +71,13 @@ def _keep_products(num_kept: int) -> Callable[..., CheckpointPolicy]:
     It stores the outputs of the first ``num_kept`` matrix products and of attention, which cost most to compute. The
     last product of most blocks is not stored, because their backward pass does not read it.
     """
-    products = 0
+    # Of the forward pass (False) and of its recomputation (True): before PyTorch 2.13 the policy decides in both.
+    products: Counter[bool] = Counter()
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        nonlocal products
         name = operator.name().partition(".")[0]
-        products += name in _MATMULS
-        keep = name in _ATTENTIONS or (name in _MATMULS and products <= num_kept)
+        products[context.is_recompute] += name in _MATMULS
+        keep = name in _ATTENTIONS or (name in _MATMULS and products[context.is_recompute] <= num_kept)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

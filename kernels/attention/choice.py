@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import flash
+from . import flash, per_document, self_check
 from .plan import FA3, FA4, FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARLEN, WITH_SINKS, WITH_SOFTCAP
 
 BACKENDS = {
@@ -24,13 +24,17 @@ BACKENDS = {
 }
 """Description of each backend, in the order in which they are tried."""
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class Choice(NamedTuple):
     """A backend and the reason for its choice."""
 
     backend: str
     reason: str
-    """One line: what the backend is, and why it was chosen."""
+    """One line: what the backend is, why it was chosen, and what a check of its kernels found."""
+    equal_lengths_backend: str | None = None
+    """Replaces ``backend`` for packings whose documents have one length; see :func:`plan_attention`."""
 
 
 class UnusableBackend(ValueError):
@@ -41,7 +45,7 @@ class UnusableBackend(ValueError):
 class Setting:
     """The facts that decide whether a backend can be used."""
 
-    device_type: str
+    device: torch.device
     capability: tuple[int, int]
     """Compute capability of the GPU; (0, 0) elsewhere."""
     dtype: torch.dtype
@@ -74,7 +78,7 @@ def choose_attention_backend(
     softcap: bool = False,
     sinks: bool = False,
 ) -> Choice:
-    """Return the backend of a run.
+    """Return the backend of a run. On a GPU this checks the kernels that depend on its software.
 
     Args:
         requested: ``auto``, or a key of ``BACKENDS``.
@@ -92,7 +96,7 @@ def choose_attention_backend(
     """
     windowed = any(window is not None for window in windows)
     setting = Setting(
-        device.type,
+        device,
         _capability(device),
         dtype,
         head_dim,
@@ -104,14 +108,51 @@ def choose_attention_backend(
     )
     if requested == "auto":
         backend = next(name for name in BACKENDS if _preferred(name, setting) and obstacle(name, setting) is None)
-        return Choice(backend, f"{BACKENDS[backend]}; {_why(backend, setting)}")
+        return _checked(Choice(backend, f"{BACKENDS[backend]}; {_why(backend, setting)}"), setting, True)
     if requested not in BACKENDS:
         raise UnusableBackend(f"unknown attention backend {requested!r}; use auto, {', '.join(BACKENDS)}")
     problem = obstacle(requested, setting)
     if problem is not None:
         usable = [name for name in BACKENDS if obstacle(name, setting) is None]
         raise UnusableBackend(f"attention by {requested} {problem}; use auto or {' or '.join(usable)}")
-    return Choice(requested, f"{BACKENDS[requested]}; as configured")
+    return _checked(Choice(requested, f"{BACKENDS[requested]}; as configured"), setting, False)
+
+
+def _checked(choice: Choice, setting: Setting, automatic: bool) -> Choice:
+    """Check the kernels of ``choice`` on this GPU, and make the process use those that work.
+
+    Args:
+        choice: of a backend that can be used.
+        setting: of the run.
+        automatic: add a faster backend for documents of one length.
+    """
+    if setting.device.type != "cuda":
+        return choice
+    kernels = setting.device, setting.dtype, max(setting.head_dim, setting.value_head_dim)
+    if choice.backend in (VARLEN, FA3, FA4):
+        problem = self_check.shared_heads_problem(flash.IMPLEMENTATIONS.get(choice.backend), *kernels)
+        flash.share_heads(problem is None)
+        if problem is not None:
+            choice = _noted(choice, f"keys and values are copied for all heads, because without copies {problem}")
+    usual = choice.backend in (VARLEN, FLASH_ATTN) and not setting.windowed
+    replaces = automatic and usual and setting.capability[0] >= 9
+    if (choice.backend == SDPA or replaces) and _suits_cudnn(setting):
+        problem = self_check.cudnn_problem(*kernels)
+        per_document.use_cudnn(problem is None)
+        if problem is not None:
+            return _noted(choice, f"without cuDNN, because {problem}")
+        if replaces:
+            return _noted(choice, "documents of one length: cuDNN through SDPA")._replace(equal_lengths_backend=SDPA)
+    return choice
+
+
+def _noted(choice: Choice, note: str) -> Choice:
+    return choice._replace(reason=f"{choice.reason}; {note}")
+
+
+def _suits_cudnn(setting: Setting) -> bool:
+    """Return whether cuDNN has kernels for a run on a GPU, forward and backward."""
+    return setting.dtype in _HALF and setting.head_dim <= 128 and not setting.head_dim % 8 and not setting.is_special
 
 
 def _preferred(backend: str, setting: Setting) -> bool:
@@ -121,14 +162,15 @@ def _preferred(backend: str, setting: Setting) -> bool:
     if backend == FA4:  # On Hopper FlashAttention-3 has all the features, and FlashAttention-4 is new.
         return setting.capability[0] >= 10
     if backend == SDPA:  # cuDNN is faster than FlashAttention-2 from Hopper on; a window would need a mask.
-        usual = not setting.windowed and not setting.is_special and setting.dtype != torch.float32
-        return setting.capability[0] >= 9 and usual
+        if setting.capability[0] < 9 or setting.windowed or not _suits_cudnn(setting):
+            return False
+        return self_check.cudnn_problem(setting.device, setting.dtype, setting.head_dim) is None
     return True
 
 
 def _why(backend: str, setting: Setting) -> str:
     if backend == PER_DOCUMENT:
-        if setting.device_type != "cuda":
+        if setting.device.type != "cuda":
             return "the backend for CPUs"
         usual = FLEX if _preferred(FLEX, setting) else VARLEN
         return f"{usual} {obstacle(usual, setting)}"
@@ -148,8 +190,8 @@ def obstacle(backend: str, setting: Setting) -> str | None:
         return "has no attention sinks, which this model uses"
     if backend == SDPA:
         return None if setting.equal_lengths else "is for documents of one length (data.attend_across_documents: true)"
-    if setting.device_type != "cuda":
-        return f"needs a GPU, and the run is on {setting.device_type}"
+    if setting.device.type != "cuda":
+        return f"needs a GPU, and the run is on {setting.device.type}"
     if backend == FLEX:
         return _flex_obstacle(setting)
     return _flash_obstacle(backend, setting)
@@ -163,7 +205,7 @@ def _flex_obstacle(setting: Setting) -> str | None:
 
 
 def _flash_obstacle(backend: str, setting: Setting) -> str | None:
-    if setting.dtype not in (torch.bfloat16, torch.float16):
+    if setting.dtype not in _HALF:
         return f"computes in bf16 or fp16, not {str(setting.dtype).removeprefix('torch.')}"
     largest = 128 if backend == FA4 else 256
     head_dim = max(setting.head_dim, setting.value_head_dim)  # the smaller one is padded
@@ -175,8 +217,6 @@ def _flash_obstacle(backend: str, setting: Setting) -> str | None:
         return f"needs compute capability {wanted}, and the GPU has {'.'.join(map(str, setting.capability))}"
     if backend == FLASH_ATTN:
         return import_problem("flash_attn", "flash_attn_varlen_func") or _softcap_problem(setting)
-    if not {"scale", "window_size"} <= flash.varlen_parameters():
-        return f"needs torch.nn.attention.varlen with scale and window_size, which PyTorch {torch.__version__} lacks"
     if backend == VARLEN:
         built = torch.backends.cuda.is_flash_attention_available()
         return None if built else "needs a PyTorch that was built with flash attention"
@@ -198,8 +238,7 @@ _SOURCES = {
 
 
 def _registered_implementations() -> list[str]:
-    listed = getattr(torch.nn.attention, "list_flash_attention_impls", None)
-    return listed() if listed else []
+    return torch.nn.attention.list_flash_attention_impls()
 
 
 @functools.cache

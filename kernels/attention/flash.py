@@ -15,15 +15,16 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
+
+IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "FA4"}
+"""PyTorch's names of the implementations of ``varlen_attn``, by backend; its own has none."""
 
 
 def use_implementation(name: str | None) -> None:
     """Make ``varlen_attn`` run ``FA3`` or ``FA4``; None for the kernels of PyTorch. This applies to the whole
     process.
     """
-    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-        assert name is None
-        return
     if torch.nn.attention.current_flash_attention_impl() == name:
         return
     if name is None:
@@ -110,20 +111,22 @@ def varlen_attention(
     *,
     softmax_scale: float | None = None,
     window: int | None = None,
+    shares_heads: bool | None = None,
 ) -> Tensor:
-    """Run PyTorch's ``varlen_attn``. Arguments as in ``attention``; documents without tokens are allowed."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Run PyTorch's ``varlen_attn``. Arguments as in ``attention``; documents without tokens are allowed.
 
+    Args:
+        shares_heads: pass K key and value heads rather than N copies; None: as set by :func:`share_heads`.
+    """
     options: dict[str, Any] = {}
     groups = q_TND.shape[1] // k_TKD.shape[1]
     if groups > 1:
-        if VARLEN_TAKES_GROUPS:
-            options["enable_gqa"] = True
-        else:
-            # It then requires equal numbers of heads.
+        if not (_shares_heads if shares_heads is None else shares_heads):
             k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
+        elif VARLEN_HAS_ENABLE_GQA:
+            options["enable_gqa"] = True
     length = _kernel_length(max_seqlen)
-    output = varlen_attn(
+    output = varlen.varlen_attn(
         q_TND,
         k_TKD,
         v_TKD,
@@ -139,16 +142,6 @@ def varlen_attention(
 
 
 @functools.cache
-def varlen_parameters() -> frozenset[str]:
-    """Return the names of the parameters of this PyTorch's ``varlen_attn``; empty if it does not exist."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-@functools.cache
 def package_parameters() -> frozenset[str]:
     """Return the names of the parameters of the flash-attn package's function; the package must be installed."""
     from flash_attn import flash_attn_varlen_func
@@ -156,8 +149,19 @@ def package_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(flash_attn_varlen_func).parameters)
 
 
-# Read when the module is imported, so that a compiled step sees a constant.
-VARLEN_TAKES_GROUPS = "enable_gqa" in varlen_parameters()
+# Read when the module is imported, so that a compiled step sees a constant. Without this argument (PyTorch 2.11)
+# varlen_attn does not look at the numbers of heads, but its documentation has only one.
+VARLEN_HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+_shares_heads = VARLEN_HAS_ENABLE_GQA
+
+
+def share_heads(works: bool) -> None:
+    """Make ``varlen_attn`` take K key and value heads as they are, or copies for all N query heads.
+
+    This applies to the whole process. The default is the first if PyTorch documents it.
+    """
+    global _shares_heads
+    _shares_heads = works
 
 
 def _kernel_length(max_seqlen: int) -> int:

@@ -1,7 +1,7 @@
 """PyTorch's scaled dot-product attention, for each document, or for documents of one length as a batch.
 
 Both run on every device. The first is the reference for the others and the default on CPUs. The second uses the fused
-kernels without a mask, cuDNN's first, which are the fastest in PyTorch on Hopper.
+kernels without a mask, cuDNN's first where :func:`use_cudnn` allows them, which are the fastest in PyTorch on Hopper.
 
 PyTorch's function has neither a soft cap nor sinks. With one of them the scores of a document are formed in fp32, which
 takes memory for [N, S, S] of them.
@@ -10,12 +10,23 @@ takes memory for [N, S, S] of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CUDNN = SDPBackend.CUDNN_ATTENTION
+_uses_cudnn = False
+
+
+def use_cudnn(works: bool) -> None:
+    """Make documents of one length use cuDNN or not. This applies to the whole process; the default is not."""
+    global _uses_cudnn
+    _uses_cudnn = works
 
 
 class Options(NamedTuple):
@@ -56,24 +67,16 @@ def batched_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    only_cudnn: bool = False,
 ) -> Tensor:
     """Compute one scaled dot-product attention over ``num_documents`` documents of T / num_documents tokens each.
 
-    A window that is shorter than the documents needs a mask, which excludes the fastest kernels.
+    A window that is shorter than the documents needs a mask, which excludes the fastest kernels. With ``only_cudnn``
+    no other kernel replaces cuDNN's.
     """
     options = Options(softmax_scale, window, softcap, sinks)
     q, k, v = (x.unflatten(0, (num_documents, -1)).transpose(1, 2) for x in (q_TND, k_TKD, v_TKE))
-    if q.device.type == "cuda":
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
-        with sdpa_kernel(order, set_priority=True):
-            output = _causal_attention(q, k, v, options)
-    else:
-        output = _causal_attention(q, k, v, options)
+    output = _causal_attention(q, k, v, options, [_CUDNN] if only_cudnn else _batch_kernels())
     return output.transpose(1, 2).flatten(0, 1)
 
 
@@ -92,16 +95,38 @@ def apply_sinks(output: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
     return (output * share[..., None]).to(output.dtype)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """Map [B, N, S, D] queries, [B, K, S, D] keys and [B, K, S, E] values to [B, N, S, E]."""
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, kernels: Sequence[SDPBackend] = _WITHOUT_CUDNN
+) -> Tensor:
+    """Map [B, N, S, D] queries, [B, K, S, D] keys and [B, K, S, E] values to [B, N, S, E].
+
+    Args:
+        kernels: those to try on a GPU, in this order. By default without cuDNN's, which plan each new length.
+    """
     if options.softcap is not None or options.sinks is not None:
         return _explicit_attention(q, k, v, options)
     length = q.shape[2]
     windowed = options.window is not None and options.window < length
     mask = _visible(length, options.window, q.device) if windowed else None
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=options.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # The gradients of cuDNN's kernels with a mask are not numbers for some lengths (pytorch/pytorch#196678).
+    with _only(kernels if mask is None else _WITHOUT_CUDNN, q):
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=options.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+def _batch_kernels() -> list[SDPBackend]:
+    return [_CUDNN, *_WITHOUT_CUDNN] if _uses_cudnn else _WITHOUT_CUDNN
+
+
+def _only(kernels: Sequence[SDPBackend], q: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which PyTorch uses only these kernels on a GPU; there is no choice elsewhere."""
+    return sdpa_kernel(list(kernels), set_priority=True) if on_gpu(q) else nullcontext()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Return whether ``x`` is on a GPU."""
+    return x.device.type == "cuda"
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:

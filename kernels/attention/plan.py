@@ -21,6 +21,9 @@ WITH_SOFTCAP = (FLASH_ATTN, FLEX, SDPA, PER_DOCUMENT)
 WITH_SINKS = (FLEX, SDPA, PER_DOCUMENT)
 """Backends that support attention sinks: those whose log-sum-exp of the scores has a gradient."""
 
+_FLEX_GRAPHS = 64
+"""Limit of the graphs of FlexAttention that is compiled alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
@@ -55,7 +58,12 @@ class AttentionPlan:
 
 
 def plan_attention(
-    backend: str, cu_seqlens: Tensor, windows: Iterable[int | None], device: torch.device
+    backend: str,
+    cu_seqlens: Tensor,
+    windows: Iterable[int | None],
+    device: torch.device,
+    *,
+    equal_lengths_backend: str | None = None,
 ) -> AttentionPlan:
     """Return the plan of a packing.
 
@@ -65,14 +73,18 @@ def plan_attention(
         windows: the windows of the model's layers, None for full attention. Other windows work too, but what a backend
             prepares for them is then made when they are first used.
         device: where the attention runs.
+        equal_lengths_backend: replaces ``backend`` if all documents have one length, and no window is shorter.
 
     Raises:
         ValueError: ``sdpa`` with documents of different lengths.
     """
+    windows = set(windows)
+    if equal_lengths_backend is not None and _is_batch(cu_seqlens, windows):
+        backend = equal_lengths_backend
     if backend in VARIABLE_LENGTH:
-        flash.use_implementation({FA3: "FA3", FA4: "FA4"}.get(backend))
+        flash.use_implementation(flash.IMPLEMENTATIONS.get(backend))
         return AttentionPlan(backend)
-    lengths = tuple(length for length in cu_seqlens.diff().tolist() if length)
+    lengths = _lengths(cu_seqlens)
     if backend == SDPA:
         if len(set(lengths)) != 1:
             raise ValueError(f"attention backend sdpa is for documents of one length, not {sorted(set(lengths))}")
@@ -81,10 +93,21 @@ def plan_attention(
         from .flex import make_block_mask
 
         make_mask = functools.partial(torch.compiler.disable(make_block_mask), lengths, device=device)
-        masks = {window: make_mask(window) for window in set(windows)}
+        masks = {window: make_mask(window) for window in windows}
         return AttentionPlan(backend, masks=masks, make_mask=make_mask, function=_flex_function(device.type))
     assert backend == PER_DOCUMENT, backend
     return AttentionPlan(backend, lengths, function=_outside_graphs())
+
+
+def _lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """Return the lengths of the documents that have tokens."""
+    return tuple(length for length in cu_seqlens.diff().tolist() if length)
+
+
+def _is_batch(cu_seqlens: Tensor, windows: set[int | None]) -> bool:
+    """Return whether all documents have one length, which no window limits."""
+    first, *others = set(_lengths(cu_seqlens))
+    return not others and all(window is None or window >= first for window in windows)
 
 
 @functools.cache
@@ -94,7 +117,10 @@ def _flex_function(device_type: str) -> Callable[..., Any]:
     # Without compilation FlexAttention forms all scores: good enough for tests on a CPU.
     if device_type != "cuda":
         return flex_attention
-    return torch.compile(flex_attention, dynamic=False)
+    # One graph for each kind of layer, dtype and option. Beyond the limit PyTorch forms all scores as well, silently
+    # unless the function has to be one graph.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FLEX_GRAPHS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @functools.cache

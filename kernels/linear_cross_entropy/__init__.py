@@ -4,12 +4,14 @@ The head's product, the softmax and both gradients are computed for some rows at
 a memory budget, however many tokens there are; the weight's gradient is accumulated in fp32. Gradients are formed in
 the forward pass (three matrix products, none repeated) and scaled by the incoming gradient in the backward pass.
 
-``chunked.py`` does this in PyTorch, ``triton_kernels.py`` in Triton, ``reference.py`` has whole logits and autograd;
+``chunked.py`` does this in PyTorch, ``triton_loss.py`` in Triton, ``reference.py`` has whole logits and autograd;
 ``rows.py`` has the formulas.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,19 +21,40 @@ from torch.autograd.function import once_differentiable
 
 from ..triton_support import triton_refusal
 from . import chunked
-from .rows import Needs, Options
+from .rows import Gradients, Needs, Options
 
 IGNORE_INDEX = -100
 """Target of a token without target: it adds no loss and no gradient."""
 
 LOGIT_BYTES = 256 * 1024**2
-"""Memory budget in bytes of one chunk's logits and all else of their shape, in the PyTorch path."""
+"""Memory budget in bytes of one chunk's logits and all else of their shape, in the PyTorch path on a GPU."""
 
-TRITON_LOGIT_BYTES = 1024**3
-"""The same budget in the Triton path. It is larger, because each chunk reads and writes the weight's fp32 gradient
-once."""
+CPU_LOGIT_BYTES = 64 * 1024**2
+"""The same on a CPU. Smaller chunks have slower products; larger ones take memory that is not in any cache."""
 
-BACKENDS = ("auto", "chunked", "triton")
+LARGEST_TRITON_BUDGET = 5 * 1024**3
+"""Largest budget of the Triton path: one chunk for 16,384 tokens and a vocabulary of 152,064. Each further chunk reads
+and writes the weight's fp32 gradient once more, and its products have fewer rows."""
+
+SHARE_OF_MEMORY = 20
+"""The Triton path's budget is at most this fraction (1/20) of a GPU's memory: 4 GiB of 80."""
+
+INTERPRETER_BUDGET = 1024**3
+
+BACKENDS = ("auto", "chunked", "triton", "triton-persistent")
+
+Compute = Callable[..., Gradients]
+
+
+def triton_budget(total_memory: int | None) -> int:
+    """Return the memory budget in bytes of one chunk's exponentials and row statistics in the Triton path.
+
+    Args:
+        total_memory: of the GPU; None: Triton's interpreter.
+    """
+    if total_memory is None:
+        return INTERPRETER_BUDGET
+    return min(LARGEST_TRITON_BUDGET, total_memory // SHARE_OF_MEMORY)
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -73,49 +96,76 @@ def linear_cross_entropy(
         vocab_group: ranks that share the vocabulary. ``weight_VH`` and ``bias`` hold this rank's rows, as many on every
             rank and in the order of ranks; hidden states, targets (rows of the whole vocabulary) and whether gradients
             are needed are the same on all. Every rank gets the whole loss and the whole gradient of the hidden states.
-        backend: "auto" takes Triton on CUDA for what it supports; "chunked" and "triton" force one.
+        backend: "auto" takes Triton on CUDA for what it supports, and of its kernels the persistent one where that can
+            read the inputs (``triton_kernels.py``); "chunked", "triton" and "triton-persistent" force one.
 
     Raises:
-        ValueError: unknown backend, or "triton" for what it does not support.
+        ValueError: unknown backend, or one that does not support this.
     """
     options = Options(ignore_index, z_loss, logit_softcap, logit_scale, vocab_group)
-    use_triton = _use_triton(backend, hidden_TH)
+    compute = _choose(backend, hidden_TH, weight_VH)
     tensors = hidden_TH, weight_VH, bias
     needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
-    loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, use_triton, needs)
+    loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, compute, needs)
     return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
 
 
-def _triton_refusal(hidden_TH: Tensor) -> str | None:
-    """Return why the Triton path cannot compute this; None if it can."""
+def backend_refusal(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> str | None:
+    """Return why a backend cannot compute this, with the remedy; None if it can."""
+    if not backend.startswith("triton"):
+        return None
     if hidden_TH.dtype != torch.bfloat16:
-        return f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
-    return triton_refusal(hidden_TH.device.type)
+        stored = f"it stores exponentials as bf16, which would round the gradients of {hidden_TH.dtype} inputs"
+        return f"{stored}; use 'chunked'"
+    missing = triton_refusal(hidden_TH.device.type)
+    if missing is not None or backend == "triton":
+        return None if missing is None else f"{missing}, or 'chunked'"
+    from .triton_kernels import descriptor_refusal
+
+    refusal = descriptor_refusal(hidden_TH, weight_VH)
+    return None if refusal is None else f"{refusal}; use 'triton'"
 
 
-def _use_triton(backend: str, hidden_TH: Tensor) -> bool:
+def default_backend(hidden_TH: Tensor, weight_VH: Tensor) -> str:
+    """Return the backend that "auto" takes."""
+    order = ("triton-persistent", "triton", "chunked") if hidden_TH.is_cuda else ("chunked",)
+    return next(one for one in order if backend_refusal(one, hidden_TH, weight_VH) is None)
+
+
+def _choose(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> Compute:
+    """Return the function of a backend, with its memory budget."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "chunked" or (backend == "auto" and not hidden_TH.is_cuda):
-        return False
-    refusal = _triton_refusal(hidden_TH)
-    if refusal is not None and backend == "triton":
-        raise ValueError(f"backend 'triton' cannot be used: {refusal}; use 'chunked'")
-    return refusal is None
+    if backend == "auto":
+        backend = default_backend(hidden_TH, weight_VH)
+    refusal = backend_refusal(backend, hidden_TH, weight_VH)
+    if refusal is not None:
+        raise ValueError(f"backend {backend!r} cannot be used: {refusal}")
+    if backend == "chunked":
+        return functools.partial(chunked.compute, budget=logit_budget(hidden_TH.device))
+    from . import triton_loss
+
+    budget, persistent = device_budget(hidden_TH.device), backend == "triton-persistent"
+    return functools.partial(triton_loss.compute, budget=budget, persistent=persistent)
+
+
+def logit_budget(device: torch.device) -> int:
+    """Return the budget of the PyTorch path on a device."""
+    return CPU_LOGIT_BYTES if device.type == "cpu" else LOGIT_BYTES
+
+
+def device_budget(device: torch.device) -> int:
+    """Return :func:`triton_budget` of a device. PyTorch reads a GPU's properties once."""
+    is_gpu = device.type == "cuda"
+    return triton_budget(torch.cuda.get_device_properties(device).total_memory if is_gpu else None)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, options, use_triton, needs):
+    def forward(ctx, hidden, weight, bias, targets, options, compute, needs):
         # The caller decides whether gradients are needed: inside forward, grad mode is always off.
         assert hidden.dtype == weight.dtype, f"hidden states {hidden.dtype}, weight {weight.dtype}"
-        if use_triton:
-            from . import triton_kernels
-
-            compute, budget = triton_kernels.compute, TRITON_LOGIT_BYTES
-        else:
-            compute, budget = chunked.compute, LOGIT_BYTES
-        result = compute(hidden, weight, bias, targets, options, budget, needs)
+        result = compute(hidden, weight, bias, targets, options, needs=needs)
         ctx.save_for_backward(result.hidden_TH, result.weight_VH, result.bias_V)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return result.losses_T.sum()
@@ -132,7 +182,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad * factor`` rounded once, to ``dtype``: a bf16 factor would change all gradients of a step by up to
-    0.4 %.
+    0.4 %. A gradient of that dtype is scaled in its own memory, unless the graph is kept for a second backward pass:
+    zero-bubble pipelines make one for the gradients of weights.
     """
+    in_place = grad.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph()
+    result = grad if in_place else torch.empty_like(grad, dtype=dtype)
     # One element instead of zero dimensions makes the product fp32; it is rounded when it is written.
-    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))
+    return torch.mul(grad, factor.reshape(1), out=result)

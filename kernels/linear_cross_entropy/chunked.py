@@ -40,10 +40,15 @@ def compute(
     weight = weight_VH if weight_VH.is_cuda else weight_VH.float()
     softcap = options.logit_softcap is not None
     per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, any(needs), softcap)
-    for part in chunks(hidden_TH.shape[0], budget // (per_logit * num_rows)):
+    parts = chunks(hidden_TH.shape[0], budget // (per_logit * num_rows))
+    memory: Tensor | None = None
+    if parts and weight.dtype == torch.float32:
+        # One allocation for all chunks: on a CPU the first use of new memory takes as long as a pass over it.
+        memory = torch.empty(parts[0].stop, num_rows, dtype=torch.float32, device=weight.device)
+    for part in parts:
         hidden = hidden_TH[part].to(weight.dtype)
         targets = Targets.of(targets_T[part], num_rows, options)
-        losses[part], grad = _rows(matmul_fp32(hidden, weight.t()), bias_V, targets, options, any(needs))
+        losses[part], grad = _rows(_logits(hidden, weight, memory), bias_V, targets, options, any(needs))
         if grad is None:
             continue
         if grad_bias is not None:
@@ -58,12 +63,19 @@ def compute(
                     dist.all_reduce(whole, group=options.vocab_group)
                 grad_hidden[part] = whole
         if needs.weight:
-            grad_weight = add_product(grad_weight, grad.t(), hidden, budget)
+            grad_weight = add_product(grad_weight, grad.t(), hidden)
         # Freed before the next chunk's logits are allocated.
         del grad
     if needs.weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
     return Gradients(losses, grad_hidden, grad_weight, grad_bias)
+
+
+def _logits(hidden: Tensor, weight: Tensor, memory: Tensor | None) -> Tensor:
+    """Return the fp32 product ``hidden @ weight.T``, in the first rows of ``memory`` if that is given."""
+    if memory is None:
+        return matmul_fp32(hidden, weight.t())
+    return torch.mm(hidden, weight.t(), out=memory[: hidden.shape[0]])
 
 
 def _rows(

@@ -148,23 +148,23 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def add_product(total: Tensor | None, a: Tensor, b: Tensor, block_bytes: int) -> Tensor:
-    """Return ``total + a @ b`` in fp32, in the memory of ``total``; None counts as zero.
-
-    Args:
-        block_bytes: bound of the temporary memory if the product cannot be added in place.
-    """
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``total + a @ b`` in fp32, in the memory of ``total``; None counts as zero."""
     if total is None:
         return matmul_fp32(a, b)
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
-    if a.is_cuda and _ADDMM_TAKES_FP32:
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    rows = max(1, block_bytes // (4 * total.shape[1]))
-    for start in range(0, total.shape[0], rows):
-        total[start : start + rows] += matmul_fp32(a[start : start + rows], b)
+    if a.is_cuda:
+        return add_product_in_place(total, a, b)
+    return total.add_(matmul_fp32(a, b))
+
+
+def add_product_in_place(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add the product of two bf16 matrices to the fp32 matrix ``total`` on a GPU.
+
+    This is one cuBLAS product with beta = 1, which reads and writes ``total`` once. addmm cannot do it before PyTorch
+    2.12, where its first argument must have the dtype of the factors; baddbmm has no such check.
+    """
+    batch = total[None]
+    torch.baddbmm(batch, a[None], b[None], out_dtype=torch.float32, out=batch)
     return total
-
-
-# Before 2.12 addmm with an out_dtype required its first argument in the dtype of the factors.
-_ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)

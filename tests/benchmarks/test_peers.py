@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from retemper.benchmarks import peers
+from retemper.benchmarks.peer_engines import job as job_module
 from retemper.benchmarks.peer_engines import ours
 
 TINY = ["--layers=2", "--hidden=64", "--vocab=300", "--batch=2", "--sequence=16", "--warmup=1", "--steps=2"]
@@ -102,7 +103,7 @@ def test_ratios_are_of_medians_over_rounds():
     assert (litgpt["ours_times_as_fast"], litgpt["ours_memory_share"]) == (200 / 400, 20 / 16)
     lines = peers.format_rows([own, trainer, litgpt], {"trainer+liger": "liger_kernel is not installed"}).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
-    assert cells[0] == ["retemper", "200", "100 .. 300", "100", "0 MiB", "5.0000", "1.00", "1.00"]
+    assert cells[0] == ["retemper", "200", "100 .. 300", "100", "0 MiB", "5.0000", "", "1.00", "1.00"]
     assert cells[1][-2:] == ["2.50", "0.50"] and cells[2][-2:] == ["0.50", "1.25"]
     assert lines[5] == "trainer+liger: not run: liger_kernel is not installed"
 
@@ -128,10 +129,19 @@ if engine == "trainer+liger":
     time.sleep(60)
 if engine == "litgpt+compile":
     raise SystemExit(0)
+if engine == "trainer+regional" and not json.loads(job.read_text())["recompute"]:
+    print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.49 GiB.", file=sys.stderr)
+    print("and a line after it", file=sys.stderr)
+    raise SystemExit(1)
 record = {"tokens_per_second": 100.0, "tokens_per_cpu_second": 50.0, "peak_bytes": 2**20, "warmup_seconds": 1.0}
 record["losses"] = [9.0 if engine == "trainer" else 5.0, 4.0]
 job.with_name("result.json").write_text(json.dumps(record))
 """
+
+
+def stub_job(folder):
+    (folder / "job").mkdir()
+    return peers.job_of(peers.parse_arguments(TINY), str(folder / "job"), "cpu")
 
 
 @pytest.fixture
@@ -155,16 +165,42 @@ def stub(monkeypatch, tmp_path):
     ],
 )
 def test_an_engine_that_leaves_no_record_says_why(stub, engine, limit, said):
-    (stub / "job").mkdir()
-    result = peers.run_engine(engine, stub / "job" / "job.json", limit, 1)
+    result = peers.run_engine(engine, stub_job(stub), "none", limit, 1)
     assert result["engine"] == engine and result["problem"] == said
 
 
 def test_a_record_is_not_taken_for_the_next_engine(stub):
-    (stub / "job").mkdir()
-    job = stub / "job" / "job.json"
-    assert peers.run_engine(peers.OURS, job, 30.0, 1)["losses"] == [5.0, 4.0]
-    assert "losses" not in peers.run_engine("litgpt+compile", job, 30.0, 1)
+    job = stub_job(stub)
+    assert peers.run_engine(peers.OURS, job, "none", 30.0, 1)["losses"] == [5.0, 4.0]
+    # Of an engine that was killed after it had written its record.
+    (stub / "job" / "result.json").write_text(json.dumps({"losses": [1.0]}))
+    assert "losses" not in peers.run_engine("litgpt+compile", job, "none", 30.0, 1)
+
+
+def test_recomputation_is_tried_only_where_memory_runs_out(stub):
+    job = stub_job(stub)
+    record = peers.run_engine("trainer+compile", job, "auto", 30.0, 1)
+    assert record["recompute"] == "none" and "losses" in record
+    record = peers.run_engine("trainer+regional", job, "auto", 30.0, 1)
+    assert record["recompute"] == "full" and "losses" in record
+    record = peers.run_engine("litgpt", job, "auto", 30.0, 1)
+    assert record["recompute"] == "full" and record["problem"] == "ValueError: out of memory"
+    started = (stub / "started.txt").read_text().split()
+    assert started == ["trainer+compile", *2 * ["trainer+regional"], *2 * ["litgpt"]]
+
+
+def test_peers_are_compared_with_an_earlier_run_of_ours(stub, capsys):
+    path, compared = stub / "ours.json", stub / "peers.json"
+    assert peers.main([*TINY, "--engines", "retemper", "--json", str(path)]) == 0
+    arguments = [*TINY, "--engines", "trainer+compile,trainer", "--json", str(compared)]
+    assert peers.main([*arguments, "--compare", str(path)]) == 1
+    rows = json.loads(compared.read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["trainer+compile", "trainer"]
+    assert rows[0]["ours_times_as_fast"] == 1.0 and "rejected" in rows[1]["problem"]
+    # Where ours has no result, peers have one all the same.
+    assert peers.main([*arguments, "--compare", str(stub / "missing.json")]) == 0
+    with pytest.raises(SystemExit, match="for peers alone"):
+        peers.main([*TINY, "--compare", str(path)])
 
 
 def test_command(stub, capsys):
@@ -205,6 +241,7 @@ def test_compile_compiles_every_engine(stub):
     assert peers.asked_engines(options) == [
         "trainer+compile",
         "trainer+compile+chunked",
+        "loop+compile",
         "litgpt+compile",
         peers.OURS,
     ]
@@ -240,18 +277,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 
 def job_of(folder, *options):
     """The job and the data of a tiny model."""
-    options = peers.parse_arguments([*TINY, *options])
-    job = peers.Job(
-        folder=str(folder),
-        architecture=peers.architecture(options),
-        batch_size=options.batch,
-        sequence_length=options.sequence,
-        warmup_steps=options.warmup,
-        steps=options.steps,
-        device="cpu",
-        precision=options.precision,
-        ours=peers.our_settings(options),
-    )
+    job = peers.job_of(peers.parse_arguments([*TINY, *options]), str(folder), "cpu")
     peers.make_data(job)
     return job
 
@@ -271,6 +297,9 @@ def test_our_engine_does_the_work_that_is_described(one_rank, tmp_path, monkeypa
     found = ours.run(job, peers.OURS)
     assert len(found["losses"]) == 3 and len(found["step_seconds"]) == 2
     assert found["tokens_per_second"] > 0 and found["peak_bytes"] > 0
+    reports = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert sum('"loss"' in line for line in reports) == 3  # every step is reported, as to users
+    assert not list((tmp_path / "run").rglob("manifest.json"))
 
     options = {key: value for key, value in job.architecture.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **options))
@@ -282,6 +311,39 @@ def test_our_engine_does_the_work_that_is_described(one_rank, tmp_path, monkeypa
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
     assert found["losses"][0] == pytest.approx(expected, abs=2e-5)
     assert len({round(loss, 3) for loss in found["losses"]}) == 3
+
+
+class FakeEvent:
+    """An event of a GPU: read only after a synchronization. Events are a second apart."""
+
+    recorded = 0
+    readable = False
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.recorded += 1
+        self.place = FakeEvent.recorded
+
+    def elapsed_time(self, other):
+        assert FakeEvent.readable, "read while steps are made"
+        return 1e3 * (other.place - self.place)
+
+
+def test_steps_on_a_gpu_are_events_that_are_read_after_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: setattr(FakeEvent, "readable", FakeEvent.recorded >= 6))
+    monkeypatch.setattr(job_module, "reset_peak", lambda device: True)
+    monkeypatch.setattr(job_module, "peak_bytes", lambda device: 7)
+    job = peers.job_of(peers.parse_arguments([*TINY, "--warmup=2", "--steps=3"]), str(tmp_path), "cuda")
+    clock = job_module.Clock(job)
+    clock.ready()
+    for _ in range(5):
+        clock.step_done(1.0)
+    found = clock.record()
+    assert found["step_seconds"] == [1.0, 1.0, 1.0] and found["warmup_seconds"] == 2.0
+    assert found["tokens_per_second"] == found["tokens_per_second_median"] == 32 and found["peak_bytes"] == 7
 
 
 def test_our_engine_gets_the_settings_of_the_job(tmp_path):

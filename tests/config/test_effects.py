@@ -60,6 +60,8 @@ def test_settings_that_have_an_effect_are_not_mentioned():
     several = {"reduces": True, "same_weights": True, "num_micro_batches": 2, "device": "cuda"}
     run = changed(
         parallel__reduce_gradients="step",
+        parallel__reshard_after_forward=False,
+        parallel__prefetch_blocks=3,
         parallel__recompute="full",
         parallel__recompute_every=2,
         parallel__cpu_offload=True,
@@ -123,6 +125,8 @@ STEPS = "has no effect: the run has fewer steps"
         ({"data__train": ONE, "data__weights": "documents"}, {}, "data.weights documents has no effect: no mixture"),
         ({"parallel__reduce_gradients": "step"}, {"num_micro_batches": 2}, "parallel.reduce_gradients step has no"),
         ({"parallel__reduce_gradients": "step"}, {"reduces": True}, "parallel.reduce_gradients step has no effect"),
+        ({"parallel__reshard_after_forward": False}, {}, "reshard_after_forward false has no effect: no other rank"),
+        ({"parallel__prefetch_blocks": 2}, {}, "parallel.prefetch_blocks 2 has no effect: no other rank"),
         ({"parallel__cpu_offload": True}, {}, "parallel.cpu_offload true has no effect: the run computes on the CPU"),
         ({"allow_changes": ["seed"]}, {}, "allow_changes ['seed'] has no effect: the run starts fresh"),
         (

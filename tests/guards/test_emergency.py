@@ -15,6 +15,7 @@ from retemper.engine import step as step_module
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.errors import UserError
 from retemper.engine.guards.emergency import EmergencySave
+from retemper.engine.optim.local import local_part
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.weights.checkpoint.retention import reasons_to_keep
@@ -69,7 +70,7 @@ def fail_in(run, phase, patch, error):
     elif phase == "data":
         failing(Prefetcher, "get")
     elif phase == "clipping":
-        failing(step_module, "clip_grad_norm")
+        failing(step_module, "global_norm")
     elif phase == "update":
         failing(run.optimizer, "step")
     elif phase == "report":
@@ -85,7 +86,7 @@ def fail_in(run, phase, patch, error):
 
         @torch.no_grad()
         def spoil():
-            next(iter(run.model.parameters())).to_local().view(-1)[3] = float("nan")
+            local_part(next(iter(run.model.parameters()))).view(-1)[3] = float("nan")
 
         failing(run.forward_backward, "accumulate_gradients", spoil)
 

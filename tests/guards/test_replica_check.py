@@ -97,6 +97,11 @@ def test_what_nobody_else_holds_is_not_compared(two_ranks, run_file, tmp_path):
     assert two_ranks.run(train, run_file, options, {1: (3, name, 0, 1)}) == [None, None]
 
 
+def test_stages_of_a_pipeline_hold_different_parameters(two_ranks, run_file, tmp_path):
+    options = [*OPTIONS, "--parallel.pipeline", "2", "--training.check_replicas_interval", "1"]
+    assert two_ranks.run(train, run_file, [*options, "--run_folder", str(tmp_path)], {}) == [None, None]
+
+
 def test_of_four_copies_the_odd_one_is_named(four_ranks, run_file, tmp_path):
     options = [*OPTIONS, "--parallel.replicate", "4", "--parallel.shard", "1", "--run_folder", str(tmp_path)]
     options += ["--training.check_replicas_interval", "1", "--training.micro_batch_size", "2"]

@@ -17,7 +17,8 @@ from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfi
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.model.attention_choice import choose_attention
 from retemper.engine.model.implementations import checked, parse_architecture
-from retemper.engine.parallel import build, fsdp
+from retemper.engine.parallel import build
+from retemper.engine.parallel.data_parallel import copy_full_
 from retemper.engine.parallel.forward_backward import ForwardBackward, ModelParts
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.mesh import build_mesh
@@ -102,7 +103,7 @@ def build_one(
 def load(model: ModelParts, state: dict[str, Tensor]) -> None:
     """Copy whole tensors into the parameters of a model."""
     for name, parameter in model.named_parameters():
-        fsdp.copy_full_(parameter, state[name])
+        copy_full_(parameter, state[name])
 
 
 def gradients(model: ModelParts) -> dict[str, Tensor]:

@@ -62,11 +62,13 @@ def gradients(model: Decoder, batch: Batch) -> dict[str, Tensor]:
 
 def compilable_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, plan=None):
     """Attention as a GPU's kernel is to the compiler: one operator that it does not look into."""
-    return _attention(q, k, v, cu_seqlens, max_seqlen, window)
+    return attention_operator(q, k, v, cu_seqlens, max_seqlen, window)
 
 
 @torch.library.custom_op("retemper_tests::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
+def attention_operator(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None
+) -> Tensor:
     return _by_document(q, k, v, cu_seqlens, window).contiguous()
 
 
@@ -92,7 +94,7 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: in
     return per_document_attention(q, k, v, cu_seqlens.diff().tolist(), window=window)
 
 
-@_attention.register_fake
+@attention_operator.register_fake
 def _(q, k, v, cu_seqlens, max_seqlen, window):
     return q.new_empty(q.shape)
 
@@ -111,4 +113,4 @@ def _backward(ctx, grad):
     return *_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.window), None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+attention_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -60,11 +60,16 @@ def configure(path: Path, overrides: str = "") -> RunConfig:
 
 
 def spec_of(
-    config: RunConfig, world_size: int, capability: tuple[int, int] | None = None, gpus_per_node: int = 8
+    config: RunConfig,
+    world_size: int,
+    capability: tuple[int, int] | None = None,
+    gpus_per_node: int = 8,
+    gpu_memory: int | None = None,
 ) -> RankSpec:
     """The rank to dry run of a run on ``world_size`` ranks; on CPUs unless there is a ``capability``."""
     architecture = parse_architecture(config.model.architecture)
-    return RankSpec(config, architecture, plan_layout(config.parallel, world_size), gpus_per_node, capability)
+    layout = plan_layout(config.parallel, world_size)
+    return RankSpec(config, architecture, layout, gpus_per_node, capability, gpu_memory)
 
 
 def allocated(ranks: Ranks, spec: RankSpec) -> tuple[int, int]:

@@ -139,10 +139,12 @@ def first_gradients(ranks: Ranks, path: Path, overrides: list[str]) -> dict[str,
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
     """Full gradients of this rank's parameters, by name."""
-    return {
-        name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
-        for name, p in run.model.named_parameters()
-    }
+    return {name: whole(p.grad) for name, p in run.model.named_parameters()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all of a tensor, of which this rank may hold a part."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def records(run_folder: Path) -> list[dict]:

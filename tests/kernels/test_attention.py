@@ -1,16 +1,28 @@
 """Packed causal attention against an explicit float64 softmax over every document by itself."""
 
+import functools
 import itertools
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles.packed_attention import documented_varlen, explicit_attention
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend
 
 from retemper.kernels import attention as package
-from retemper.kernels.attention import attention, flash, pad_offsets, per_document_attention, plan_attention
+from retemper.kernels.attention import (
+    attention,
+    flash,
+    pad_offsets,
+    per_document,
+    per_document_attention,
+    plan_attention,
+)
+from retemper.kernels.attention.plan import _flex_function
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -85,7 +97,9 @@ def test_values_and_gradients_equal_the_explicit_softmax(backend, padding, layou
         )
 
 
-@pytest.mark.parametrize("package_name", ["flash_attn", "varlen of torch 2.11", "varlen of torch 2.13"])
+@pytest.mark.parametrize(
+    "package_name", ["flash_attn", "varlen of torch 2.11", "varlen of torch 2.11, checked", "varlen of torch 2.13"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flash_kernels_are_called_as_their_documentation_has_it(monkeypatch, package_name, layout, kv_heads):
@@ -101,7 +115,8 @@ def test_flash_kernels_are_called_as_their_documentation_has_it(monkeypatch, pac
         return documented_varlen(q, k, v, cu_seqlens_q, longest, softmax_scale, window_size[0], right)
 
     def varlen_of_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        assert q.shape[1] == k.shape[1] == v.shape[1], "its documentation knows one number of heads"
+        # Its documentation knows one number of heads.
+        assert k.shape[1] == v.shape[1] == (kv_heads if package_name.endswith("checked") else q.shape[1])
         return documented_varlen(q, k, v, cu_q, min(max_q, max_k), scale, *window_size)
 
     def varlen_of_2_13(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
@@ -116,7 +131,8 @@ def test_flash_kernels_are_called_as_their_documentation_has_it(monkeypatch, pac
     else:
         new = package_name.endswith("13")
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_2_13 if new else varlen_of_2_11)
-        monkeypatch.setattr(flash, "VARLEN_TAKES_GROUPS", new)
+        monkeypatch.setattr(flash, "VARLEN_HAS_ENABLE_GQA", new)
+        monkeypatch.setattr(flash, "_shares_heads", not package_name.endswith("11"))
         backend = "varlen"
     cu = pad_offsets(offsets(lengths))
     plan = plan_attention(backend, cu, [None], CPU)
@@ -190,6 +206,48 @@ def test_a_plan_changes_no_bit_on_a_cpu():
     assert torch.equal(planned, attention(*inputs, offsets(lengths), 9))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "windows", "expected"),
+    [
+        ([6, 6, 6], [None], "sdpa"),
+        ([17], [None], "sdpa"),
+        ([6, 6, 0, 0], [None], "sdpa"),
+        ([6, 6, 6], [None, 6], "sdpa"),
+        ([6, 6, 6], [None, 5], "varlen"),
+        ([6, 6, 5], [None], "varlen"),
+    ],
+)
+def test_a_packing_of_one_length_has_its_own_backend(lengths, windows, expected):
+    plan = plan_attention("varlen", offsets(lengths), windows, CPU, equal_lengths_backend="sdpa")
+    assert plan.backend == expected
+    assert plan.num_documents == (sum(length > 0 for length in lengths) if expected == "sdpa" else 0)
+    assert plan_attention("varlen", offsets(lengths), windows, CPU).backend == "varlen"
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize(("backend", "window"), [("sdpa", None), ("sdpa", 6), ("sdpa", 5), ("per_document", 5)])
+def test_cudnn_gets_no_mask_and_only_documents_of_one_length(monkeypatch, works, backend, window):
+    """A GPU is pretended: the kernels that PyTorch may use are those of its flags."""
+    seen, lengths = [], [6, 6, 6]
+
+    def sdpa_kernel(kernels, set_priority):
+        seen.append(kernels)
+        return torch.nn.attention.sdpa_kernel(kernels, set_priority)
+
+    monkeypatch.setattr(per_document, "on_gpu", lambda x: True)
+    monkeypatch.setattr(per_document, "_uses_cudnn", works)
+    monkeypatch.setattr(
+        per_document, "sdpa_kernel", lambda *args, **kw: seen.append(args[0]) or sdpa_kernel(*args, **kw)
+    )
+    plan = plan_attention(backend, offsets(lengths), [window], CPU)
+    check(lambda *x: attention(*x, offsets(lengths), 6, window=window, plan=plan), lengths, 4, 2, window, None)
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if works and backend == "sdpa" and window != 5:
+        allowed.insert(0, SDPBackend.CUDNN_ATTENTION)
+    assert seen
+    assert all(kernels == allowed for kernels in seen)
+
+
 def test_documents_of_different_lengths_are_no_batch():
     with pytest.raises(ValueError, match=r"sdpa is for documents of one length, not \[2, 5\]"):
         plan_attention("sdpa", offsets([5, 2, 5]), [None], CPU)
@@ -251,6 +309,28 @@ def test_compiled_flex_attention_reads_the_blocks():
         output = block_masked_attention(*inputs, make_block_mask(lengths, window, CPU), function=compiled)
         expected = explicit_attention(*(x.double() for x in inputs), lengths, window, None)
         assert (output - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_flex_attention_stays_compiled_for_any_kind_of_layer(monkeypatch):
+    """Without the fused kernel it would form all scores, and say nothing. A GPU is pretended."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+
+    def attend(head_dim):
+        q, k, v = (x.detach() for x in make_inputs([5, 3], 4, 2, head_dim))
+        attention(q, k, v, offsets([5, 3]), 5, plan=plan)
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = _flex_function.__wrapped__("cuda")
+        plan = replace(plan_attention("flex", offsets([5, 3]), [None], CPU), function=compiled)
+        for head_dim in range(16, 20):
+            attend(head_dim)
+        assert counter.frame_count == 4
+        torch._dynamo.config.recompile_limit = 4
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            attend(20)
+    torch._dynamo.reset()
 
 
 def test_every_backend_has_a_description():

@@ -10,7 +10,14 @@ from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig,
 from retemper.engine.errors import UserError
 from retemper.engine.model.attention_choice import choose_attention, choose_for_model
 from retemper.engine.model.implementations import parse_architecture
-from retemper.kernels.attention import UnusableBackend, choice, choose_attention_backend, flash
+from retemper.kernels.attention import (
+    UnusableBackend,
+    choice,
+    choose_attention_backend,
+    flash,
+    per_document,
+    self_check,
+)
 
 PACKAGES = {
     "flash-attn": "flash_attn",
@@ -23,9 +30,19 @@ HOPPER, AMPERE, BLACKWELL, TURING = (9, 0), (8, 0), (10, 0), (7, 5)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """``machine(capability, packages)``: a CUDA device with these; everything else is missing."""
+    """``machine(capability, packages)``: a CUDA device with these; everything else is missing. Checks find nothing."""
+    monkeypatch.setattr(flash, "_shares_heads", None)
+    monkeypatch.setattr(per_document, "_uses_cudnn", None)
 
-    def describe(capability, *packages, varlen=("scale", "window_size", "enable_gqa"), flash_attn=("softcap",)):
+    def describe(
+        capability,
+        *packages,
+        flash_attn=("softcap",),
+        cudnn=None,
+        shared_heads=None,
+    ):
+        monkeypatch.setattr(self_check, "cudnn_problem", lambda *kernels: cudnn)
+        monkeypatch.setattr(self_check, "shared_heads_problem", lambda *kernels: shared_heads)
         installed = {PACKAGES[package] for package in packages}
         problem = "needs {}, which cannot be imported (No module named {!r})"
         monkeypatch.setattr(choice, "_capability", lambda device: capability if device.type == "cuda" else (0, 0))
@@ -33,7 +50,6 @@ def machine(monkeypatch):
             choice, "import_problem", lambda name, _: None if name in installed else problem.format(name, name)
         )
         monkeypatch.setattr(choice, "_registered_implementations", lambda: ["FA3", "FA4"])
-        monkeypatch.setattr(flash, "varlen_parameters", lambda: frozenset(varlen))
         monkeypatch.setattr(flash, "package_parameters", lambda: frozenset(flash_attn))
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         choice.obstacle.cache_clear()
@@ -87,14 +103,8 @@ def test_auto_takes_the_first_that_works(machine, capability, packages, options,
     assert "\n" not in taken.reason
 
 
-def test_a_pytorch_whose_varlen_attn_knows_no_window_is_passed_over(machine):
-    taken = choose(machine(HOPPER, varlen=("is_causal",)))
-    assert taken.backend == "per_document"
-    assert "needs torch.nn.attention.varlen with scale and window_size" in taken.reason
-
-
 def test_the_reason_says_what_was_missing(machine):
-    assert choose(machine(HOPPER)).reason == (
+    assert choose(machine(AMPERE)).reason == (
         "PyTorch varlen_attn (FlashAttention-2); the fastest that works here (not usable: fa3, flash_attn)"
     )
     assert "varlen computes in bf16 or fp16, not float32" in choose(machine(HOPPER), dtype=torch.float32).reason
@@ -104,10 +114,57 @@ def test_the_reason_says_what_was_missing(machine):
     assert "per document; flex needs triton" in choose(machine(HOPPER), softcap=True).reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "packages", "requested", "options", "expected"),
+    [
+        (HOPPER, [], "auto", {}, True),
+        (BLACKWELL, [], "auto", {"dtype": torch.float16}, True),
+        (HOPPER, ["flash-attn"], "auto", {}, True),
+        (HOPPER, ["flash-attn"], "auto", {"head_dim": 64, "windows": [None, None]}, True),
+        (AMPERE, ["flash-attn"], "auto", {}, False),
+        (HOPPER, ["FA3"], "auto", {}, False),
+        (BLACKWELL, ["FA4"], "auto", {}, False),
+        (HOPPER, [], "varlen", {}, False),
+        (HOPPER, ["flash-attn"], "flash_attn", {}, False),
+        (HOPPER, [], "auto", {"windows": [None, 512]}, False),
+        (HOPPER, ["flash-attn"], "auto", {"softcap": True}, False),
+        (HOPPER, ["triton"], "auto", {"sinks": True}, False),
+        (HOPPER, [], "auto", {"dtype": torch.float32}, False),
+        (HOPPER, [], "auto", {"head_dim": 256}, False),
+        (HOPPER, [], "auto", {"head_dim": 192, "value_head_dim": 128}, False),
+    ],
+)
+def test_auto_takes_cudnn_for_documents_of_one_length(machine, capability, packages, requested, options, expected):
+    taken = choose(machine(capability, *packages), requested, **options)
+    assert taken.equal_lengths_backend == ("sdpa" if expected else None)
+    assert taken.reason.endswith("; documents of one length: cuDNN through SDPA") is expected
+    assert per_document._uses_cudnn is (True if expected else None)
+
+
+@pytest.mark.parametrize("options", [{}, {"equal_lengths": True}])
+def test_a_cudnn_that_fails_its_check_is_not_used(machine, options):
+    taken = choose(machine(HOPPER, cudnn="wrong by nan in dQ"), **options)
+    assert (taken.backend, taken.equal_lengths_backend) == ("varlen", None)
+    assert taken.reason.endswith("; without cuDNN, because wrong by nan in dQ")
+    assert per_document._uses_cudnn is False
+    forced = choose(machine(HOPPER, cudnn="it raises"), "sdpa", equal_lengths=True)
+    assert (forced.backend, forced.reason[-29:]) == ("sdpa", "without cuDNN, because it raises"[-29:])
+
+
+@pytest.mark.parametrize(("backend", "packages"), [("varlen", []), ("fa3", ["FA3"])])
+def test_heads_are_shared_where_the_check_finds_nothing(machine, backend, packages):
+    assert choose(machine(HOPPER, *packages)).backend == backend
+    assert flash._shares_heads is True
+    taken = choose(machine(HOPPER, *packages, shared_heads="it raises an error"))
+    assert taken.backend == backend
+    assert "; keys and values are copied for all heads, because without copies it raises an error" in taken.reason
+    assert flash._shares_heads is False
+
+
 @pytest.mark.parametrize("options", [{}, {"equal_lengths": True}, {"dtype": torch.float32}, {"windows": [4]}])
 def test_a_cpu_goes_document_by_document(options):
     taken = choose(torch.device("cpu"), **options)
-    assert taken == ("per_document", "PyTorch SDPA per document; the backend for CPUs")
+    assert taken == ("per_document", "PyTorch SDPA per document; the backend for CPUs", None)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def test_varlen_attn_gets_one_head_size(monkeypatch, options):
         return documented_varlen(q, k, v, cu_q, max_q, scale, *window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(flash, "VARLEN_TAKES_GROUPS", True)
+    monkeypatch.setattr(flash, "VARLEN_HAS_ENABLE_GQA", True)
+    monkeypatch.setattr(flash, "_shares_heads", True)
     for lengths in LAYOUTS.values():
         check(plan_attention("varlen", offsets(lengths), [], CPU), lengths, 4, 2, 3, options)
 

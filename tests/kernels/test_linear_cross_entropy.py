@@ -20,7 +20,7 @@ def reference(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, upstream:
 
 
 def set_rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -> None:
-    monkeypatch.setattr(kernel, "LOGIT_BYTES", rows * vocab * 4)
+    monkeypatch.setattr(kernel, "logit_budget", lambda device: rows * vocab * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +56,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, dtype, rows):
 
 def test_a_budget_below_one_row_still_takes_one_row(monkeypatch):
     inputs = make_inputs(7, 8, 31, torch.float32)
-    monkeypatch.setattr(kernel, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(kernel, "logit_budget", lambda device: 1)
     assert abs(linear_cross_entropy(*inputs).loss_sum.item() - reference(*inputs)[0].item()) <= 1e-4
 
 

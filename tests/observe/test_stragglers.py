@@ -129,14 +129,14 @@ def test_whose_time_is_what(clock, watched):
     block = Sleeper(clock)
     watch = watched([block], [(0.5, 2.0, 7.0), (0.25, 4.0, 5.0)])
     _step(watch, clock, [block])
-    assert watch.report() == ({}, [])
+    assert watch.report(watch.lap()) == ({}, [])
     block.gathering, block.computing = 1.0, 3.0
     _step(watch, clock, [block] * 2, data=0.5)
     block.computing = 50.0
     with torch.no_grad():
         block(torch.zeros(()))
     _step(watch, clock, [block], data=0.25)  # only the data of later steps counts
-    assert watch.report() == (
+    assert watch.report(watch.lap()) == (
         {
             "slowest_rank": 0,
             "slowest_rank_data_seconds": 0.375,
@@ -155,10 +155,10 @@ def test_of_many_calls_some_are_timed_for_all(clock, watched, monkeypatch):
     block = Sleeper(clock)
     watch = watched([block], [(0.0, 1.0, 0.0)])
     _step(watch, clock, [block])
-    watch.report()
+    watch.report(watch.lap())
     block.computing = 2.0
     _step(watch, clock, [block] * 10)
-    assert watch.report().values["slowest_rank_blocks_seconds"] == 20.0
+    assert watch.report(watch.lap()).values["slowest_rank_blocks_seconds"] == 20.0
 
 
 def test_a_line_is_said_of_who_is_much_slower_twice(clock, watched):
@@ -168,7 +168,7 @@ def test_a_line_is_said_of_who_is_much_slower_twice(clock, watched):
     def report(seconds):
         block.computing = seconds
         _step(watch, clock, [block])
-        return watch.report().lines
+        return watch.report(watch.lap()).lines
 
     assert [report(s) for s in (9.0, 1.19, 1.19, 1.3)] == [[]] * 4
     [line] = report(1.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,8 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine.config.settings import OptimizerConfig
-from retemper.engine.optim import adamw, build_optimizer, clip_grad_norm
+from retemper.engine.optim import adamw, build_optimizer, clip_divisor, global_norm, step_unless
 from retemper.engine.optim.adamw import CompactAdamW
+from retemper.engine.optim.fused_adamw import FusedAdamW
 from retemper.engine.optim.stochastic_rounding import random_bits, round_stochastically, stream_key
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -257,7 +259,7 @@ def test_the_default_is_pytorchs_fused_adamw_and_each_bf16_setting_is_not():
         return build_optimizer(nn.Linear(3, 2, dtype=dtype).named_parameters(), OptimizerConfig(**settings))
 
     default = built(FP32)
-    assert type(default) is torch.optim.AdamW and default.defaults["fused"]
+    assert type(default) is FusedAdamW
     for optimizer in (built(BF16), built(FP32, state_dtype="bf16"), built(BF16, state_dtype="bf16")):
         assert type(optimizer) is CompactAdamW
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
@@ -282,46 +284,126 @@ class _Syncs(TorchDispatchMode):
         return NotImplemented if any(issubclass(t, DTensor) for t in types) else func(*args, **(kwargs or {}))
 
 
-def clipped(ranks, dtype, max_norm):
-    """Norm, whole gradients, and (syncs, operators) of clipping sharded gradients."""
+def sharded_model(ranks, dtype) -> nn.ParameterList:
+    """Sharded parameters of random values, with random gradients."""
     mesh = init_device_mesh("cpu", (ranks.world_size,))
     model = nn.ParameterList()
     for i, shape in enumerate(SHAPES):
-        values = distribute_tensor(_random(*shape, seed=i, dtype=dtype), mesh, [Shard(0)], src_data_rank=None)
-        model.append(nn.Parameter(torch.zeros_like(values)))
-        model[-1].grad = values
+        weight, gradient = (
+            distribute_tensor(_random(*shape, seed=seed, dtype=dtype), mesh, [Shard(0)], src_data_rank=None)
+            for seed in (i, i + 100)
+        )
+        model.append(nn.Parameter(weight))
+        model[-1].grad = gradient
+    return model
+
+
+def clipped(ranks, dtype, max_norm):
+    """Norm, whole weights after the update, and (syncs, operators) of clipping and updating sharded parameters."""
+    model = sharded_model(ranks, dtype)
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(learning_rate=0.03), 0)
     with _Syncs() as syncs:
-        norm = clip_grad_norm(model.parameters(), max_norm)
+        norm = global_norm(model.parameters())
+        divisor = clip_divisor(norm, max_norm)
     with _Syncs() as control:
         bool(norm > 0)
         model[0].grad.sum().full_tensor().item()
     assert control.count == 2
-    return norm, [p.grad.full_tensor() for p in model], (syncs.count, syncs.operators)
+    step_unless(optimizer, torch.zeros(()), divisor)
+    return norm, [p.full_tensor().detach() for p in model], (syncs.count, syncs.operators)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_clipping_of_sharded_gradients_is_float64s_and_never_waits(dtype, max_norm, two_ranks):
-    gradients = [_random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(SHAPES)]
+    """An update of gradients that are not clipped has the bits of one without clipping."""
+    weights, gradients = ([_random(*s, seed=i + at, dtype=dtype) for i, s in enumerate(SHAPES)] for at in (0, 100))
     exact = torch.cat([g.double().flatten() for g in gradients]).norm().item()
     factor = min(1.0, max_norm / exact) if max_norm else 1.0
+    unclipped = two_ranks.run(clipped, dtype, 0.0)[0][1]
     for norm, results, (syncs, operators) in two_ranks.run(clipped, dtype, max_norm):
         assert norm.dtype == FP32 and norm.item() == pytest.approx(exact, rel=1e-6)
         assert syncs == 0 < operators
-        for result, gradient in zip(results, gradients, strict=True):
-            assert result.dtype == dtype
+        for i, result in enumerate(results):
             if factor == 1.0:
-                assert torch.equal(result, gradient)
-            else:
-                rounding = 1e-5 if dtype == FP32 else 2.0**-8 * 1.001
-                torch.testing.assert_close(result.double(), gradient.double() * factor, rtol=rounding, atol=0)
+                assert torch.equal(result, unclipped[i])
+            settings = {**SETTINGS, "weight_decay": 0.1 if result.ndim >= 2 else 0.0}
+            expected, _ = _float64_adamw(weights[i], 1, [gradients[i].double() * factor], settings)
+            rounding = 2e-6 if dtype == FP32 else _spacing(expected) * 1.001
+            assert ((result.double() - expected).abs() <= rounding).all()
 
 
-def test_bf16_gradients_are_scaled_by_a_factor_that_was_not_rounded():
-    model = nn.ParameterList([nn.Parameter(torch.zeros(200, 100, dtype=BF16))])
-    model[0].grad = gradient = _random(200, 100, dtype=BF16)
-    before = gradient.double()
-    exact = before.norm()
-    clip_grad_norm(model.parameters(), 0.7)
-    ratio = (model[0].grad.double() * before).sum() / before.square().sum()
-    assert ratio.item() == pytest.approx(0.7 / exact.item(), rel=2e-4)
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+def test_moments_are_those_of_clipped_gradients(state_dtype):
+    """The first step hides the factor, which cancels in the weights: the moments show it."""
+    parameter = nn.Parameter(torch.zeros(200, 100))
+    optimizer = build_optimizer([("weight", parameter)], OptimizerConfig(state_dtype=state_dtype))
+    parameter.grad = gradient = _random(200, 100)
+    norm = global_norm([parameter])
+    exact = gradient.double().norm()
+    assert clip_divisor(norm, 1e6).item() == 1.0 and clip_divisor(norm, 0.0) is None
+    step_unless(optimizer, torch.zeros(()), clip_divisor(norm, 0.7))
+    before = _random(200, 100).double()
+    for name, beta, values in (("exp_avg", 0.9, before), ("exp_avg_sq", 0.95, before.square())):
+        factor = 0.7 / exact if name == "exp_avg" else (0.7 / exact) ** 2
+        ratio = (optimizer.state[parameter][name].double() * values).sum() / values.square().sum()
+        assert ratio.item() == pytest.approx((1 - beta) * factor.item(), rel=1e-5 if state_dtype == "fp32" else 2e-3)
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, "fp32"), (FP32, "bf16"), (BF16, "bf16")])
+def test_a_skipped_update_changes_no_bit(dtypes):
+    parameter = nn.Parameter(_random(30, 20, dtype=dtypes[0]))
+    optimizer = build_optimizer([("weight", parameter)], OptimizerConfig(state_dtype=dtypes[1]))
+    for gradient, skip in ((_random(30, 20, seed=1), 0.0), (torch.full((30, 20), float("nan")), 1.0)):
+        before = [parameter.detach().clone(), *(v.clone() for v in optimizer.state[parameter].values())]
+        parameter.grad = gradient.to(dtypes[0])
+        norm = global_norm([parameter])
+        step_unless(optimizer, torch.tensor(skip), clip_divisor(norm, 0.5))
+    after = [parameter.detach(), *optimizer.state[parameter].values()]
+    if isinstance(optimizer, CompactAdamW):  # it counts skipped steps
+        del before[1], after[1]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def updated_by_pytorch(ranks, skipped):
+    """Parameters and states after three updates by ``torch.optim.AdamW`` and by ours, of which one may be skipped."""
+    results = []
+    for kind in (torch.optim.AdamW, FusedAdamW):
+        model = sharded_model(ranks, FP32)
+        options = {"fused": True} if kind is torch.optim.AdamW else {}
+        groups = [{"params": list(model)[:2], "weight_decay": 0.1}, {"params": list(model)[2:], "weight_decay": 0.0}]
+        optimizer = kind(groups, lr=0.03, betas=(0.9, 0.95), eps=1e-8, **options)
+        for step in range(3):
+            optimizer.grad_scale = torch.tensor(1.0 + step)
+            optimizer.found_inf = torch.tensor(float(step == skipped))
+            if step == 1:
+                model[0].grad = None
+            optimizer.step()
+        tensors = [*model, *(value for p in model for value in optimizer.state[p].values())]
+        results.append([(t.full_tensor() if isinstance(t, DTensor) else t).detach() for t in tensors])
+        assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in model)
+        assert [list(state) for state in optimizer.state.values()] == [["step", "exp_avg", "exp_avg_sq"]] * len(model)
+    return results
+
+
+@pytest.mark.parametrize("skipped", [None, 0, 2])
+def test_the_update_on_local_parts_has_the_bits_of_pytorchs(skipped, two_ranks):
+    for theirs, ours in two_ranks.run(updated_by_pytorch, skipped):
+        assert len(theirs) == len(ours) > 8
+        assert all(torch.equal(one, other) for one, other in zip(theirs, ours, strict=True))
+
+
+def test_loaded_states_are_the_ones_that_are_updated():
+    """The optimizer remembers parts of its states, which loading replaces."""
+    one, other = (nn.Parameter(_random(5, 4)) for _ in range(2))
+    optimizers = [FusedAdamW([{"params": [parameter]}], lr=0.1) for parameter in (one, other)]
+    for step in range(3):
+        one.grad, other.grad = _random(5, 4, seed=step), _random(5, 4, seed=step if step > 1 else 9 + step)
+        if step == 2:
+            other.data.copy_(one.data)
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(one, other)
+    for name, value in optimizers[0].state[one].items():
+        assert torch.equal(optimizers[1].state[other][name], value), name

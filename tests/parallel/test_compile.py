@@ -15,7 +15,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.model import decoder as decoder_module
 from retemper.engine.parallel import compile as block_compile
 from retemper.engine.parallel import recompute
-from retemper.kernels.attention import PER_DOCUMENT
+from retemper.kernels.attention import PER_DOCUMENT, flash, per_document
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow) if shutil.which("g++") else "aot_eager"
@@ -61,17 +61,30 @@ def test_same_losses_and_gradients(backend, mode, kernel_attention):
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_all_blocks_and_document_counts_share_their_graphs(mode, kernel_attention):
+@pytest.mark.parametrize("first", [(), (9,), range(1, 96)], ids=["one document", "two", "one token each"])
+def test_all_blocks_and_packings_share_one_graph(mode, first, kernel_attention):
+    """Whatever the number of documents and the longest one are; evaluation has its own, without gradients."""
     counter = CompileCounterWithBackend("aot_eager")
     model = compiled(counter, mode, num_layers=5)
-    gradients(model, packed(9))
-    gradients(model, packed(20))
-    # One graph, and one more when the length of the longest document is seen to vary.
-    assert counter.frame_count <= 2
-    known = counter.frame_count
+    gradients(model, packed(*first))
+    assert counter.frame_count == 1
     for count in range(15):
-        gradients(model, packed(*range(1, count), num_tokens=packed_model.NUM_TOKENS))
-    assert counter.frame_count == known
+        gradients(model, packed(*range(1, count)))
+    assert counter.frame_count == 1
+    for starts in (first, (50,), (20, 40, 60)):
+        with torch.no_grad():
+            model(packed(*starts))
+    assert counter.frame_count == 2
+
+
+def test_without_dynamic_integers_a_second_graph_takes_any_packing(monkeypatch, kernel_attention):
+    """They are not part of PyTorch's stable interface."""
+    monkeypatch.setattr(block_compile, "_DYNAMIC_INT", int)
+    counter = CompileCounterWithBackend("aot_eager")
+    model = compiled(counter)
+    for starts in ((), (9,), (20, 40), range(1, 30)):
+        gradients(model, packed(*starts))
+    assert counter.frame_count == 2
 
 
 def test_windows_and_evaluation_stay_within_the_limit(kernel_attention):
@@ -89,7 +102,36 @@ def test_windows_and_evaluation_stay_within_the_limit(kernel_attention):
         assert_close(gradients(model, batch), gradients(plain, batch), 2e-6)
         with torch.no_grad():
             assert model(batch).item() == pytest.approx(plain(batch).item(), rel=2e-6)
-    assert counter.frame_count <= 8
+    assert counter.frame_count == 2 * 2
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_packings_of_one_length_have_one_more_graph(monkeypatch, backend, mode):
+    """Packings with cuDNN, which cannot run here, and others: two graphs in any order, and no break."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return packed_model.attention_operator(q, k, v, cu_q, max_q, None)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash, "_shares_heads", True)
+    monkeypatch.setattr(per_document, "on_gpu", lambda x: True)
+    monkeypatch.setattr(per_document, "_uses_cudnn", True)
+    counter = CompileCounterWithBackend(backend)
+    model, plain = compiled(counter, mode), tiny_decoder()
+
+    def batch(*starts):
+        return packed(*starts).prepare(CPU, "varlen", (None,), equal_lengths_backend="sdpa")
+
+    wholes = (32, 64), (32, 64)
+    for starts in ((7, 40), wholes[0], (1, 2, 3, 50, 70), wholes[1], range(1, 40), (11,)):
+        assert_close(gradients(model, batch(*starts)), gradients(plain, packed(*starts)), 2e-6)
+    assert counter.frame_count == 2
+    # Another number of documents of one length is rare. It is variable from its second value on.
+    for starts in ((16, 32, 48, 64, 80), (48,), (24, 48, 72), (8, 20), (32, 64)):
+        assert_close(gradients(model, batch(*starts)), gradients(plain, packed(*starts)), 2e-6)
+    assert counter.frame_count == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_attention_per_document_stays_outside_of_the_graphs():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import parity_run
 import pytest
+import torch
 from parity_run import Model
 from rank_cluster import RankCluster
 
@@ -42,6 +43,8 @@ CASES: list[Case] = [
     (2, "shard=2", OPTIONS),
 ]
 """Every axis, each kind of model. With the first model for every run of the tests."""
+if torch.__version__ < "2.13":  # refused with gloo
+    CASES = [case for case in CASES if "zbv_zero_bubble" not in case[1]]
 MORE_CASES: list[Case] = [
     (2, "replicate=2", (PACKED,)),
     (2, "tensor=2 recompute=full", (NORMED,)),

@@ -6,11 +6,16 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from retemper.engine.config.parser import parse_config
+from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from retemper.engine.errors import UserError
 from retemper.engine.model.architecture import Architecture, LayerRange
 from retemper.engine.model.implementations import meta_model, parse_architecture
-from retemper.engine.parallel.pipeline import cut_layers, stage_numbers
+from retemper.engine.parallel.pipeline import check, cut_layers, stage_numbers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "megatron_configs"
 
@@ -80,3 +85,32 @@ def test_the_last_stage_of_qwen2_72b_has_fewer_layers_for_its_head():
 )
 def test_which_rank_holds_which_stage(schedule, per_rank, expected):
     assert [stage_numbers(schedule, place, 4, per_rank) for place in range(4)] == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "backend", "refused"),
+    [
+        ("2.11.0+cu130", "gloo", True),
+        ("2.12.1", "gloo", True),
+        ("2.13.0+cpu", "gloo", False),
+        ("2.11.0+cu130", "nccl", False),
+        ("2.11.0+cu130", "undefined", False),  # cpu:gloo,cuda:nccl, of runs on GPUs
+        ("2.11.0+cu130", None, False),  # a plan
+    ],
+)
+def test_zbv_needs_a_backend_that_sends_to_the_own_rank_before_torch_2_13(monkeypatch, version, backend, refused):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(dist, "is_initialized", lambda: backend is not None)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    parallel = ParallelConfig(
+        pipeline=2, pipeline_schedule="zbv_zero_bubble", pipeline_stages_per_rank=2, reshard_after_forward=False
+    )
+    config = RunConfig("folder", DataConfig(), TrainingConfig(1), parallel=parallel)
+    if not refused:
+        check(shape(8, 50, tied=False), config, 4, compiled=False)
+        return
+    with pytest.raises(
+        UserError, match=r"zbv_zero_bubble .* PyTorch 2\.1[12].*; use interleaved_zero_bubble"
+    ) as caught:
+        check(shape(8, 50, tied=False), config, 4, compiled=False)
+    assert "\n" not in str(caught.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,8 @@ from packed_model import gradients, packed, tiny_decoder
 from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from retemper.engine.config.settings import ParallelConfig
 from retemper.engine.parallel import compile as block_compile
@@ -67,7 +69,7 @@ def kept_and_repeated(mode: str, every: int = 1, **changes) -> tuple[int, Counte
     "changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True}, {"model_type": "olmo2"}], ids=str
 )
 @pytest.mark.parametrize(("mode", "every"), [("selective", 1), ("full", 1), ("selective", 2), ("full", 3)])
-def test_gradients_are_bitwise_the_same(mode, every, changes):
+def test_gradients_are_bitwise_the_same(mode, every, changes, each_version):
     expected = gradients(decoder("none", **changes), BATCH)
     actual = gradients(decoder(mode, every, **changes), BATCH)
     assert actual.keys() == expected.keys()
@@ -103,7 +105,39 @@ def test_the_last_product_of_a_block_is_not_kept(monkeypatch):
     assert with_last - kept == blocks * tokens * hidden * fp32
 
 
-def test_selective_repeats_no_product_and_no_attention():
+class AskingAgain(TorchDispatchMode):
+    """A pass through a block whose policy also decides during recomputation, as before PyTorch 2.13."""
+
+    def __init__(self, policy, kept: dict, is_recompute: bool):
+        super().__init__()
+        self.policy, self.kept = policy, kept
+        self.context = SelectiveCheckpointContext(is_recompute=is_recompute)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "detach" in func.name():  # as PyTorch ignores it
+            return func(*args, **(kwargs or {}))
+        keep = self.policy(self.context, func, *args) == CheckpointPolicy.MUST_SAVE
+        if keep and self.context.is_recompute:
+            return self.kept[func].pop(0)
+        output = func(*args, **(kwargs or {}))
+        if keep:
+            self.kept[func].append(tree_map_only(torch.Tensor, torch.Tensor.detach, output))
+        return output
+
+
+@pytest.fixture(params=["as installed", "policy asked again"])
+def each_version(request, monkeypatch):
+    """Selective recomputation of this PyTorch, and of those before 2.13."""
+
+    def contexts(policy):
+        kept = defaultdict(list)
+        return AskingAgain(policy, kept, False), AskingAgain(policy, kept, True)
+
+    if request.param == "policy asked again":
+        monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", contexts)
+
+
+def test_selective_repeats_no_product_and_no_attention(each_version):
     _, none = kept_and_repeated("none")
     _, selective = kept_and_repeated("selective")
     _, full = kept_and_repeated("full")
@@ -115,7 +149,7 @@ def test_selective_repeats_no_product_and_no_attention():
     assert none[torch.ops.aten.rsqrt] == 0
 
 
-def test_selective_repeats_no_product_of_a_block_with_a_norm_at_its_end():
+def test_selective_repeats_no_product_of_a_block_with_a_norm_at_its_end(each_version):
     olmo = {"model_type": "olmo2"}
     repeated = [kept_and_repeated(mode, **olmo)[1][torch.ops.aten.mm] for mode in ("none", "selective", "full")]
     assert repeated[0] == repeated[1] == repeated[2] - 7 * 4

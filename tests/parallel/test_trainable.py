@@ -51,7 +51,7 @@ def stage_one(one_rank, untied_file, tmp_path_factory) -> Path:
 
 def first_weights(ranks, path: Path, folder: Path) -> dict[str, torch.Tensor]:
     run = pretrain.build(tiny_run.configure(path, "--run_folder", str(folder)), ranks)
-    return {name: parameter.full_tensor().clone() for name, parameter in run.model.named_parameters()}
+    return {name: tiny_run.whole(parameter) for name, parameter in run.model.named_parameters()}
 
 
 def present_gradients(ranks, path: Path, overrides: list[str]) -> dict[str, torch.Tensor | None]:
@@ -60,7 +60,7 @@ def present_gradients(ranks, path: Path, overrides: list[str]) -> dict[str, torc
     batches = run.data.micro_batches(0)
     num_targets = ranks.all_reduce(tiny_run.count_targets(batches, run.mesh))
     run.forward_backward.accumulate_gradients(batches, num_targets, lambda phase: None)
-    return {name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in run.model.named_parameters()}
+    return {name: None if p.grad is None else tiny_run.whole(p.grad) for name, p in run.model.named_parameters()}
 
 
 def test_only_embeddings_change_and_only_they_have_states(one_rank, untied_file, stage_one, tmp_path):
@@ -154,7 +154,7 @@ def test_second_stage_starts_from_the_first(one_rank, untied_file, stage_one, tm
         tiny_run.configure(untied_file, "--run_folder", str(tmp_path), "--model.initialize_from", str(last)), one_rank
     )
     for name, parameter in run.model.named_parameters():
-        assert parameter.requires_grad and torch.equal(parameter.full_tensor(), trained[name])
+        assert parameter.requires_grad and torch.equal(parameter, trained[name])
 
 
 @pytest.fixture

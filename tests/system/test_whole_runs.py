@@ -53,7 +53,7 @@ def test_transformers_in_a_plain_loop_gives_the_same_curve(one_rank, run_file, r
     """An independent loop: transformers' model, whole documents one at a time, torch's AdamW and clipping."""
     run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path)), one_rank)
     model = Qwen2ForCausalLM(Qwen2Config(**tiny_run.ARCHITECTURE, attn_implementation="eager"))
-    ours = {name: parameter.full_tensor() for name, parameter in run.model.named_parameters()}
+    ours = {name: tiny_run.whole(parameter) for name, parameter in run.model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ours[name])

@@ -76,6 +76,8 @@ class RankSpec:
     gpus_per_node: int
     capability: tuple[int, int] | None
     """Compute capability of the GPU; None: the run is on CPUs."""
+    gpu_memory: int | None = None
+    """Bytes that PyTorch may use of it; None: unknown, and the loss has the budget of a small GPU."""
     place: int = 0
     """Place in the pipeline; ranks that differ only in other axes do the same."""
     blocks_per_stage: int | None = None
@@ -91,7 +93,13 @@ class PhaseCounter(SkipNonFinite):
         self._counter = counter
         modules = (module for decoder in model.decoders for module in decoder.modules())
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
-        counter.on_reduced = self._count_reduced
+        if self._num_groups:
+            counter.on_reduced = self._count_reduced
+        else:
+            blocks = list(model.blocks())
+            self._num_groups = len(blocks)
+            for block in blocks:
+                block.register_full_backward_hook(lambda *_: self._count_reduced())
 
     def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
@@ -99,13 +107,13 @@ class PhaseCounter(SkipNonFinite):
         self._counter.enter(phase)
 
     def _count_reduced(self) -> None:
-        """Begin a half of the backward pass when a group of parameters has been through it.
+        """Begin a half of the backward pass when a group of parameters, or without FSDP a block, has been through it.
 
         Memory falls or rises from block to block. The halves are separate phases, so that the peak of either is linear
         in the number of blocks.
         """
         self._num_reduced += 1
-        late = 2 * (self._num_reduced % self._num_groups) >= self._num_groups
+        late = 2 * (1 + (self._num_reduced - 1) % self._num_groups) >= self._num_groups
         self._counter.enter("backward, second half" if late else "backward, first half")
 
 
@@ -194,7 +202,7 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
     with contextlib.ExitStack() as stack:
         stack.enter_context(fresh_constants())
         if spec.capability is not None:
-            stack.enter_context(triton_loss(spec.capability, work.add_flops))
+            stack.enter_context(triton_loss(spec.capability, spec.gpu_memory, work.add_flops))
             stack.enter_context(attention_options())
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)

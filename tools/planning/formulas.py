@@ -61,6 +61,8 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     in_flight = min(count, layout.pipeline)
     kept = recomputed * calibration.kept[parallel.recompute] + (blocks - recomputed) * calibration.kept["none"]
     gathered = 0.0 if parallel.reshard_after_forward else 2 * mine
+    if layout.data_parallel * layout.context == 1 and not parallel.cpu_offload:  # copies in the compute dtype
+        gathered = 2 * mine if config.training.weight_dtype != config.training.precision else 0.0
     on_gpu = 0.0 if parallel.cpu_offload else states + gradients
     return on_gpu + gathered + in_flight * tokens * kept
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from ...engine.model import decoder
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.pipeline import Pipelined
+from ...engine.parallel.unsharded import UsedWeight
 from ...kernels import attention
 from ...kernels import linear_cross_entropy as loss
 from ...kernels.attention import flash
@@ -55,11 +56,18 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
         waiting = (one for one in group.fsdp_params if getattr(one, "unsharded_accumulated_grad", None) is not None)
         counter.declare("gradients", (getattr(one, "unsharded_accumulated_grad_data", None) for one in waiting))
 
+    take_gradient = UsedWeight.take_gradient
+
+    def take_and_declare(weight: UsedWeight) -> None:
+        take_gradient(weight)
+        counter.declare("gradients", [weight.weight.grad])
+
     gathers = {
         name: inside(in_communication, getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")
     }
     # An operator does not say what its memory is for, so the functions that allocate it are replaced:
     # - `compute` and `_scaled` allocate all buffers of the loss, in its forward and in its backward pass.
+    # - Without FSDP, a gradient is moved from a copy to its weight.
     # - FSDP has no hooks around its gathers and reductions, which also run outside of modules' own hooks.
     # - DTensor runs operators on whole tensors without values, to learn a result's shape. No rank holds these tensors,
     #   and nothing distinguishes them from a rank's own in a dry run.
@@ -67,6 +75,7 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
     with (
         replaced(chunked, compute=inside(in_loss, chunked.compute)),
         replaced(loss, _scaled=inside(in_loss, loss._scaled)),
+        replaced(UsedWeight, take_gradient=take_and_declare),
         replaced(FSDPParamGroup, post_backward=post_backward, **gathers),
         replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
     ):
@@ -84,32 +93,40 @@ def fresh_constants() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None]) -> Iterator[None]:
-    """Run the Triton path of the linear cross-entropy, without its kernel, on tensors without values.
+def triton_loss(
+    capability: tuple[int, int], gpu_memory: int | None, count_flops: Callable[[float], None]
+) -> Iterator[None]:
+    """Run the Triton path of the linear cross-entropy, without its kernels, on tensors without values.
 
     Args:
         capability: compute capability of the GPU.
+        gpu_memory: its memory in bytes, which limits the memory of the loss.
         count_flops: called with floating-point operations that no operator shows.
     """
-    triton_kernels = _import_triton_kernels()
-    on_cpu = chunked.compute
+    path, kernels = _import_triton_path()
+    in_pytorch, bytes_per_chunk = chunked.compute, loss.triton_budget(gpu_memory)
+    persistent = capability in kernels.DESCRIPTOR_CAPABILITIES
 
-    def compute(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
-        *others, _, needs = rest
+    def compute(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Any, budget: int, needs: Any
+    ) -> Any:
         if hidden.dtype != torch.bfloat16:
-            return on_cpu(hidden, weight, *rest)
-        return triton_kernels.compute(hidden, weight, *others, loss.TRITON_LOGIT_BYTES, needs)
+            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs)
+        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, persistent)
 
-    def launch(hidden: Tensor, head: Any, *rest: Any, second: bool) -> None:
+    def launch(hidden: Tensor, head: Any, *rest: Any) -> None:
         # The second launch repeats what the first could not compute: usually nothing.
-        if not second:
+        if not isinstance(rest[-1], kernels.FarBlocks):
             count_flops(2.0 * hidden.shape[0] * hidden.shape[1] * head.weight_VH.shape[0])
+
+    def target_products(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        return torch.empty(hidden.shape[0], dtype=torch.float32)
 
     def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
         count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
         return torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
-    def add_product(total: Tensor | None, a: Tensor, b: Tensor, block_bytes: int) -> Tensor:
+    def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if total is None:
             return matmul_fp32(a, b)
         count_flops(2.0 * a.shape[0] * a.shape[1] * b.shape[1])
@@ -118,12 +135,10 @@ def triton_loss(capability: tuple[int, int], count_flops: Callable[[float], None
     # A launch of a Triton kernel is no operator, so it has no implementation for tensors without values. The products
     # use an fp32 result of bf16 factors, which PyTorch has only on a GPU. The tiles and the choice of `compute` depend
     # on the device, and a dry run's tensors are nominally on the CPU.
-    tiles = triton_kernels.HOPPER_TILES if capability[0] >= 9 else triton_kernels.OTHER_TILES
-    functions = {"_launch": launch, "matmul_fp32": matmul_fp32, "add_product": add_product}
-    with (
-        replaced(triton_kernels, **functions, _tiles_for=lambda device: tiles),
-        replaced(chunked, compute=compute),
-    ):
+    tiles = kernels.DESCRIPTOR_TILES if persistent else kernels.SMALL_TILES
+    functions = {"launch_exponentials": launch, "target_products": target_products}
+    functions |= {"matmul_fp32": matmul_fp32, "add_product": add_product}
+    with replaced(path, **functions, tiles_for=lambda *_: tiles), replaced(chunked, compute=compute):
         yield
 
 
@@ -145,33 +160,35 @@ def attention_options() -> Iterator[None]:
 
     every = tuple(attention.BACKENDS)
     with (
-        replaced(flash, varlen_attention=varlen_attention),
+        replaced(flash, varlen_attention=varlen_attention, _shares_heads=True),
         replaced(attention, WITH_SOFTCAP=every, WITH_SINKS=every),
     ):
         yield
 
 
-def _import_triton_kernels() -> Any:
-    """Return the module of the kernels, with an importable stand-in for Triton if it is not installed."""
+def _import_triton_path() -> tuple[Any, Any]:
+    """Return the modules of the path and of its kernels, with a stand-in for Triton if it is not installed."""
     names = ("triton", "triton.language")
-    if importlib.util.find_spec("triton") is None:
-        before = {name: sys.modules.get(name) for name in names}
-        language, triton = (types.ModuleType(name) for name in reversed(names))
-        language.constexpr = int  # type: ignore[attr-defined]
-        triton.language = language  # type: ignore[attr-defined]
-        triton.jit = lambda *_, **__: lambda function: function  # type: ignore[attr-defined]
-        triton.cdiv = lambda a, b: -(-a // b)  # type: ignore[attr-defined]
-        sys.modules.update(zip(names, (triton, language), strict=True))
-        try:
-            from ...kernels.linear_cross_entropy import triton_kernels
-        finally:
-            for name in names:
-                del sys.modules[name]
-            sys.modules.update({name: module for name, module in before.items() if module is not None})
-        return triton_kernels
-    from ...kernels.linear_cross_entropy import triton_kernels
+    if importlib.util.find_spec("triton") is not None:
+        return _triton_path()
+    before = {name: sys.modules.get(name) for name in names}
+    language, triton = (types.ModuleType(name) for name in reversed(names))
+    language.constexpr = int  # type: ignore[attr-defined]
+    triton.language = language  # type: ignore[attr-defined]
+    triton.jit = lambda *_, **__: lambda function: function  # type: ignore[attr-defined]
+    sys.modules.update(zip(names, (triton, language), strict=True))
+    try:
+        return _triton_path()
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update({name: module for name, module in before.items() if module is not None})
 
-    return triton_kernels
+
+def _triton_path() -> tuple[Any, Any]:
+    from ...kernels.linear_cross_entropy import triton_kernels, triton_loss
+
+    return triton_loss, triton_kernels
 
 
 class _Steps:

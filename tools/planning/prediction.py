@@ -100,11 +100,12 @@ def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> flo
 def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
-    Clipping reads the gradient twice and writes it. AdamW reads it, and reads and writes the weight and both
-    moments.
+    Clipping reads the gradient. AdamW reads it, and reads and writes the weight and both moments. PyTorch's fused one,
+    for fp32, also writes the clipped gradient.
     """
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
-    return 4 * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
+    passes = 3 if weight == state == 4 else 2
+    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:

@@ -167,6 +167,7 @@ def specs_of(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> list[Ra
             layout,
             cluster.assumptions.gpus_per_node,
             cluster.gpu.capability,
+            cluster.gpu.memory,
             place,
         )
         for place in places(layout)
@@ -183,7 +184,7 @@ def require_possible(config: RunConfig, cluster: ClusterSpec) -> Layout:
     plan = plan_batches(config.training, layout.data_parallel)
     attention = Choice(attention_backend(config, cluster.architecture), "planned")
     choices = Choices(attention, False, plan.num_micro_batches)
-    check(config, cluster.architecture, choices, CPU)
+    check(config, cluster.architecture, choices, CPU, cluster.world_size)
     return layout
 
 
@@ -195,7 +196,8 @@ def calibrate(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> Cali
     for mode in modes:
         parallel = _plain(config, pipeline=1, replicate=1, shard=1, context=1, tensor=1, recompute=mode)
         one = replace(config, training=training, parallel=parallel)
-        spec = RankSpec(one, cluster.architecture, Layout(), 1, cluster.gpu.capability, whole_steps=False)
+        gpu = cluster.gpu
+        spec = RankSpec(one, cluster.architecture, Layout(), 1, gpu.capability, gpu.memory, whole_steps=False)
         specs += [replace(spec, blocks_per_stage=blocks) for blocks in (1, 2)]
     usages = pool.run(specs)
     kept = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...optim.local import local_part
+from .slabs import plan_slabs
 
 
 class Staging:
@@ -37,11 +38,15 @@ class Staging:
         Raises:
             UserError: there is too little.
         """
+        held = {name: local_part(tensor) for name, tensor in tensors.items()}
+        if {name: _form(tensor) for name, tensor in held.items()} == {n: _form(b) for n, b in self._buffers.items()}:
+            return
+        self._buffers = {}  # freed before others are allocated
         try:
-            for name, tensor in tensors.items():
-                held, buffer = local_part(tensor), self._buffers.get(name)
-                if buffer is None or (buffer.shape, buffer.dtype) != (held.shape, held.dtype):
-                    self._buffers[name] = torch.zeros(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
+            for on_gpu in (False, True):
+                self._buffers |= _allocate(
+                    {n: tensor for n, tensor in held.items() if tensor.is_cuda == on_gpu}, on_gpu
+                )
         except (RuntimeError, MemoryError) as error:
             raise UserError(
                 f"checkpoint.asynchronous: no host memory for copies of weights and states ({error}); set it to false, "
@@ -90,3 +95,17 @@ class Staging:
         for event in self._copied:
             event.wait()
         self._copied = []
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _allocate(tensors: Mapping[str, Tensor], pinned: bool) -> dict[str, Tensor]:
+    """Return a buffer on the host for each tensor."""
+    plan = plan_slabs([tensor.nbytes for tensor in tensors.values()])
+    slabs = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for size in plan.slab_bytes]
+    return {
+        name: slabs[slab][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), (slab, start) in zip(tensors.items(), plan.places, strict=True)
+    }

@@ -253,6 +253,8 @@ def test_command_names_what_it_did_not_do(capsys):
     ("options", "said"),
     [
         (["--kernels", "swiglu,softmax"], "--kernels softmax"),
+        (["--kernels", "swiglu", "--cases", "33 x 24", "33 x 25"], "--cases '33 x 25': there are '33 x 24'"),
+        (["--kernels", "swiglu", "--providers", "mine"], "--providers 'mine': there are 'Liger', 'retemper'"),
         pytest.param(
             ["--device", "cuda"],
             "no GPU",
@@ -263,6 +265,17 @@ def test_command_names_what_it_did_not_do(capsys):
 def test_refusals(options, said):
     with pytest.raises(UserError, match=said):
         benchmark_kernels.main(["--sizes", "tiny", *options])
+
+
+def test_cases_and_providers_are_selected_by_their_names(tmp_path):
+    path = tmp_path / "kernels.json"
+    select = ["--cases", "33 x 16 x 131", "--providers", "retemper", "torch eager"]
+    benchmark_kernels.main(["--sizes=tiny", "--device=cpu", "--seconds=0", *select, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["kernel"], row["provider"]) for row in rows] == [
+        ("linear_cross_entropy", "retemper"),
+        ("linear_cross_entropy", "torch eager"),
+    ]
 
 
 def test_a_wrong_kernel_fails_the_command(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from retemper.benchmarks import hardware_limits, timing
 from retemper.benchmarks.hardware_limits import MatmulRate
 from retemper.benchmarks.step import measure
 from retemper.benchmarks.step.measure import Measurement, is_out_of_memory, measure_step
-from retemper.benchmarks.step.options import StepBenchmarkOptions
+from retemper.benchmarks.step.options import TABLE_FILE, TRACE_FILE, StepBenchmarkOptions
 from retemper.benchmarks.step.phases import PHASES, PhaseClock, StepTime
 from retemper.benchmarks.step.report import format_report, summarize
 from retemper.benchmarks.step.synthetic import DocumentLengths, write_random_dataset
@@ -28,8 +29,11 @@ from retemper.engine import step as step_module
 from retemper.engine.config.parser import parse_config
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
+from retemper.engine.model.decoder import Decoder
+from retemper.engine.optim.local import local_part
 from retemper.engine.parallel.forward_backward import NonPipelined
 from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.pretrain import build
 from retemper.tools import benchmark as command
 from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
@@ -93,7 +97,7 @@ def measured_on_real_data(ranks: Ranks, path: Path) -> Measurement:
 def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
     """In every micro-batch 0.02 s are slept in the forward pass and 0.01 s in the backward pass; 0.03 s in each step's
     clipping."""
-    loss_sum, clip = NonPipelined.loss_sum, step_module.clip_grad_norm
+    loss_sum, clip = NonPipelined.loss_sum, step_module.global_norm
 
     def slow_loss_sum(self, batch):
         time.sleep(0.02)
@@ -107,7 +111,7 @@ def measured_with_sleep(ranks: Ranks, path: Path) -> Measurement:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NonPipelined, "loss_sum", slow_loss_sum)
-        patch.setattr(step_module, "clip_grad_norm", slow_clip)
+        patch.setattr(step_module, "global_norm", slow_clip)
         return measured(ranks, path)
 
 
@@ -120,6 +124,7 @@ def test_the_command(run_file, tmp_path):
     (tmp_path / "temporary").mkdir()
     program = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "--config", str(run_file), "--steps", "4"]
     program += ["--warmup-steps", "1", "--documents", "fixed:8", "--matmul-seconds", "0.001", "--json", "found.json"]
+    program += ["--profile", "profile"]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     ran = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -147,12 +152,18 @@ def test_the_command(run_file, tmp_path):
     for name, flops in per_token.items():
         assert summary["mfu"][name] == {"matmul": pytest.approx(flops * 256 / np.median(times) / peak)}
 
+    # A matrix product of a micro-batch: 4 of them in each of 3 steps, 2 layers with 7 linear layers, forward pass.
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / TRACE_FILE).read_bytes()))
+    products = [event for event in trace["traceEvents"] if event.get("name") == "aten::linear"]
+    assert len(products) == 3 * 4 * 2 * 7
+    assert "aten::mm" in (tmp_path / "profile" / TABLE_FILE).read_text()
+
     assert "--documents fixed:8" in record["command"] and record["machine"]["versions"]["torch"] == torch.__version__
     assert record["settings"]["config"]["training"]["global_batch_size"] == 8
     assert "| tokens/s " in ran.stdout and "FLOPs per token = 6 (m" in ran.stdout
     # Nothing is left behind, and the run folder was not touched.
     assert not run_file.with_name("run").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "temporary"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "profile", "temporary"]
     assert not list((tmp_path / "temporary").glob("retemper*"))
     assert "temporary" not in json.dumps(summary["plan"]) and any("model" in line for line in summary["plan"])
 
@@ -160,6 +171,7 @@ def test_the_command(run_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--profile", str(ROOT / "tests")], "exists, and is not a folder with a profile"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--warmup-steps", "-1"], "--warmup-steps -1: must be at least 0"),
         (["--matmul-seconds", "-1"], "--matmul-seconds -1: must be"),
@@ -296,6 +308,23 @@ def test_shares_of_the_peaks():
     assert "tokens/s per GPU (2)" in text and "peak memory reserved" in text
     # The datasheet's figure is of bf16.
     assert "datasheet" not in format_report(replace(found, precision="fp32"), {})
+
+
+def test_weights_of_a_benchmark_are_drawn_where_the_model_is(one_rank, run_file, tmp_path):
+    """As the run draws them: norms one, biases zero, matrices of the config's spread."""
+    on_the_host = Decoder.initialize_
+    config = parse_config(["--config", str(run_file)])
+    config = measure.prepare_config(config, StepBenchmarkOptions(1, 0), tmp_path)
+    with measure.quick_initialization(torch.device("cuda")):
+        assert Decoder.initialize_ is not on_the_host
+        model = build(config, one_rank, check_room=False).model.decoders[0]
+    assert Decoder.initialize_ is on_the_host
+    for name, parameter in model.named_parameters():
+        values = local_part(parameter)
+        if name.endswith("norm.weight") or name.endswith("bias"):
+            assert (values == float(name.endswith("norm.weight"))).all(), name
+        else:
+            assert values.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
 def test_matrix_products(monkeypatch):

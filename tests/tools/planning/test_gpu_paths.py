@@ -1,11 +1,13 @@
 """A GPU's code paths on tensors without values."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retemper.kernels.attention import AttentionPlan, attention
-from retemper.tools.planning.gpu_paths import attention_options
+from retemper.tools.planning.gpu_paths import attention_options, read_no_values
 from retemper.tools.planning.memory import MemoryCounter
 
 
@@ -24,3 +26,13 @@ def test_attention_with_options_is_as_small_as_a_kernels():
         assert sum(max(kinds.values()) for kinds in counter.most.values()) < 4 * 2**20
     with pytest.raises(ValueError, match="varlen has no softcap"):
         attention(*(torch.empty(4, 2, 8) for _ in range(3)), offsets, 4, softcap=1.0, plan=AttentionPlan("varlen"))
+
+
+@pytest.mark.parametrize("votes", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_stages_without_values_need_no_vote(votes):
+    """Since PyTorch 2.13 they vote whether their shapes are fixed."""
+    schedule = SimpleNamespace(_warmup_p2p=None) if votes else SimpleNamespace()
+    pipelined = SimpleNamespace(_schedule=schedule, _batches=["first", "second"])
+    read_no_values(pipelined)
+    assert pipelined.batch_of(1) == "first"
+    assert hasattr(schedule, "_warmup_p2p") is votes
