@@ -105,11 +105,16 @@ def test_a_run_that_was_overtaken_while_it_started_is_refused(change, one_rank, 
 
 def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     """flock alone would: a run whose worker outlives it could not be started again."""
+    started, starts = os.pipe()
     with run_folder_lock(tmp_path):
         child = os.fork()
         if child == 0:
+            os.write(starts, b"!")
             signal.pause()
             os._exit(0)
+        assert os.read(started, 1) == b"!"
+    os.close(started)
+    os.close(starts)
     try:
         with run_folder_lock(tmp_path):
             assert os.waitpid(child, os.WNOHANG) == (0, 0)

@@ -19,7 +19,7 @@ from ...engine.files.atomic import sync_file
 from ...engine.files.outputs import open_new
 
 _BLOCK_BYTES = 2 << 20
-"""Bytes copied and then hashed: few, so that they are still in the processor's cache. A multiple of every token size."""
+"""Bytes copied and then hashed while they are in the processor's cache. A multiple of every token size."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 _LOG_SECONDS = 60.0
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     monitor_interval = 0  # no thread that refreshes the bar: workers are forked while it is shown
 
 

@@ -111,6 +111,33 @@ def test_bad_lines_are_named_wherever_it_is_cut(tmp_path, small_limits, suffix):
             assert "byte 0xff at byte 101 of the line [invalid UTF-8]" in reading.refused[2]
 
 
+LONG_STRINGS = ["word " * 3000, "\n" * 3000, "天" * 3000, 'say "text" ' * 500, 'ends with "text' + "x" * 3000 + '"text']
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize("text", LONG_STRINGS, ids=["words", "line ends", "Chinese", "quotes", "a quote at the end"])
+def test_a_repeated_key_is_found_on_either_side_of_a_long_text(tmp_path, text, escaped):
+    long = json.dumps(text, ensure_ascii=escaped)
+    once = [
+        f'{{"text": {long}}}',
+        f'{{"b": {{"text": 1}}, "text": {long}}}',
+        f'{{"text": {long}, "b": "text", "c": [{{"text": 1}}, {{"text": 2}}]}}',
+    ]
+    twice = [
+        f'{{"text": "a", "text": {long}}}',
+        f'{{"text": {long}, "text": "a"}}',
+        f'{{"text": {long}, "text": {long}}}',
+        f'{{"b": {{"text": 1, "text": 2}}, "text": {long}}}',
+        f'{{"text": {long}, "b": {{"text": 1, "text": 2}}}}',
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(once + twice).encode())
+    reading = read_texts(path)
+    assert reading.values == [text] * len(once)
+    assert [line.partition(": ")[2] for line in reading.refused] == [
+        "the key 'text' twice in one object [malformed]"
+    ] * len(twice)
+
+
 BAD_LINES = {
     "cut short": (b'{"text": "a"', "not valid JSON"),
     "nothing but a BOM inside": (b'{"text": "a"}\n' + BOM + b'{"text": "a"}', "a.jsonl:2: not valid JSON: .*BOM"),

@@ -93,7 +93,7 @@ def _parsed(element: RawRecord, keys: WantedKeys, context: ReadContext) -> Itera
             raise MalformedError(f"{json_type(value)}, not a JSON object or string")
     except MalformedError as error:
         # The parsers' messages refer to lines.
-        context.refuse(element.where, str(error).removesuffix(" of the line"), error.kind, element.content)
+        context.refuse(element.where, str(error).removesuffix(" of the line"), error.kind, bytes(element.content))
     else:
         yield Record(value, element.where)
 

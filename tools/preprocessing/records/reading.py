@@ -43,7 +43,7 @@ def _ignore(note: str) -> None:
 class ReadContext:
     """What a reader shares with its worker while it reads one span."""
 
-    refuse: Callable[[Where, str, str, bytes | memoryview | str | None], None]
+    refuse: Callable[[Where, str, str, bytes | str | None], None]
     """``refuse(where, reason, kind, raw)``: called for what is not a record. It raises UserError, or returns, and the
     reader continues with the next record. ``kind`` is counted, such as "malformed" or "invalid UTF-8"; ``raw`` is the
     record's bytes or text, if available."""

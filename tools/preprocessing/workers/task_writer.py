@@ -111,11 +111,11 @@ class TaskWriter:
                 self._result.count(source, reason, count)
         return ~(empty | short | long)
 
-    def reject(self, where: Where, reason: str, raw: bytes | memoryview | str | None) -> None:
+    def reject(self, where: Where, reason: str, raw: bytes | str | None) -> None:
         """Write down a record that was skipped."""
         if self._rejects is None:
             self._rejects = self._open("rejects")
-        text = raw if raw is None or isinstance(raw, str) else bytes(raw).decode("utf-8", "backslashreplace")
+        text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
         record = {"where": where._asdict(), "reason": reason, "record": text}
         self._rejects.write(json.dumps(record).encode() + b"\n")
 

@@ -151,7 +151,7 @@ class TaskRunner:
                     line = [metadata_line(value, keys)] if keys else []
                     content = choose(value)
                 except MalformedError as error:
-                    context.refuse(where, str(error), error.kind, raw)
+                    context.refuse(where, str(error), error.kind, None if raw is None else bytes(raw))
                     continue
                 except LeftOutError as left_out:
                     self._result.count(self._source, str(left_out))
@@ -185,7 +185,7 @@ class TaskRunner:
             self._result.count_note(self._source, note, number)
         return encoded
 
-    def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | memoryview | str | None) -> None:
+    def _refuse(self, where: Where, reason: str, kind: str, raw: bytes | str | None) -> None:
         """Count a record that is not a document, or end the run."""
         options = self._options
         if not (options.skip_bad_lines or (kind == "invalid UTF-8" and options.drop_invalid_utf8)):
