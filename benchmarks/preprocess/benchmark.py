@@ -114,7 +114,10 @@ def run_benchmark(options: PreprocessBenchmarkOptions) -> Results:
             _say(f"round {number + 1} of {options.runs}: the bare tokenizer, on {corpus.text_bytes / 1e6:,.1f} MB")
             results.limit += bench.measure_limit(original)
             _say(f"round {number + 1} of {options.runs}: the preprocess command, {results.workers} workers")
-            results.ours_start.append(bench.preprocess(one_line, folder / f"start-{number}"))
+            # By itself the command would encode one line with the reference, which loads faster.
+            is_fast = results.limit[-1]["encoder"].startswith("fastokens")
+            encoder = ["--encoder", "fast" if is_fast else "reference"]
+            results.ours_start.append(bench.preprocess(one_line, folder / f"start-{number}", *encoder))
             results.ours.append(bench.preprocess(corpus, folder / f"ours-{number}"))
         results.checks.append(check_tokens(results.limit, folder / "ours-0"))
         if options.megatron:
@@ -153,10 +156,10 @@ class Bench:
                 measured.append(json.loads(measure(command, limit_program.environment(threads))[1]))
         return measured
 
-    def preprocess(self, corpus: BenchmarkCorpus, prefix: Path) -> Cost:
-        """Run the preprocess command."""
+    def preprocess(self, corpus: BenchmarkCorpus, prefix: Path, *more: str) -> Cost:
+        """Run the preprocess command, with the options ``more``."""
         # Neither the bare tokenizer nor Megatron-LM's loop writes a BOS.
-        command = [sys.executable, str(COMMAND), "--input", str(corpus.path), *self._common, "--bos", "no"]
+        command = [sys.executable, str(COMMAND), "--input", str(corpus.path), *self._common, *more, "--bos", "no"]
         return measure([*command, "--workers", str(self._workers), "--output-prefix", str(prefix)])[0]
 
     def run_peer(self, tokenizer: TokenizerHandle, corpus: BenchmarkCorpus, prefix: Path) -> Cost:
