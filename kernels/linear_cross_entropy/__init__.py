@@ -127,9 +127,14 @@ def backend_refusal(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> str |
 
 
 def default_backend(hidden_TH: Tensor, weight_VH: Tensor) -> str:
-    """Return the backend that "auto" takes."""
+    """Return the backend that "auto" takes. The first call on a GPU checks the persistent kernel there."""
     order = ("triton-persistent", "triton", "chunked") if hidden_TH.is_cuda else ("chunked",)
-    return next(one for one in order if backend_refusal(one, hidden_TH, weight_VH) is None)
+    backend = next(one for one in order if backend_refusal(one, hidden_TH, weight_VH) is None)
+    if backend == "triton-persistent":
+        from .self_check import persistent_problem
+
+        return backend if persistent_problem(hidden_TH.device, hidden_TH.shape[1]) is None else "triton"
+    return backend
 
 
 def _choose(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> Compute:
