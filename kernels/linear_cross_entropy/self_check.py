@@ -1,4 +1,4 @@
-"""Check the persistent kernel on this GPU against PyTorch before a run relies on it: once per process and head width."""
+"""Check the persistent kernel on this GPU against PyTorch before it is used: once per process and head width."""
 
 from __future__ import annotations
 
@@ -47,13 +47,12 @@ def find_problem(compute: Callable[..., Gradients], device: torch.device, width:
     hidden[0] *= 100
     weight = (torch.randn(_VOCABULARY, width, generator=generator) / width**0.5).to(device, torch.bfloat16)
     targets = torch.randint(0, _VOCABULARY, (_TOKENS,), generator=generator).to(device)
-    settings = {"bias_V": None, "targets_T": targets, "options": Options(), "budget": _BUDGET}
-    settings["needs"] = Needs(hidden=True, weight=True, bias=False)
+    rest = (None, targets, Options(), _BUDGET, Needs(hidden=True, weight=True, bias=False))
     try:
-        actual = compute(hidden, weight, **settings)
+        actual = compute(hidden, weight, *rest)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         return f"it raises {' '.join(str(error).split())[:120]}"
-    expected = chunked.compute(hidden.float(), weight.float(), **settings)
+    expected = chunked.compute(hidden.float(), weight.float(), *rest)
     pairs = {
         "the losses": (actual.losses_T, expected.losses_T),
         "dX": (actual.hidden_TH, expected.hidden_TH),
