@@ -197,9 +197,12 @@ def test_bpe_dropout_is_off(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_attention_is_planned_once_for_all_layers(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a layer makes its own plan, it reads the offsets back from the device."""
     plans = []
-    monkeypatch.setattr(
-        batch_module, "plan_attention", lambda *values: plans.append(plan_attention(*values)) or plans[-1]
-    )
+
+    def planned(*values, **options):
+        plans.append(plan_attention(*values, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(batch_module, "plan_attention", planned)
     monkeypatch.setattr(attention, "_plan_now", lambda *_: pytest.fail("a layer plans for itself"))
     TextGenerator(folders["qwen2"], device="cpu").generate(PROMPT, Sampling(max_new_tokens=3))
     assert [plan.backend for plan in plans] == [PER_DOCUMENT] * 3
