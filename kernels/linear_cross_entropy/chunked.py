@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .rows import Gradients, Needs, Options, Targets, add_product, chunks, matmul_fp32, row_terms
 
+CACHED_BYTES = 8 * 1024**2
+"""Logits on which a CPU performs all elementwise operations before it goes on to the next rows."""
+
 
 def bytes_per_logit(dtype: torch.dtype, is_cuda: bool, needs_gradients: bool, softcap: bool) -> int:
     """Return the maximum memory of one logit: its fp32 value, its tanh' and its gradient in the dtype of the
@@ -48,8 +51,11 @@ def compute(
     for part in parts:
         hidden = hidden_TH[part].to(weight.dtype)
         targets = Targets.of(targets_T[part], num_rows, options)
-        losses[part], grad = _rows(_logits(hidden, weight, memory), bias_V, targets, options, any(needs))
-        if grad is None:
+        grad = _logits(hidden, weight, memory)
+        for block in _blocks(grad):
+            of_block = Targets(*(values[block] for values in targets))
+            losses[part][block] = _rows(grad[block], bias_V, of_block, options, any(needs))
+        if not any(needs):
             continue
         if grad_bias is not None:
             grad_bias += grad.sum(0)
@@ -78,10 +84,14 @@ def _logits(hidden: Tensor, weight: Tensor, memory: Tensor | None) -> Tensor:
     return torch.mm(hidden, weight.t(), out=memory[: hidden.shape[0]])
 
 
-def _rows(
-    logits: Tensor, bias: Tensor | None, targets: Targets, options: Options, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return losses [T] of fp32 products [T, V], and their gradient by the products, in the products' own memory."""
+def _blocks(logits: Tensor) -> list[slice]:
+    """Return ranges of rows that are processed one after the other: all on a GPU, those that fit a CPU's cache."""
+    num_rows, width = logits.shape
+    return [slice(0, num_rows)] if logits.is_cuda else chunks(num_rows, CACHED_BYTES // (4 * width))
+
+
+def _rows(logits: Tensor, bias: Tensor | None, targets: Targets, options: Options, need_gradient: bool) -> Tensor:
+    """Return losses [T] of fp32 products [T, V], which their gradient by the products replaces if it is needed."""
     if bias is not None:
         logits.add_(bias)
     if options.logit_scale != 1.0:
@@ -101,10 +111,10 @@ def _rows(
     log_sum = largest + exponentials.sum(1).log_()
     terms = row_terms(log_sum, target_logit, targets, options)
     if not need_gradient:
-        return terms.losses_T, None
+        return terms.losses_T
     factor = targets.valid_T * terms.slope_T * torch.exp(largest - terms.log_sum_T) * options.logit_scale
     grad = exponentials.mul_(factor[:, None])
     grad.scatter_(1, index, grad.gather(1, index) - (targets.owned_T * options.logit_scale)[:, None])
     if cap_slope is not None:
         grad.mul_(cap_slope)
-    return terms.losses_T, grad
+    return terms.losses_T

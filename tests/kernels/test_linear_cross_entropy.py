@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.kernels import linear_cross_entropy as kernel
-from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, chunked, linear_cross_entropy
 
 
 def reference(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, upstream: float = 1.0):
@@ -178,3 +178,17 @@ def test_memory_promise(monkeypatch, dtype, gradients, options):
         if gradients:
             loss.backward()
     assert rows * vocab * 4 * 0.9 <= peak_bytes(profile) <= rows * vocab * 4 * 1.1 + weights
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [1, 5, 37])
+def test_blocks_that_fit_the_cache_do_not_change_a_bit(monkeypatch, rows, softcap):
+    def outcome() -> list[torch.Tensor]:
+        inputs = make_inputs(37, 32, 97, torch.float32)
+        loss = linear_cross_entropy(*inputs, z_loss=0.1, logit_softcap=softcap).loss_sum
+        return [loss.detach(), *torch.autograd.grad(loss, inputs[:2])]
+
+    expected = outcome()
+    monkeypatch.setattr(chunked, "CACHED_BYTES", rows * 97 * 4)
+    assert len(chunked._blocks(torch.empty(37, 97))) == -(-37 // rows)
+    assert all(torch.equal(one, other) for one, other in zip(outcome(), expected, strict=True))
