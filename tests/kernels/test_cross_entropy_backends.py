@@ -8,7 +8,7 @@ from linear_cross_entropy_cases import make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.kernels import linear_cross_entropy as kernel
-from retemper.kernels.linear_cross_entropy import LARGEST_TRITON_BUDGET, chunked, rows, triton_budget
+from retemper.kernels.linear_cross_entropy import LARGEST_TRITON_BUDGET, chunked, rows, self_check, triton_budget
 
 triton_kernels = pytest.importorskip("retemper.kernels.linear_cross_entropy.triton_kernels", exc_type=ImportError)
 triton_loss = pytest.importorskip("retemper.kernels.linear_cross_entropy.triton_loss", exc_type=ImportError)
@@ -46,6 +46,7 @@ class Gpu:
 )
 def test_the_default_of_a_gpu(monkeypatch, gpu, matrix, expected):
     hidden = Gpu(monkeypatch, **gpu).matrix(**matrix)
+    monkeypatch.setattr(self_check, "persistent_problem", lambda device, width: None)
     chosen = kernel._choose("auto", hidden, hidden)
     if expected == "pytorch":
         assert chosen.func is chunked.compute
