@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..model.language_model import LanguageModel
+from ..optim.local import local_part
 from .fused_projections import FusedLayers, fuse
 
 
@@ -88,8 +89,8 @@ class Unsharded:
         self._weights = [*by_weight.values(), *self._of_fused.values()]
         with torch.no_grad():
             with_copies = [pair for pair in self._weights if pair.used is not pair.weight]
-            self._copies = [_local(pair.used) for pair in with_copies]
-            self._copied = [_local(pair.weight) for pair in with_copies]
+            self._copies = [local_part(pair.used) for pair in with_copies]
+            self._copied = [local_part(pair.weight) for pair in with_copies]
         self._split = [pair.weight for pair in self._weights if isinstance(pair.weight, DTensor)]
 
     def _used(self, weight: nn.Parameter, accumulates: bool) -> UsedWeight:
@@ -146,7 +147,3 @@ class Unsharded:
         """See the class."""
         for pair in self._weights:
             pair.take_gradient()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
