@@ -10,6 +10,7 @@ This file is the command line of retemper.tools.preprocessing. The guide is docs
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
 from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.formats import FORMATS
+from retemper.tools.preprocessing.inputs.files import describe_inputs
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
 from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
@@ -235,12 +237,23 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="process part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication "
         "and the shuffle then work within a part",
     )
+    group.add_argument(
+        "--list-inputs",
+        action="store_true",
+        help="instead of preprocessing, print a line of JSON for each input file: path, size, and an identity that "
+        "changes with its contents (the time of the last change)",
+    )
     group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
-    print(format_report(preprocess(parse_arguments(arguments))))
+    options = parse_arguments(arguments)
+    if options.list_inputs:
+        for facts in describe_inputs(options.input, options.inputs):
+            print(json.dumps(facts._asdict()))
+        return
+    print(format_report(preprocess(options)))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class PreprocessOptions:
     seed: int = 0
     split: str | None = None
     shard: str | None = None
+    list_inputs: bool = False
+    """Print the input files instead of preprocessing them."""
     task_bytes: int | None = None
     """Input bytes in a task; None: by the corpus. No flag."""
     batch_characters: int = BATCH_CHARACTERS
@@ -179,6 +181,7 @@ _LEAST = {"workers": 1, "min_chars": 0, "min_tokens": 0, "max_tokens": 1, "max_d
 _NOT_CONTENTS = frozenset(
     [
         "input",
+        "list_inputs",
         "tokenizer",
         "model",
         "output_prefix",
