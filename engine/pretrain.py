@@ -78,6 +78,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
+    from retemper.engine.prepare_data import prepare_data
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
@@ -86,6 +87,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     validate(config)
     stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
+    config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
     with report_if_slow("finding and verifying what the run starts from", say):
