@@ -50,6 +50,19 @@ def prepare_data(config: RunConfig, ranks: Ranks, stop: StopRequest, say: Callab
     return replace(config, data=with_datasets(config.data, prefixes))
 
 
+def prepare_data_here(config: RunConfig) -> RunConfig:
+    """Return ``config`` with datasets in place of text, tokenized by this process, which is not part of a run.
+
+    Raises:
+        UserError: a text cannot be tokenized.
+    """
+    cache, prefixes = cache_folder(config.data), {}
+    for text in text_sources(config.data):
+        made = TokenizingJob(text, tokenizer_of(config.model, text.key), cache).run()
+        prefixes[text.key] = {side: one.prefix for side, one in made.items()}
+    return replace(config, data=with_datasets(config.data, prefixes)) if prefixes else config
+
+
 def tokenizer_of(model: ModelConfig, key: str) -> list[str]:
     """Return the options of tools/preprocess.py that name the tokenizer of ``model``.
 

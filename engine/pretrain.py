@@ -54,7 +54,7 @@ def prepare(world_size: int) -> RunConfig:
     config = parse_config()
     check_layout(config, world_size)
     with without_gc():
-        from retemper.engine import run, run_folder  # noqa: F401
+        from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401
         from retemper.engine.observe import end_summary, start_summary  # noqa: F401
     return config

@@ -207,7 +207,7 @@ ELSEWHERE = {
     "data.train[].max_tokens": "engine/config/effects.py: _caps of a source",
     "data.cache_folder": "engine/prepare_data.py: prepare_data notes that no source is text",
     **{
-        f"data.train[].{key}": "engine/data/text_sources.py: TextSource refuses it for datasets"
+        f"data.train[].{key}": "engine/data/text_sources.py: text_sources refuses it for datasets"
         for key in ("column", "split", "subset", "validation_fraction", "preprocess")
     },
     "training.attention_backend": "engine/model/attention_choice.py: choose_attention refuses what cannot run",
