@@ -10,9 +10,10 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _MOST_PROBLEMS = 20
@@ -76,10 +77,14 @@ def write_torchrun_error(message: str) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's ``main``, turning a :class:`UserError` into one line and exit status 1."""
+    """Run a command's ``main``, turning a :class:`UserError` into one line and exit status 1.
+
+    A scheduler's SIGTERM ends the command as Ctrl-C does, so that it cleans up.
+    """
     try:
-        status = main()
-        _flush()
+        with _interrupted_by_sigterm():
+            status = main()
+            _flush()
     except UserError as error:
         report_user_error(error)
         status = 1
@@ -100,6 +105,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         write_torchrun_error(" ".join(f"{type(error).__name__}: {error}".split())[:1000])
         raise
     sys.exit(status or 0)
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _flush() -> None:

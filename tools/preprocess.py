@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 from collections.abc import Sequence
 
 # numpy reads this when it is imported. Its threads are for linear algebra; with them, workers could not be forked.
@@ -32,8 +31,8 @@ from retemper.tools.preprocessing.report import counts_record, format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes it. "
         "After an interruption, the same command continues the run."
@@ -44,7 +43,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
-    return PreprocessOptions(**vars(parser.parse_args(arguments)))
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
+    """Parse the command line, by default that of this process."""
+    return PreprocessOptions(**vars(build_parser().parse_args(arguments)))
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
@@ -279,6 +283,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Clean up after a scheduler's SIGTERM as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checks import problems
@@ -35,7 +36,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=Path(sys.argv[0]).name,
         description="Continue the pretraining of a language model. A YAML file describes the run, and options "
         "override it: --section.key VALUE, --data.train.0.weight 2 for an entry of a list, --data.train+ '{path: x}' "
         "to append an entry. --data.train.help and --data.stages.help explain the entries of these lists.",
