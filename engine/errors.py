@@ -20,6 +20,10 @@ _MOST_PROBLEMS = 20
 """Maximum number of problems shown for one error. More have one cause, such as a file of another program."""
 
 
+ERROR_FILE_VARIABLE = "RETEMPER_ERROR_FILE"
+"""Environment variable with a file for the error of a process whose parent reports it."""
+
+
 class UserError(ValueError):
     """Wrong configuration, data or files: one line that names the file or key, the value and the remedy.
 
@@ -46,6 +50,10 @@ def report_user_error(error: UserError) -> None:
     lines = [*error.problems[:_MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
     # A path may contain bytes that are not text.
     messages = [" ".join(line.split()).encode("utf-8", "backslashreplace").decode() for line in lines]
+    if (path := os.environ.get(ERROR_FILE_VARIABLE)) is not None:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            file.write(" | ".join(messages))
+        return
     if not error.printed_elsewhere:
         # In one write, because ranks share the stream, and lines of others must not come between a line and its end.
         with contextlib.suppress(OSError):  # the reader has gone

@@ -59,7 +59,7 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     config = parse_config(arguments)
     check_layout(config, world_size)
     with without_gc():
-        from retemper.engine import run, run_folder  # noqa: F401
+        from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401
         from retemper.engine.observe import end_summary, start_summary  # noqa: F401
     return config
@@ -83,6 +83,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
+    from retemper.engine.prepare_data import prepare_data
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
@@ -91,6 +92,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     validate(config)
     stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
+    config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
     with report_if_slow("finding and verifying what the run starts from", say):
