@@ -57,6 +57,7 @@ setup(
         "isal>=1.6",
         "tensorboard>=2.16",
         "tqdm>=4.66",
+        "shtab>=1.13",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "triton>=3.2"],

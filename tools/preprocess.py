@@ -43,6 +43,19 @@ def build_parser() -> CommandParser:
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
+    parser.mark_usual(
+        "--input",
+        "--json-key",
+        "--chat",
+        "--model",
+        "--tokenizer",
+        "--min-chars",
+        "--dedup",
+        "--output-prefix",
+        "--overwrite",
+        "--split",
+        "--workers",
+    )
     return parser
 
 
