@@ -28,6 +28,7 @@ TEXTS = {
         "--kernels",
         "--cases",
         "--providers",
+        "NAME",
         "--push-to-hub",
         "--engines",
         "--engine",
