@@ -29,6 +29,7 @@ TEXTS = {
         "--cases",
         "--providers",
         "NAME",
+        "--hosts",
         "--push-to-hub",
         "--engines",
         "--engine",

@@ -1,7 +1,7 @@
 """List the model types that were checked through transformers; docs/models.md describes what was checked.
 
-Each list is a text of names. The native families are in :mod:`retemper.engine.model.family_table`. A type in no list may
-work: the check at the start of each run decides.
+Each list is a text of names. The native families are in :mod:`retemper.engine.model.family_table`. A type in no list
+may work: the check at the start of each run decides.
 """
 
 PACKED = """
