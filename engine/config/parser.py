@@ -104,16 +104,18 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         if asked in waiting:
             build_parser().parse_args([option])
     prints = "--print_config" in waiting
-    run = build_config(read_settings([word for word in waiting if word != "--print_config"]))
+    settings = Settings()
+    add_arguments(settings, [word for word in waiting if word != "--print_config"])
+    run = build_config(settings)
     if prints:
         print(to_yaml(run), end="")
         raise SystemExit(0)
     return run
 
 
-def read_settings(arguments: Sequence[str]) -> Settings:
-    """Merge the files and options of a command line; :func:`build_config` reports the problems that are found."""
-    settings, waiting = Settings(), list(reversed(arguments))
+def add_arguments(settings: Settings, arguments: Sequence[str]) -> None:
+    """Merge the files and options of a command line into ``settings``, which collects the problems in them."""
+    waiting = list(reversed(arguments))
     while waiting:
         argument = waiting.pop()
         option, equals, value = argument.removeprefix("--").partition("=")
@@ -125,7 +127,6 @@ def read_settings(arguments: Sequence[str]) -> Settings:
             value = value if equals else waiting.pop()
             settings.add_file(value) if option == "config" else settings.add_option(option, value)
     settings.check_entries()
-    return settings
 
 
 def build_config(settings: Settings) -> RunConfig:
