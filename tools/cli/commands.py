@@ -68,7 +68,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "machine": (
         Command("doctor", "check this machine and installation", "tools.doctor"),
         Command("benchmark", "time the training step", "tools.benchmark"),
-        Command("completion", "print a script that completes commands in a shell", "tools.cli.completion"),
+        Command("completion", "print a script that completes commands in a shell", "tools.completion"),
     ),
 }
 
