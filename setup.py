@@ -28,6 +28,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.8"],
     "hub": ["hf-xet>=1.1"],
     "demo": ["psutil>=5.9"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
     "benchmarks": ["matplotlib>=3.8", "psutil>=5.9"],
     "dev": [
         "pytest>=8.0",
@@ -43,7 +44,7 @@ EXTRAS = {
     ],
 }
 # What users of any machine can install: no compiler, no GPU.
-EXTRAS["all"] = sorted({each for name in EXTRAS if name not in ("gpu", "fp8", "dev") for each in EXTRAS[name]})
+EXTRAS["all"] = sorted({each for name in EXTRAS if name not in ("gpu", "fp8", "docs", "dev") for each in EXTRAS[name]})
 
 
 class BuildPackage(build_py):
