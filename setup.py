@@ -55,18 +55,12 @@ class BuildPackage(build_py):
         return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
 
 
-def long_description():
-    """Return README.md with absolute links, because the page of a package index has no files beside it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"(\]\()(?![a-z]+:|#)", rf"\1{ADDRESS}/blob/main/", text)
-
-
 setup(
     name="retemper",
     version=VERSION,
     description="Megatron-style continued pretraining of open language models: fast, exact, honest and simple",
     url=ADDRESS,
-    long_description=long_description(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
