@@ -14,6 +14,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,11 @@ class FastEncoder:
                 raise RuntimeError(one_line(error)) from error
             raise
         return np.frombuffer(ids, "<i4"), np.diff(np.frombuffer(offsets, "<i8"))
+
+
+def is_missing_for(reference: TokenizersReference) -> bool:
+    """Return whether fastokens is not installed, and would be used for this tokenizer if it were."""
+    return find_spec("fastokens") is None and why_not_exact(reference.outline(_byte_characters())) is None
 
 
 def why_not_exact(config: dict[str, Any]) -> str | None:
