@@ -27,6 +27,7 @@ import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
 from ...engine.errors import UserError, install_command
+from ...engine.system import usable_cores
 from ...engine.tokenizer.frame import describe_tokens
 from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
@@ -34,7 +35,7 @@ from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
+from .workers.pool import run_here, run_tasks, shared_counters
 from .workers.task_output import TaskResult
 from .workers.worker import FastPathError
 
