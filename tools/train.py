@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.config.command_line import CommandParser
+from retemper.engine.config.parser import build_parser as build_settings_parser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.atomic import replace_file
 from retemper.engine.guards.garbage_collection import without_gc
@@ -88,6 +89,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--gpu", metavar="NAME", help="with --dry-run: plan for --ranks GPUs of this kind, as a100-80gb"
     )
+    parser.take_settings(build_settings_parser)
     return parser
 
 

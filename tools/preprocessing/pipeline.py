@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
+from ...engine.system import usable_cores
 from ...engine.tokenizer.frame import describe_tokens
 from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
@@ -34,7 +35,7 @@ from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
+from .workers.pool import run_here, run_tasks, shared_counters
 from .workers.task_output import TaskResult
 from .workers.worker import FastPathError
 
@@ -112,6 +113,11 @@ def _print_start(plan: RunPlan, workers: int, num_todo: int) -> None:
     again = len(plan.tasks) - num_todo
     for note in setup.tokenizer.notes:
         print(note, file=sys.stderr)
+    if not setup.works_here and setup.tokenizer.lacks_fast_package:
+        command = install_command("fastokens")
+        print(
+            f"note: fastokens, which makes the same dataset in less time, is not installed: {command}", file=sys.stderr
+        )
     print(
         f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; tokenizer "
         f"{setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "

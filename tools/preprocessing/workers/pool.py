@@ -23,11 +23,6 @@ from .worker import TaskRunner, WorkerSettings, run_task, start_worker
 _TICK_SECONDS = 0.2
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def may_fork() -> bool:
     """Return whether this process is known to have only one thread.
 
