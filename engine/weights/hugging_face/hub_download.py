@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import UserError
+from ...files.hub_errors import call_hub
 from ...model.config_file import ADAPTER_FILE, CONFIG_FILE, read_hf_config
 from ...model.implementations import parse_architecture
 from ..checkpoint.assets import TOKENIZER_FILES
-from .hub_errors import call_hub
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CONFIGS = [CONFIG_FILE, ADAPTER_FILE, "params.json", "*.py"]

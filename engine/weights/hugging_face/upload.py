@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ...errors import UserError
+from ...files.hub_errors import call_hub
 from .folder import INDEX_FILE, WEIGHTS_FILE
-from .hub_errors import call_hub
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _DIGITS = "[0-9]" * 5
