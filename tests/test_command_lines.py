@@ -30,6 +30,7 @@ TEXTS = {
         "--providers",
         "NAME",
         "--hosts",
+        "--revision",
         "--push-to-hub",
         "--engines",
         "--engine",

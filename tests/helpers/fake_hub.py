@@ -76,6 +76,8 @@ class FakeHub:
             return self._file(*found.groups()[1:])
         if found := re.fullmatch(r"GET /api/models/([\w.-]+/[\w.-]+)/revision/([^/]+)", said):
             return self._listing(*found.groups())
+        if found := re.fullmatch(rf"GET /api/models/([\w.-]+/[\w.-]+)/tree/{COMMIT}", said):
+            return 200, _tree(self.repositories[found[1]])
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}
         return self._answer_to_user(request, said)
