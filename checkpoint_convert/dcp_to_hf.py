@@ -64,6 +64,7 @@ def build_parser() -> CommandParser:
         help="also upload the output, without conversion.json, to this model repository (namespace/name) on the Hub; a "
         "new repository is created as a private one; the token comes from HF_TOKEN or `hf auth login`",
     )
+    parser.mark_usual("--checkpoint", "--output", "--dtype", "--verify", "--push-to-hub")
     return parser
 
 

@@ -53,6 +53,7 @@ def build_parser() -> CommandParser:
     add_dtype(parser, "the dtype of each tensor")
     add_shard_size(parser)
     add_copying(parser)
+    parser.mark_usual("--megatron", "--output", "--format", "--config", "--dtype", "--verify")
     return parser
 
 

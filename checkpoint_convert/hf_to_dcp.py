@@ -44,6 +44,7 @@ def build_parser() -> CommandParser:
     )
     add_copying(parser)
     add_trust(parser)
+    parser.mark_usual("--hf", "--output", "--dtype", "--verify")
     return parser
 
 

@@ -55,6 +55,7 @@ def build_parser() -> CommandParser:
         help="separate keys for each layer (non-homogeneous) instead of stacked tensors",
     )
     add_copying(parser)
+    parser.mark_usual("--hf", "--checkpoint", "--output", "--tensor-parallel", "--dtype", "--verify")
     return parser
 
 

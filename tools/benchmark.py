@@ -88,6 +88,7 @@ def build_parser() -> CommandParser:
         "for ui.perfetto.dev",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.mark_usual("--config", "--steps", "--real-data", "--sweep", "--profile", "--json")
     return parser
 
 

@@ -26,6 +26,7 @@ def build_parser() -> CommandParser:
     _add_model(parser.add_argument_group("model"))
     _add_corpus(parser.add_argument_group("corpus"))
     _add_tokens(parser.add_argument_group("new tokens"))
+    parser.mark_usual("--model", "--output", "--corpus", "--num-tokens", "--tokens")
     return parser
 
 

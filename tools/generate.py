@@ -69,6 +69,7 @@ def build_parser() -> CommandParser:
         help="dtype to compute in (default: the dtype in the model's config)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.mark_usual("--model", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--tokenizer")
     return parser
 
 

@@ -41,6 +41,7 @@ def build_parser() -> CommandParser:
         action="store_true",
         help="join datasets with and without a loss mask: in those without, every token is a target",
     )
+    parser.mark_usual("--inputs", "--output-prefix", "--overwrite")
     return parser
 
 

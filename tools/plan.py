@@ -44,6 +44,7 @@ def build_parser() -> CommandParser:
         "--quick", action="store_true", help="dry run a few blocks and extrapolate, instead of all of them"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    parser.mark_usual("--config", "--nodes", "--gpus-per-node", "--gpu", "--search", "--quick", "--json")
     return parser
 
 

@@ -19,8 +19,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
-from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.engine.files.outputs import require_report, write_json_report
+from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.cache import preprocess_into_cache
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.inputs.files import describe_inputs
@@ -43,6 +43,19 @@ def build_parser() -> CommandParser:
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
+    parser.mark_usual(
+        "--input",
+        "--json-key",
+        "--chat",
+        "--model",
+        "--tokenizer",
+        "--min-chars",
+        "--dedup",
+        "--output-prefix",
+        "--overwrite",
+        "--split",
+        "--workers",
+    )
     return parser
 
 

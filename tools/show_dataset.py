@@ -57,6 +57,7 @@ def build_parser() -> CommandParser:
     other = parser.add_argument_group("instead of the report").add_mutually_exclusive_group()
     other.add_argument("--index", type=_count, metavar="I", help="decode document I, counted from 0")
     other.add_argument("--verify", action="store_true", help="check every index entry, token id and hash")
+    parser.mark_usual("--tokenizer", "--quick", "--config", "--documents", "--html", "--index", "--verify")
     return parser
 
 

@@ -213,8 +213,8 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     for source in (source for mixture in [data.train, *(stage.train for stage in data.stages)] for source in mixture):
         if source.validation_fraction > 0 and source.identity in data.validation:
             yield (
-                f"data.validation names a set '{source.identity}', which validation_fraction of the source of this name "
-                "makes; rename one of them"
+                f"data.validation names a set '{source.identity}', which validation_fraction of the source of this "
+                "name makes; rename one of them"
             )
 
 

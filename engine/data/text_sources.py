@@ -147,5 +147,3 @@ def _sources(data: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
     for key, sources in mixtures or [("data.train", data.train)]:
         for place, source in enumerate(sources):
             yield f"{key}[{place}]", source
-
-

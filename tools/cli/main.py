@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import retemper
+from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
 from retemper.tools.cli.commands import Command, find, groups, runnable
 
@@ -72,7 +73,8 @@ def full_help() -> str:
 def _page(name: str, command: Command) -> Iterator[str]:
     sys.argv[0] = f"retemper {name}"  # the parser's name of the program
     yield f"\n\n{f' retemper {name}: {command.summary} ':=^100}\n"
-    yield command.load().build_parser().format_help()
+    parser = command.load().build_parser()
+    yield parser.format_help_all() if isinstance(parser, CommandParser) else parser.format_help()
 
 
 def _subcommands(command: Command) -> str:

@@ -70,6 +70,11 @@ def preprocess_into_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
     return complete.read()
 
 
+def find_in_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
+    """Return the sidecars of the dataset by prefix if the cache has it; empty otherwise."""
+    return _Completion(cache_entry(options), options.shard).read()
+
+
 def cache_entry(options: PreprocessOptions) -> Path:
     """Return the folder of the dataset that ``options`` describe, which may not exist yet."""
     options.check()

@@ -54,6 +54,18 @@ def test_a_command_has_the_interface_of_the_table(name, monkeypatch):
     assert ast.unparse(source.body[-1]) == "if __name__ == '__main__':\n    run_command(main)"
 
 
+@pytest.mark.parametrize("name", [name for name in RUNNABLE if name != "train"])
+def test_the_help_of_a_command_is_a_screen(name, monkeypatch):
+    """Of a wide terminal; test_config.py has that of train."""
+    monkeypatch.setenv("COLUMNS", "100")
+    parser = RUNNABLE[name].load().build_parser()
+    usual, everything = parser.format_help(), parser.format_help_all()
+    assert len(usual.splitlines()) <= 45
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {option for option in options if option not in everything} - {"-h"} == {"--help", "--help-all"}
+    assert ("--help-all" in usual) == (len(usual) < len(everything))
+
+
 def test_a_command_gets_the_arguments_and_its_name(monkeypatch, capsys):
     """The same answer as that of the script file, but for the name of the program."""
     status, out, error = output_of(["convert", "hf-to-dcp", "--hf", "x"], capsys)
