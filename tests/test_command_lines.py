@@ -32,6 +32,7 @@ TEXTS = {
         "--hosts",
         "--revision",
         "--push-to-hub",
+        "--commit-message",
         "--engines",
         "--engine",
         "--ours",

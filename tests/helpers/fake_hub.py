@@ -47,6 +47,8 @@ class FakeHub:
     large: dict[str, bytes] = field(default_factory=dict)
     """Files sent through LFS, by the sha256 that they have."""
     commits: int = 0
+    messages: list[str] = field(default_factory=list)
+    """Of the commits."""
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -162,6 +164,7 @@ class FakeHub:
                 if item["key"] == "deletedFile":
                     del files[item["value"]["path"]]
             self.commits += 1
+            self.messages += [item["value"]["summary"] for item in items if item["key"] == "header"]
             return 200, {"commitUrl": f"{self.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
         return 404, {"error": f"not known to this Hub: {rest}"}
 

@@ -152,11 +152,11 @@ def count_missing(
 def _fetch(name: str, said: str, revision: str | None, wanted: Sequence[str], output: Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    where = {} if output is None else {"local_dir": output}
-
     def download() -> Path:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*wanted], ignore_patterns=_UNWANTED, **where)
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*wanted], ignore_patterns=_UNWANTED, local_dir=output
+            )
         )
 
     return _ask_hub(download, said)
