@@ -33,6 +33,8 @@ TEXTS = {
         "--revision",
         "--push-to-hub",
         "--commit-message",
+        "--export",
+        "--ssh-option",
         "--engines",
         "--engine",
         "--ours",
