@@ -63,6 +63,7 @@ setup(
         "formats": ["pyarrow>=16", "openpyxl>=3.1", "pypdf[crypto]>=5.0", "lxml>=6.0"],
         "chat": ["jinja2>=3.1.6"],
         "dedup": ["rensa>=0.5,<0.6"],
+        "clean": ["ftfy>=6.2,<7", "py3langid>=0.4,<0.5"],
         "tiktoken": ["tiktoken>=0.7"],
         "demo": ["psutil>=5.9"],
         "benchmarks": ["matplotlib>=3.8", "psutil>=5.9"],

@@ -57,9 +57,17 @@ class PreprocessOptions:
     overwrite: bool = False
     skip_bad_lines: bool = False
     drop_invalid_utf8: bool = False
-    normalize: str = "none"
+    fix_text: bool = False
     strip_control: bool = False
+    normalize: str = "none"
+    remove_urls: bool = False
+    collapse_whitespace: bool = False
     min_chars: int = 0
+    min_letter_ratio: float = 0.0
+    languages: Sequence[str] = ()
+    """ISO 639 codes; empty: all languages."""
+    min_language_score: float = 0.65
+    quality: str = "none"
     min_tokens: int = 0
     max_tokens: int | None = None
     max_documents: int | None = None
@@ -149,10 +157,21 @@ class PreprocessOptions:
             self.chat and tuple(self.json_key) != ("text",),
             "--json-key names a text, --chat reads conversations; remove one of them",
         )
+        for name, share in (
+            ("min-letter-ratio", self.min_letter_ratio),
+            ("min-language-score", self.min_language_score),
+        ):
+            yield not 0 <= share <= 1, f"--{name} {share}: must be between 0 and 1"
         for name, given in (
-            ("normalize", self.normalize != "none"),
+            ("fix-text", self.fix_text),
             ("strip-control", self.strip_control),
+            ("normalize", self.normalize != "none"),
+            ("remove-urls", self.remove_urls),
+            ("collapse-whitespace", self.collapse_whitespace),
             ("min-chars", self.min_chars),
+            ("min-letter-ratio", self.min_letter_ratio),
+            ("languages", self.languages),
+            ("quality", self.quality != "none"),
             ("held-out", self.held_out),
         ):
             yield self.chat and given, f"--{name} is for texts, not for --chat; remove one of them"

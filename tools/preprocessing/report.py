@@ -30,6 +30,9 @@ def format_report(report: PreprocessReport) -> str:
     rows["left out"] = f"{sum(left_out.values()):,}"
     for reason, count in sorted(left_out.items()):
         rows[f"  {reason}"] = f"{count:,}"
+    if first.changed:
+        rows["changed"] = "documents that cleaning changed, and did not leave out"
+        rows.update({f"  {option}": f"{count:,}" for option, count in sorted(first.changed.items())})
     if turns:
         rows[DROPPED_TURNS] = f"{turns:,}, cut from conversations that were kept"
     if notes:

@@ -12,6 +12,7 @@ from ..tokenizer.document_frame import DocumentFrame
 from ..tokenizer.finding import find_tokenizer_file
 from ..tokenizer.handle import TokenizerHandle, TokenizerSpec
 from .cleaning.held_out import held_out_files
+from .cleaning.languages import check_languages
 from .dataset.checks import output_prefixes, require_free, what_is_read
 from .dataset_writer import best_dtype
 from .inputs.files import expand_inputs
@@ -31,6 +32,8 @@ class RunSetup:
 
     def __init__(self, options: PreprocessOptions, prefix: str) -> None:
         self.options, self.prefix = options, prefix
+        if options.languages:
+            check_languages(options.languages)
         self.files = expand_inputs(options.input, options.inputs)
         choice = choose_tokenizer(options)
         print_notes(choice.notes)

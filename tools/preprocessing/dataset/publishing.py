@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ....engine.data.sidecar import InputSource, Sidecar
@@ -92,7 +92,8 @@ def _write(
             progress.show(done, done // plan.setup.dtype.itemsize)
 
         totals = assembly.write(writers, on_bytes)
-    left_out = _left_out(results, assembly)
+    left_out = _by_source((result.left_out for result in results), assembly.left_out)
+    changed = _by_source((result.changed for result in results), [Counter() for _ in assembly.left_out])
     fingerprint = plan.setup.tokenizer.fingerprint
     for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
         if writer.num_tokens == 0 and plan.options.shard_place is None:
@@ -101,20 +102,26 @@ def _write(
                 if side
                 else _nothing_found(plan, results)
             )
-        writer.sidecar = _sidecar(plan, total, left_out, fingerprint)
+        writer.sidecar = _sidecar(plan, total, left_out, changed, fingerprint)
         writer.prepare()
 
 
-def _left_out(results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
-    """Return what workers and assembly left out, by source and reason."""
-    total = [Counter(counter) for counter in assembly.left_out]
-    for result in results:
-        for source, reasons in result.left_out.items():
-            total[int(source)].update(reasons)
+def _by_source(counts: Iterable[Mapping[str, Mapping[str, int]]], before: Sequence[Counter[str]]) -> list[Counter[str]]:
+    """Return the sums by source of the workers' counts, added to those ``before``."""
+    total = [Counter(counter) for counter in before]
+    for count in counts:
+        for source, numbers in count.items():
+            total[int(source)].update(numbers)
     return total
 
 
-def _sidecar(plan: RunPlan, totals: SourceTotals, left_out: Sequence[Counter[str]], fingerprint: str) -> Sidecar:
+def _sidecar(
+    plan: RunPlan,
+    totals: SourceTotals,
+    left_out: Sequence[Counter[str]],
+    changed: Sequence[Counter[str]],
+    fingerprint: str,
+) -> Sidecar:
     options, setup = plan.options, plan.setup
     mine = [[file for file in plan.files if file.source == index] for index in range(len(options.input))]
     return Sidecar(
@@ -134,6 +141,7 @@ def _sidecar(plan: RunPlan, totals: SourceTotals, left_out: Sequence[Counter[str
                 characters=int(totals.characters[index]),
                 text_bytes=int(totals.text_bytes[index]),
                 left_out=dict(left_out[index]),
+                changed=dict(changed[index]),
             )
             for index, (name, files) in enumerate(zip(options.input, mine, strict=True))
         ),

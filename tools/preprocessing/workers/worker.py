@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -204,7 +205,7 @@ class TaskRunner:
         """Clean, encode and write a batch."""
         texts, metadata = batch.texts, batch.metadata
         if self._cleaner.active:
-            cleaned = self._cleaner.clean_batch(texts)
+            cleaned = self._cleaner.clean_batch(texts, self._count_change)
             for _, reason in cleaned:
                 if reason is not None:
                     self._result.count(self._source, reason)
@@ -212,6 +213,9 @@ class TaskRunner:
             texts = [text for text, reason in cleaned if reason is None]
         if texts:
             self._encode(texts, metadata)
+
+    def _count_change(self, step: str) -> None:
+        self._result.count_change(self._source, step)
 
     def _encode(self, texts: list[str], metadata: list[bytes]) -> None:
         try:
@@ -242,9 +246,11 @@ class TaskRunner:
 
     def _write_long(self, text: LongText, metadata: list[bytes]) -> None:
         """Clean, encode and write one document in pieces."""
+        changes: Counter[str] = Counter()
 
         def cleaned() -> Iterator[str]:
-            for piece, reason in self._cleaner.clean_pieces(text.pieces()):
+            changes.clear()  # MinHash reads the text again
+            for piece, reason in self._cleaner.clean_pieces(text.pieces(), lambda step: changes.update([step])):
                 if reason is not None:
                     raise LeftOutError(reason)
                 yield piece
@@ -259,6 +265,8 @@ class TaskRunner:
                     self._output.write_tokens(document.extend(piece, ids))
                 self._output.write_tokens(document.end())
                 self._output.add(self._source, document)
+            for step in changes:
+                self._count_change(step)
         except MalformedError as error:
             self._refuse(text.where, str(error), error.kind, None)
         except LeftOutError as left_out:
