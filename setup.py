@@ -37,6 +37,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"retemper": "."},
     package_data={"retemper": ["py.typed"]},
+    entry_points={"console_scripts": ["retemper = retemper.tools.cli.main:main"]},
     packages=["retemper"]
     + [f"retemper.{name}" for name in find_packages(str(ROOT), include=[p for r in PACKAGES for p in (r, f"{r}.*")])],
     install_requires=[

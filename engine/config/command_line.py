@@ -18,7 +18,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError instead of exiting."""
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
     def print_help(self, file: Any = None) -> None:
         """Print the help; argparse's own method ignores errors of the output."""

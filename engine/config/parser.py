@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checks import problems
@@ -35,7 +36,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=Path(sys.argv[0]).name,
         description="Continue the pretraining of a language model. A YAML file describes the run, and options "
         "override it: --section.key VALUE, --data.train.0.weight 2 for an entry of a list, --data.train+ '{path: x}' "
         "to append an entry. --data.train.help and --data.stages.help explain the entries of these lists.",
@@ -59,17 +60,27 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         UserError: unknown or duplicate keys, wrong types, missing values or impossible arithmetic; all problems, one
             line for each.
     """
-    waiting = list(reversed(sys.argv[1:] if arguments is None else arguments))
+    waiting = list(sys.argv[1:] if arguments is None else arguments)
     for asked, option in HELP_OPTIONS.items():
         if asked in waiting:
             build_parser().parse_args([option])
-    settings, prints = Settings(), False
+    prints = "--print_config" in waiting
+    settings = Settings()
+    add_arguments(settings, [word for word in waiting if word != "--print_config"])
+    run = build_config(settings)
+    if prints:
+        print(to_yaml(run), end="")
+        raise SystemExit(0)
+    return run
+
+
+def add_arguments(settings: Settings, arguments: Sequence[str]) -> None:
+    """Merge the files and options of a command line into ``settings``, which collects the problems in them."""
+    waiting = list(reversed(arguments))
     while waiting:
         argument = waiting.pop()
         option, equals, value = argument.removeprefix("--").partition("=")
-        if argument == "--print_config":
-            prints = True
-        elif not argument.startswith("--") or not option:
+        if not argument.startswith("--") or not option:
             settings.found.add(f"unexpected argument '{argument}'; every value follows its option, as in --seed 1")
         elif not equals and (not waiting or waiting[-1].startswith("--")):
             settings.found.add(_without_value(option), option)
@@ -77,17 +88,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
             value = value if equals else waiting.pop()
             settings.add_file(value) if option == "config" else settings.add_option(option, value)
     settings.check_entries()
-    run = _built(settings)
-    if os.environ.get("RANK", "0") == "0":
-        for note in settings.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
-    if prints:
-        print(to_yaml(run), end="")
-        raise SystemExit(0)
-    return run
 
 
-def _built(settings: Settings) -> RunConfig:
+def build_config(settings: Settings) -> RunConfig:
+    """Return the configuration, and print the notes about it.
+
+    Raises:
+        UserError: all problems of ``settings``, one line for each.
+    """
     missing: list[str] = []
     found = settings.found
     if settings.unreadable:
@@ -97,6 +105,9 @@ def _built(settings: Settings) -> RunConfig:
         found.add(f"missing: {', '.join(missing)}; set it in the file given with --config or as --{missing[0]}")
     found.add_consequences(problems(run))
     found.raise_if_any()
+    if os.environ.get("RANK", "0") == "0":
+        for note in settings.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
     return run
 
 

@@ -117,7 +117,7 @@ def _facts(span: Span) -> dict[str, object]:
     return {
         "path": os.path.abspath(file.path),
         "size": file.size,
-        "modified": file.modified,
+        "version": file.version,
         "format": file.format,
         "source": file.source,
         "start": span.start,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import socket
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from retemper.engine.errors import UserError
+from retemper.tools import preprocess
 from retemper.tools.preprocessing.inputs import files
 from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs, with_stdin_copied
 
@@ -51,7 +53,16 @@ def test_files_are_described(corpus):
     files = expand_inputs(["data/b/c.csv.gz", "data/a.txt", "data/B.JSON"], InputOptions("line"))
     described = [(f.format, f.compression, f.size, f.source, f.units) for f in files]
     assert described == [("csv", ".gz", 1, 0, 1), ("txt-lines", "", 1, 1, 1), ("json", "", 1, 2, 1)]
-    assert files[1].modified == (corpus / "a.txt").stat().st_mtime_ns
+    assert files[1].version == str((corpus / "a.txt").stat().st_mtime_ns)
+
+
+def test_inputs_are_listed_with_what_identifies_their_contents(corpus, capsys):
+    preprocess.main(["--input", "data/b", "data/a.txt", "-", "--list-inputs"])
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [os.path.relpath(facts["path"], "data") for facts in listed[:-1]] == names("data/b", "data/a.txt")
+    assert listed[-1] == {"path": "-", "size": 0, "identity": ""}
+    modified = str((corpus / "a.txt").stat().st_mtime_ns)
+    assert listed[-2] == {"path": "data/a.txt", "size": 1, "identity": modified}
 
 
 PATTERNS = {

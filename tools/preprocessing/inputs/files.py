@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ....engine.errors import UserError
 from ....engine.files.outputs import open_new
@@ -41,8 +41,8 @@ class InputFile:
     """A value of ``COMPRESSIONS``, or ""."""
     size: int
     """Bytes on disk."""
-    modified: int
-    """Time of the last change, in nanoseconds."""
+    version: str
+    """What changes with the contents: of local files the time of the last change, in nanoseconds."""
     units: int = 1
     """Number of units of formats that are divided between units."""
 
@@ -63,6 +63,30 @@ class InputOptions:
     """Let the reader report damaged files."""
 
 
+class InputFacts(NamedTuple):
+    """What identifies the contents of an input file without reading them."""
+
+    path: str
+    size: int
+    """Bytes."""
+    identity: str
+    """See ``InputFile.version``."""
+
+
+def describe_inputs(
+    arguments: Sequence[str], options: InputOptions | None = None, flag: str = "--input"
+) -> list[InputFacts]:
+    """Return the facts of the files that :func:`expand_inputs` would return, without opening named files.
+
+    Standard input has the size 0 and no identity.
+
+    Raises:
+        UserError: an argument names nothing, or a file named before.
+    """
+    named = _named_files(arguments, options or InputOptions(), flag)
+    return [InputFacts(path, *((0, "") if path == STDIN else _size_and_version(path, flag))) for _, path in named]
+
+
 def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "--input") -> list[InputFile]:
     """Return the files that ``arguments`` of the option ``flag`` name, in the order of their documents.
 
@@ -74,7 +98,19 @@ def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "
     Raises:
         UserError: an argument names nothing, a file of unknown format, an unreadable file, or a file named before.
     """
-    files: list[InputFile] = []
+    files = [
+        InputFile(STDIN, source, _in_mode(options.stdin_format, options), "", 0, "")
+        if path == STDIN
+        else _input_file(path, source, options, flag)
+        for source, path in _named_files(arguments, options, flag)
+    ]
+    _print_notes(files, options)
+    return files
+
+
+def _named_files(arguments: Sequence[str], options: InputOptions, flag: str) -> list[tuple[int, str]]:
+    """Return the files of all arguments, each with the index of its argument."""
+    named: list[tuple[int, str]] = []
     seen: dict[str, str] = {}
     for source, argument in enumerate(arguments):
         name = f"{flag} {argument}"
@@ -86,12 +122,8 @@ def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "
                     "give its dataset a larger weight in training)"
                 )
             seen[identity] = path
-            if path == STDIN:
-                files.append(InputFile(STDIN, source, _in_mode(options.stdin_format, options), "", 0, 0))
-            else:
-                files.append(_input_file(path, source, options, flag))
-    _print_notes(files, options)
-    return files
+            named.append((source, path))
+    return named
 
 
 def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]:
@@ -103,11 +135,9 @@ def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]
     if not copy.exists():  # else it was copied earlier in this run
         with open_new(copy) as target:
             shutil.copyfileobj(sys.stdin.buffer, target, 8 << 20)
-    status = copy.stat()
+    size, version = _size_and_version(str(copy), "--input")
     return [
-        replace(
-            file, path=str(copy), size=status.st_size, modified=status.st_mtime_ns, units=_units(file.format, str(copy))
-        )
+        replace(file, path=str(copy), size=size, version=version, units=_units(file.format, str(copy)))
         if file.path == STDIN
         else file
         for file in files
@@ -253,9 +283,16 @@ def _input_file(path: str, source: int, options: InputOptions, flag: str) -> Inp
     if detected.compression and not FORMATS[detected.format].compressible:
         raise UserError(f"{name}: {detected.format} in {detected.compression} compression; decompress it first")
     form = _in_mode(detected.format, options)
-    status = os.stat(path)
-    units = _units(form, path, options.skip_damage)
-    return InputFile(path, source, form, detected.compression, status.st_size, status.st_mtime_ns, units)
+    size, version = _size_and_version(path, flag)
+    return InputFile(path, source, form, detected.compression, size, version, _units(form, path, options.skip_damage))
+
+
+def _size_and_version(path: str, flag: str) -> tuple[int, str]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+    return status.st_size, str(status.st_mtime_ns)
 
 
 def _print_notes(files: Sequence[InputFile], options: InputOptions) -> None:
