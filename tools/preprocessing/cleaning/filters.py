@@ -37,8 +37,10 @@ class Watch(Protocol):
 
     reason: str | None
     """The reason to leave the text out, once it is certain."""
-    is_settled: bool
-    """Whether the rest of the text cannot change ``reason``."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the rest of the text cannot change ``reason``."""
 
     def add(self, piece: str) -> None:
         """Add the next piece."""
