@@ -22,7 +22,18 @@ COMMANDS = sorted(
     if "CommandParser(" in path.read_text(encoding="utf-8")
 )
 TEXTS = {
-    *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
+    *(
+        "--json-key",
+        "--metadata",
+        "--languages",
+        "--bins",
+        "--bin-weights",
+        "--stdin-format",
+        "--input-format",
+        "--sheet",
+        "--chat-date",
+        "--eod-token",
+    ),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
         "--kernels",

@@ -275,6 +275,14 @@ def _add_text_filters(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
     group.add_argument(
+        "--to-jsonl",
+        nargs="?",
+        const="plain",
+        choices=("plain", "zst"),
+        help="instead of tokens, write the text and the --metadata of the documents to {prefix}.jsonl, or with zst to "
+        "{prefix}.jsonl.zst; needs no tokenizer",
+    )
+    group.add_argument(
         "--cache-folder",
         metavar="DIR",
         help="instead of --output-prefix, write below this folder, under a name made from the contents of the input, "

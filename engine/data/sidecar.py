@@ -83,6 +83,9 @@ class Sidecar:
     """xxh3-128 of .mask.bin; empty if there is none."""
     metadata_xxh3_128: str = ""
     """xxh3-128 of .metadata.jsonl; empty if there is none."""
+    text_xxh3_128: str = ""
+    """xxh3-128 of the .jsonl or .jsonl.zst, in the record of a file of text, which has no tokenizer and no tokens.
+    Empty for datasets."""
     bos_token: str | None = None
     """The BOS at the beginning of each document, as text. None: no token is added. For conversations, the beginning
     that the chat template adds."""
@@ -183,7 +186,13 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
             )
 
 
-_ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": "", "bos_token": None, "bos_ids": None, "eos_ids": None}
+_ADDED_LATER: dict[str, Any] = {
+    "tokenizer_fingerprint": "",
+    "text_xxh3_128": "",
+    "bos_token": None,
+    "bos_ids": None,
+    "eos_ids": None,
+}
 """Fields that sidecars of this format version may lack, and their default values."""
 _REMEDY = "build the dataset again, or remove this file to skip the checks that need it"
 

@@ -16,6 +16,8 @@ from .readers.expansion_limit import DEFAULT_EXPANSION
 from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
 
+TEXT_KEY = "text"
+"""Key of the text in what ``--to-jsonl`` writes."""
 BATCH_CHARACTERS = 512 << 10
 """Text encoded at once: large enough to make batches cheap, small enough to stay in cache with its ids."""
 
@@ -68,6 +70,8 @@ class PreprocessOptions:
     """ISO 639 codes; empty: all languages."""
     min_language_score: float = 0.65
     quality: str = "none"
+    to_jsonl: str | None = None
+    """Write text instead of tokens: "plain" to .jsonl, "zst" to .jsonl.zst."""
     min_tokens: int = 0
     max_tokens: int | None = None
     max_documents: int | None = None
@@ -124,6 +128,16 @@ class PreprocessOptions:
     def needs_digests(self) -> bool:
         """Whether the outputs need a hash of each document."""
         return self.dedup == "exact" or self.split is not None
+
+    @property
+    def writes_lines(self) -> bool:
+        """Whether the outputs have a line of JSON for each document."""
+        return bool(self.metadata or self.to_jsonl)
+
+    @property
+    def text_suffix(self) -> str:
+        """Suffix of the files of ``to_jsonl``."""
+        return {"plain": ".jsonl", "zst": ".jsonl.zst"}[self.to_jsonl or "plain"]
 
     def check(self) -> None:
         """Refuse meaningless values and combinations.
@@ -186,12 +200,33 @@ class PreprocessOptions:
             f"--output-prefix {self.output_prefix} and --cache-folder {self.cache_folder} both name the output; remove "
             "one of them",
         )
+        yield from self._problems_of_text()
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (
                 form is not None and form not in FORMATS,
                 f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}",
             )
+
+    def _problems_of_text(self) -> Iterator[tuple[object, str]]:
+        """Yield the rules of ``--to-jsonl``, which needs no tokenizer."""
+        for name, given in (
+            ("tokenizer", self.tokenizer),
+            ("model", self.model),
+            ("chat", self.chat),
+            ("no-append-eod", not self.append_eod),
+            ("eod-token", self.eod_token),
+            ("bos", self.bos != "auto"),
+            ("allow-special-tokens", self.allow_special_tokens),
+            ("min-tokens", self.min_tokens),
+            ("max-tokens", self.max_tokens),
+            ("cache-folder", self.cache_folder),
+        ):
+            yield self.to_jsonl and given, f"--{name} is for tokens, --to-jsonl writes text; remove one of them"
+        yield (
+            self.to_jsonl and TEXT_KEY in self.metadata,
+            f"--metadata {TEXT_KEY}: --to-jsonl writes the text under this key; leave it out",
+        )
 
     def record(self) -> dict[str, Any]:
         """Return what the sidecar keeps: the non-default options that decide the dataset's contents."""
@@ -239,6 +274,7 @@ _NOT_IN_OUTPUTS = frozenset(
         "dedup_threshold",
         "held_out",
         "chat_template",
+        "to_jsonl",
         "encoder",
     ]
 )

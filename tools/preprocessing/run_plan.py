@@ -63,7 +63,7 @@ class RunPlan:
         setup = self.setup
         return WorkerSettings(
             self._dated_options,
-            setup.tokenizer.spec,
+            setup.spec,
             setup.tokenizer.sha256,
             setup.dtype.str,
             self.work,
