@@ -122,6 +122,9 @@ def _add_formats(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="sheets of .xlsx workbooks to read (default: those with the text's column)",
     )
+    group.add_argument(
+        "--pdf-pages", action="store_true", help="a document of a PDF is a page with text (default: the file)"
+    )
 
 
 def _add_chat(group: argparse._ArgumentGroup) -> None:

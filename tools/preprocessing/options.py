@@ -39,6 +39,7 @@ class PreprocessOptions:
     quoting: str = "auto"
     sheet: Sequence[str] = ()
     """Empty: sheets with the text's column."""
+    pdf_pages: bool = False
     max_expansion: int = DEFAULT_EXPANSION
     chat: bool = False
     chat_template: str | None = None
@@ -117,7 +118,13 @@ class PreprocessOptions:
     @property
     def reading(self) -> ReadOptions:
         """How they are read."""
-        return ReadOptions(self.quoting, tuple(self.sheet), self.max_expansion, self.skip_bad_lines)
+        return ReadOptions(
+            quoting=self.quoting,
+            sheets=tuple(self.sheet),
+            max_expansion=self.max_expansion,
+            pdf_pages=self.pdf_pages,
+            skip_damage=self.skip_bad_lines,
+        )
 
     @property
     def minhash_threshold(self) -> float | None:
