@@ -23,6 +23,7 @@ EXTRAS = {
     "formats": ["pyarrow>=16", "openpyxl>=3.1", "pypdf[crypto]>=5.0", "lxml>=6.0"],
     "chat": ["jinja2>=3.1.6"],
     "dedup": ["rensa>=0.5,<0.6"],
+    "clean": ["ftfy>=6.2,<7", "py3langid>=0.4,<0.5"],
     "tiktoken": ["tiktoken>=0.7"],
     "trackers": ["tensorboard>=2.16"],  # a run's curves; part of every installation
     "eval": ["lm-eval>=0.4.8"],
