@@ -50,9 +50,10 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE|DIR|GLOB|-",
+        metavar="FILE|DIR|GLOB|URL|-",
         help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
-        ".xlsx, .pdf; a folder means the documents in it, - standard input. Documents keep the order of the arguments, "
+        ".xlsx, .pdf; a folder means the documents in it, s3://, gs://, https://... remote files, - standard input. "
+        "Documents keep the order of the arguments, "
         "and of the paths within a folder or pattern",
     )
     group.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError
-from ..files.paths import expand_path
+from ..files.paths import expand_path, is_url
 
 _PATH_WORDS = frozenset({"FILE", "DIR", "PATH", "PREFIX", "GLOB", "PATTERN", "FOLDER", "RUN_FOLDER"})
 """Metavars, or parts of one like FILE|DIR, of options whose value is a path."""
@@ -33,18 +33,27 @@ class CommandParser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if names_path(action) and value is not None and value is not action.default:
-                setattr(found, action.dest, _expanded(value, (action.option_strings or [str(action.metavar)])[-1]))
+                name = (action.option_strings or [str(action.metavar)])[-1]
+                setattr(found, action.dest, _expanded(value, name, "URL" in _metavar_words(action)))
         return found, rest
 
 
 def names_path(action: argparse.Action) -> bool:
-    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar."""
+    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar.
+
+    With the word URL in the metavar, the value may also be a URL, which is not changed.
+    """
+    return action.type is Path or not _metavar_words(action).isdisjoint(_PATH_WORDS)
+
+
+def _metavar_words(action: argparse.Action) -> set[str]:
     metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
-    words = {word for metavar in metavars for word in metavar.split("|")}
-    return action.type is Path or not words.isdisjoint(_PATH_WORDS)
+    return {word for metavar in metavars for word in metavar.split("|")}
 
 
-def _expanded(value: Any, name: str) -> Any:
+def _expanded(value: Any, name: str, may_be_url: bool) -> Any:
     if isinstance(value, list):
-        return [_expanded(each, name) for each in value]
+        return [_expanded(each, name, may_be_url) for each in value]
+    if may_be_url and is_url(str(value)):
+        return value
     return type(value)(expand_path(str(value), name)) if isinstance(value, (str, Path)) else value

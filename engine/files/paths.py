@@ -11,6 +11,11 @@ _URL = re.compile(r"[A-Za-z][\w+.-]*://")
 _VARIABLE = re.compile(r"\$(?:(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})", re.ASCII)
 
 
+def is_url(path: str) -> bool:
+    """Return whether ``path`` is a URL such as ``s3://bucket/key``, not a local path."""
+    return _URL.match(path) is not None
+
+
 def expand_path(path: str, name: str) -> str:
     """Return ``path`` with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` expanded, as a shell does.
 
@@ -22,7 +27,7 @@ def expand_path(path: str, name: str) -> str:
         UserError: the user or the variable does not exist, or the path is a URL or needs a shell. Folders called ``~``,
             ``$HOME`` or ``s3:`` are not supported.
     """
-    if _URL.match(path):
+    if is_url(path):
         raise UserError(
             f"{name} {path}: a URL, not a path; mount or download it and name the local path, or for a model give its "
             "name on the Hub (namespace/name)"
