@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow check-models faults gpu-check gpu-wheels lint types docs format clean
+.PHONY: help setup demo test test-slow check-models faults gpu-check gpu-wheels lint types docs site format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
@@ -15,8 +15,9 @@ help:
 	@echo "make faults     kills, full disks, damaged files and more against real runs: 200 cases, an hour or less"
 	@echo "make gpu-check  tests, kernels and steps on a CUDA machine, next to peers, in 760 seconds; PART=1 or 2: one half"
 	@echo "make gpu-wheels  download the packages that gpu-check installs on a machine without a network"
-	@echo "make lint       ruff, format check and mypy (make types: mypy only)"
+	@echo "make lint       ruff, format check, mypy and the site without warnings (make types: mypy only)"
 	@echo "make docs       the pages that are made from the code: docs/configuration_reference.md"
+	@echo "make site       the documentation as a site, in build/site"
 	@echo "make format     let ruff format the code"
 	@echo "make clean      remove the environment and what the demo wrote"
 
@@ -67,7 +68,7 @@ gpu-wheels: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) types
+	$(MAKE) types site
 
 types: setup
 	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/retemper
@@ -76,6 +77,10 @@ types: setup
 # Pages that are made from the code.
 docs: setup
 	$(BIN)/python tools/config_reference.py
+
+# Warnings are errors: links and anchors that lead nowhere are among them. The variable turns off an advertisement.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -37,6 +37,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"retemper": "."},
     package_data={"retemper": ["py.typed"]},
+    entry_points={"console_scripts": ["retemper = retemper.tools.cli.main:main"]},
     packages=["retemper"]
     + [f"retemper.{name}" for name in find_packages(str(ROOT), include=[p for r in PACKAGES for p in (r, f"{r}.*")])],
     install_requires=[
@@ -56,6 +57,7 @@ setup(
         "isal>=1.6",
         "tensorboard>=2.16",
         "tqdm>=4.66",
+        "shtab>=1.13",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "triton>=3.2"],
@@ -65,6 +67,7 @@ setup(
         "dedup": ["rensa>=0.5,<0.6"],
         "tiktoken": ["tiktoken>=0.7"],
         "demo": ["psutil>=5.9"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
         "benchmarks": ["matplotlib>=3.8", "psutil>=5.9"],
         "dev": [
             "pytest>=8.0",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +122,4 @@ def gpu_is_there() -> bool:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM ends the stage that runs, and keeps the others, like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -26,15 +26,14 @@ from retemper.engine.weights.conversion.options import (
     add_output,
     add_shard_size,
     add_trust,
-    interrupt_on_sigterm,
     parse,
 )
 
 PUSH = "--push-to-hub"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Convert a checkpoint to a Hugging Face folder.")
     parser.add_argument(
         "--checkpoint",
@@ -65,13 +64,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="also upload the output, without conversion.json, to this model repository (namespace/name) on the Hub; a "
         "new repository is created as a private one; the token comes from HF_TOKEN or `hf auth login`",
     )
-    return parse(parser, arguments)
+    parser.mark_usual("--checkpoint", "--output", "--dtype", "--verify", "--push-to-hub")
+    return parser
 
 
-def main() -> None:
-    """Run the command line of this process."""
-    interrupt_on_sigterm()
-    options = vars(parse_arguments())
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return parse(build_parser(), arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
+    options = vars(parse_arguments(arguments))
     repository = options.pop("push_to_hub")
     if repository is not None:
         _convert_and_upload(options, repository)

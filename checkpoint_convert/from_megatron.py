@@ -23,13 +23,12 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_shard_size,
-    interrupt_on_sigterm,
     parse,
 )
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Convert a Megatron-Core checkpoint to a Hugging Face folder or a checkpoint.")
     parser.add_argument(
         "--megatron",
@@ -54,16 +53,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_dtype(parser, "the dtype of each tensor")
     add_shard_size(parser)
     add_copying(parser)
-    options = parse(parser, arguments)
+    parser.mark_usual("--megatron", "--output", "--format", "--config", "--dtype", "--verify")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    options = parse(build_parser(), arguments)
     if options.verify and options.format != HF:
         raise UserError(f"--verify: needs --format {HF}, the only one that transformers reads")
     return options
 
 
-def main() -> None:
-    """Run the command line of this process."""
-    interrupt_on_sigterm()
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
+    options = parse_arguments(arguments)
     with without_gc():
         from retemper.checkpoint_convert.megatron_import import convert
 

@@ -21,13 +21,12 @@ from retemper.engine.weights.conversion.options import (
     add_dtype,
     add_output,
     add_trust,
-    interrupt_on_sigterm,
     parse,
 )
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Convert a Hugging Face folder to a checkpoint for training.")
     parser.add_argument("--hf", required=True, metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
     add_output(parser)
@@ -45,13 +44,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add_copying(parser)
     add_trust(parser)
-    return parse(parser, arguments)
+    parser.mark_usual("--hf", "--output", "--dtype", "--verify")
+    return parser
 
 
-def main() -> None:
-    """Run the command line of this process."""
-    interrupt_on_sigterm()
-    options = parse_arguments()
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return parse(build_parser(), arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
+    options = parse_arguments(arguments)
     with without_gc():
         from retemper.engine.weights.conversion.hf_to_dcp import convert
 

@@ -17,13 +17,13 @@ from retemper.checkpoint_convert.megatron_layout import Vocabulary
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.guards.garbage_collection import without_gc
-from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, interrupt_on_sigterm, parse
+from retemper.engine.weights.conversion.options import add_copying, add_dtype, add_output, parse
 
 _MAX_MULTIPLE = 2**20
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Convert a Hugging Face folder or a checkpoint to a Megatron-Core checkpoint.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="DIR|NAME", help="Hugging Face folder, or Hub name")
@@ -55,7 +55,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="separate keys for each layer (non-homogeneous) instead of stacked tensors",
     )
     add_copying(parser)
-    options = parse(parser, arguments)
+    parser.mark_usual("--hf", "--checkpoint", "--output", "--tensor-parallel", "--dtype", "--verify")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    options = parse(build_parser(), arguments)
     for option, value in (
         ("--tensor-parallel", options.tensor_parallel),
         ("--make-vocab-size-divisible-by", options.make_vocab_size_divisible_by),
@@ -67,10 +73,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def main() -> None:
-    """Run the command line of this process."""
-    interrupt_on_sigterm()
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
+    options = parse_arguments(arguments)
     with without_gc():
         from retemper.checkpoint_convert.megatron_export import convert
 

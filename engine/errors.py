@@ -10,13 +10,18 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _MOST_PROBLEMS = 20
 """Maximum number of problems shown for one error. More have one cause, such as a file of another program."""
+
+
+ERROR_FILE_VARIABLE = "RETEMPER_ERROR_FILE"
+"""Environment variable with a file for the error of a process whose parent reports it."""
 
 
 class UserError(ValueError):
@@ -45,6 +50,10 @@ def report_user_error(error: UserError) -> None:
     lines = [*error.problems[:_MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
     # A path may contain bytes that are not text.
     messages = [" ".join(line.split()).encode("utf-8", "backslashreplace").decode() for line in lines]
+    if (path := os.environ.get(ERROR_FILE_VARIABLE)) is not None:
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            file.write(" | ".join(messages))
+        return
     if not error.printed_elsewhere:
         # In one write, because ranks share the stream, and lines of others must not come between a line and its end.
         with contextlib.suppress(OSError):  # the reader has gone
@@ -68,10 +77,14 @@ def write_torchrun_error(message: str) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's ``main``, turning a :class:`UserError` into one line and exit status 1."""
+    """Run a command's ``main``, turning a :class:`UserError` into one line and exit status 1.
+
+    A scheduler's SIGTERM ends the command as Ctrl-C does, so that it cleans up.
+    """
     try:
-        status = main()
-        _flush()
+        with _interrupted_by_sigterm():
+            status = main()
+            _flush()
     except UserError as error:
         report_user_error(error)
         status = 1
@@ -92,6 +105,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         write_torchrun_error(" ".join(f"{type(error).__name__}: {error}".split())[:1000])
         raise
     sys.exit(status or 0)
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _flush() -> None:

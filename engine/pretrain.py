@@ -8,11 +8,13 @@ need PyTorch are imported where they are used, so that ``--help`` and configurat
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
+from retemper.engine.config.parser import build_parser as build_parser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError, run_command
@@ -34,12 +36,15 @@ if TYPE_CHECKING:
     from retemper.engine.step import StepResult
 
 
-def main(console: Console | None = None) -> None:
-    """Read the command line, join the other ranks, and train."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, by default that of this process, join the other ranks, and train."""
+    console = Console(logged=os.environ.get("RANK", "0") == "0")
+    console.install()  # to the end of the process: the log of the run has the error that ends it
     with StopRequest() as stop:
         launcher = read_launcher()
         raise_open_files_limit()
-        config, rendezvous = agree_on_config(lambda: prepare(launcher.world_size), several=launcher.world_size > 1)
+        several = launcher.world_size > 1
+        config, rendezvous = agree_on_config(lambda: prepare(launcher.world_size, arguments), several)
         from retemper.engine.parallel.process_group import process_group
 
         stop.defer()  # from here a signal only asks the ranks to agree on an end
@@ -49,12 +54,12 @@ def main(console: Console | None = None) -> None:
                 train(build(config, ranks, stop), console)
 
 
-def prepare(world_size: int) -> RunConfig:
+def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfig:
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
-    config = parse_config()
+    config = parse_config(arguments)
     check_layout(config, world_size)
     with without_gc():
-        from retemper.engine import run, run_folder  # noqa: F401
+        from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401
         from retemper.engine.observe import end_summary, start_summary  # noqa: F401
     return config
@@ -78,6 +83,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
+    from retemper.engine.prepare_data import prepare_data
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
@@ -86,6 +92,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     validate(config)
     stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
+    config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
     with report_if_slow("finding and verifying what the run starts from", say):
@@ -267,6 +274,4 @@ def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool
 
 
 if __name__ == "__main__":
-    output = Console(logged=os.environ.get("RANK", "0") == "0")
-    output.install()
-    run_command(lambda: main(output))
+    run_command(main)

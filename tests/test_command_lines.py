@@ -28,6 +28,8 @@ TEXTS = {
         "--kernels",
         "--cases",
         "--providers",
+        "NAME",
+        "--hosts",
         "--push-to-hub",
         "--engines",
         "--engine",

@@ -1,5 +1,6 @@
 """The package takes nobody's name: bare imports, the folders of scripts on ``sys.path``, and the version."""
 
+import importlib
 import importlib.metadata
 import runpy
 import shutil
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import retemper
+from retemper.tools.cli.main import main
 
 ROOT = Path(retemper.__file__).parent
 SCRIPT_FOLDERS = ("engine", "tools", "checkpoint_convert", "tools/demo", "benchmarks")
@@ -73,7 +75,7 @@ def test_every_folder_with_a_script_has_the_module_that_finds_the_clone():
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     scripts = [ROOT / name for name in listed.stdout.split()]
     folders = {path.parent for path in scripts if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
-    folders -= {ROOT / "benchmarks" / "preprocess"}  # run as modules of the package, with python -m
+    folders -= {ROOT, ROOT / "benchmarks" / "preprocess"}  # run as modules of the package, with python -m
     for folder in sorted({*folders, ROOT / "tests"}):
         assert (folder / "retemper.py").resolve() == ROOT / "engine" / "retemper.py", folder
 
@@ -97,11 +99,23 @@ def test_no_module_beside_a_script_shadows_another(folder):
     assert not ours & others
 
 
-def test_the_version_is_said_once(monkeypatch):
-    """setup.py is run with a stand-in for setuptools, which an environment that only runs the tests may lack."""
+@pytest.fixture
+def said(monkeypatch) -> dict:
+    """What setup.py tells a stand-in for setuptools, which an environment that only runs the tests may lack."""
     said: dict = {}
     stand_in = SimpleNamespace(find_packages=lambda *_, **__: [], setup=lambda **keywords: said.update(keywords))
     monkeypatch.setitem(sys.modules, "setuptools", stand_in)
     runpy.run_path(str(ROOT / "setup.py"))
+    return said
+
+
+def test_the_version_is_said_once(said):
     assert said["name"] == "retemper"
     assert said["version"] == retemper.__version__ == importlib.metadata.version("retemper")
+
+
+def test_the_command_is_an_entry_point(said):
+    [line] = said["entry_points"]["console_scripts"]
+    name, _, target = line.partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "retemper" and getattr(importlib.import_module(module), function) is main

@@ -84,20 +84,6 @@ def test_pre_commit_runs_what_make_installs() -> None:
             assert re.search(rf"^{Path(program).name}==", lock, re.MULTILINE)
 
 
-def test_the_index_lists_every_page_once() -> None:
-    index = (ROOT / "docs" / "index.md").read_text("utf-8")
-    listed = re.findall(r"^- \[([\w.]+)\]\(\1\): \w", index, re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md")
-
-
-@pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda path: path.name
-)
-def test_links_lead_to_files(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text("utf-8")):
-        assert "://" in link or (path.parent / link).exists(), link
-
-
 def test_what_contributors_and_the_security_policy_are_referred_to_exists() -> None:
     targets = re.findall(r"(?:^ {4}|`)make ([a-z-]+)", CONTRIBUTING, re.MULTILINE)
     assert len(targets) > 5 and set(targets) <= MAKE_TARGETS

@@ -70,7 +70,7 @@ def test_every_command_helps_without_pytorch():
     assert {"engine/pretrain.py", "tools/generate.py", "checkpoint_convert/to_megatron.py"} <= {*COMMANDS}
     for command, (status, printed, asked) in zip(COMMANDS, run(*([name, "--help"] for name in COMMANDS)), strict=True):
         assert not asked, f"{command} --help imports torch: {asked[0]}"
-        assert status == 0 and "--" in printed, command
+        assert status == 0 and printed.startswith("usage: "), command
 
 
 REFUSED = [

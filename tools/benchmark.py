@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,8 @@ from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options of this command, and return the others, which belong to the run's configuration."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Time the steps of a training run on random weights: tokens/s, MFU, time of "
         "each part, peak memory. No checkpoint is read or written, and no run folder is touched. Prints Markdown "
@@ -89,7 +88,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         "for ui.perfetto.dev",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    options, rest = parser.parse_known_args(arguments)
+    parser.mark_usual("--config", "--steps", "--real-data", "--sweep", "--profile", "--json")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options of this command, and return the others, which belong to the run's configuration."""
+    options, rest = build_parser().parse_known_args(arguments)
     return options, [word for file in options.config for word in ("--config", file)] + rest
 
 
@@ -160,6 +165,4 @@ def _sweep(
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

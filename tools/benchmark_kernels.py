@@ -29,8 +29,8 @@ def _current_name(sizes: str) -> str:
     return sizes
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Time the forward and backward pass of each kernel and of its peers on random inputs: the median "
         "of several calls, the peak memory, and the error against float64. The error is measured in calls whose "
@@ -62,7 +62,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg, .pdf); needs matplotlib")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return build_parser().parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

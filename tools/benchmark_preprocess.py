@@ -9,7 +9,6 @@ This file is the command line of retemper.benchmarks.preprocess. Linux only.
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Measure the preprocess command on a corpus, in one run and on the same cores: the bare tokenizer "
         "on big batches in memory, the whole command with all its processes, and optionally Megatron-LM's loop. "
@@ -78,7 +77,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--scratch", type=Path, metavar="DIR", help="folder for corpora and outputs (default: the system's)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return build_parser().parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,6 +99,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

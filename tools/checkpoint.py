@@ -22,8 +22,8 @@ from retemper.tools.checkpoint_report.listing import format_listing, list_checkp
 from retemper.tools.checkpoint_report.verification import verify
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Show, verify, compare, prune and upgrade checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|diff|prune|upgrade")
     ls = commands.add_parser("ls", help="list the checkpoints of a run; sizes are checked, contents are not read")
@@ -50,7 +50,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     thin.add_argument("--dry-run", action="store_true", help="only show what would be removed")
     renew = commands.add_parser("upgrade", help="rewrite checkpoints of older formats in the current format")
     renew.add_argument("path", type=Path, metavar="PATH", help="checkpoint or run folder")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return build_parser().parse_args(arguments)
 
 
 def _positive(text: str) -> int:

@@ -9,7 +9,6 @@ Existing ids do not change. This file is the command line of retemper.tools.voca
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 
 from retemper.engine.config.command_line import CommandParser
@@ -19,15 +18,21 @@ from retemper.engine.weights.hugging_face.weight_options import DEFAULT_MAX_SHAR
 from retemper.tools.vocabulary.options import ExtendOptions
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Learn new tokens from a corpus, or read them from a list, and write the model with rows for them."
     )
     _add_model(parser.add_argument_group("model"))
     _add_corpus(parser.add_argument_group("corpus"))
     _add_tokens(parser.add_argument_group("new tokens"))
-    return ExtendOptions(**vars(parser.parse_args(arguments)))
+    parser.mark_usual("--model", "--output", "--corpus", "--num-tokens", "--tokens")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> ExtendOptions:
+    """Parse the command line, by default that of this process."""
+    return ExtendOptions(**vars(build_parser().parse_args(arguments)))
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -113,6 +118,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from retemper.tools.generation import TextGenerator
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Continue prompts with a Hugging Face folder or a checkpoint.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
     parser.add_argument(
@@ -69,7 +69,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="dtype to compute in (default: the dtype in the model's config)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    return parser.parse_args(arguments)
+    parser.mark_usual("--model", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--tokenizer")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return build_parser().parse_args(arguments)
 
 
 def typed_prompts() -> Iterator[str]:
@@ -112,9 +118,9 @@ def show_completion(model: TextGenerator, prompt: str, sampling: Sampling) -> No
     )
 
 
-def main() -> None:
-    """Run the command line of this process."""
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
+    options = parse_arguments(arguments)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()

@@ -8,7 +8,6 @@ This file is the command line of retemper.tools.preprocessing.merging.merge.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 
 from retemper.engine.config.command_line import CommandParser
@@ -16,8 +15,8 @@ from retemper.engine.errors import run_command
 from retemper.tools.preprocessing.merging.merge import MergeOptions, format_report, merge
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Join indexed datasets: the shards of one run, or whole datasets, in the order given. Files are "
         "checked against the hashes in their sidecars."
@@ -42,7 +41,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
         action="store_true",
         help="join datasets with and without a loss mask: in those without, every token is a target",
     )
-    return MergeOptions(**vars(parser.parse_args(arguments)))
+    parser.mark_usual("--inputs", "--output-prefix", "--overwrite")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> MergeOptions:
+    """Parse the command line, by default that of this process."""
+    return MergeOptions(**vars(build_parser().parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +56,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Clean up after a scheduler's SIGTERM as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -9,7 +9,6 @@ This file is the command line of retemper.tools.planning.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from retemper.tools.planning.gpus import GPUS
 from retemper.tools.planning.options import EFFICIENCY, RESERVE, PlanOptions, read_architecture
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options of this command, and return the others, which belong to the run's configuration."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Make a dry run of a training step, without GPUs and without weights: the real model and "
         "parallel code run as one rank of the cluster. Reports memory, traffic and time. Time is predicted from "
@@ -45,7 +44,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         "--quick", action="store_true", help="dry run a few blocks and extrapolate, instead of all of them"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    options, rest = parser.parse_known_args(arguments)
+    parser.mark_usual("--config", "--nodes", "--gpus-per-node", "--gpu", "--search", "--quick", "--json")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options of this command, and return the others, which belong to the run's configuration."""
+    options, rest = build_parser().parse_known_args(arguments)
     return options, [word for file in options.config for word in ("--config", file)] + rest
 
 
@@ -129,6 +134,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 from collections.abc import Sequence
 
 # numpy reads this when it is imported. Its threads are for linear algebra; with them, workers could not be forked.
@@ -20,18 +19,20 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
+from retemper.engine.files.outputs import require_report, write_json_report
 from retemper.engine.tokenizer.frame import BOS_CHOICES
+from retemper.tools.preprocessing.cache import preprocess_into_cache
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.inputs.files import describe_inputs
 from retemper.tools.preprocessing.options import PreprocessOptions
 from retemper.tools.preprocessing.pipeline import preprocess
 from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
-from retemper.tools.preprocessing.report import format_report
+from retemper.tools.preprocessing.report import counts_record, format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         description="Tokenize text to an indexed dataset: Megatron-LM's .bin and .idx, and a .json that describes it. "
         "After an interruption, the same command continues the run."
@@ -42,7 +43,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
-    return PreprocessOptions(**vars(parser.parse_args(arguments)))
+    parser.mark_usual(
+        "--input",
+        "--json-key",
+        "--chat",
+        "--model",
+        "--tokenizer",
+        "--min-chars",
+        "--dedup",
+        "--output-prefix",
+        "--overwrite",
+        "--split",
+        "--workers",
+    )
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessOptions:
+    """Parse the command line, by default that of this process."""
+    return PreprocessOptions(**vars(build_parser().parse_args(arguments)))
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
@@ -223,6 +242,15 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
     group.add_argument(
+        "--cache-folder",
+        metavar="DIR",
+        help="instead of --output-prefix, write below this folder, under a name made from the contents of the input, "
+        "the tokenizer and the options; a dataset that is there already is not made again",
+    )
+    group.add_argument(
+        "--report", metavar="FILE", help="also write the prefixes and counts of the datasets to this file, in JSON"
+    )
+    group.add_argument(
         "--overwrite", action="store_true", help="replace an existing dataset when the new one is complete"
     )
     group.add_argument("--shuffle", action="store_true", help="shuffle the documents; see --seed")
@@ -254,10 +282,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for facts in describe_inputs(options.input, options.inputs):
             print(json.dumps(facts._asdict()))
         return
-    print(format_report(preprocess(options)))
+    if options.report is not None:
+        require_report("--report", options.report)
+    if options.cache_folder is None:
+        report = preprocess(options)
+        sidecars = report.sidecars
+        print(format_report(report))
+    else:
+        sidecars = preprocess_into_cache(options)
+        for prefix, sidecar in sidecars.items():
+            print(f"{prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
+    if options.report is not None:
+        write_json_report("--report", options.report, counts_record(sidecars))
 
 
 if __name__ == "__main__":
-    # Clean up after a scheduler's SIGTERM as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(main)

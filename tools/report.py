@@ -29,15 +29,20 @@ from retemper.tools.reports.text import visible
 PAGE_FILE = "report.html"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process."""
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(description="Report the results of a run: a page with its curves, and a summary.")
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the run's configuration")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="another run folder: curves, results, settings")
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (default: RUN_FOLDER/{PAGE_FILE})")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the summary")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
+    return build_parser().parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

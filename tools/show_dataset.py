@@ -31,12 +31,8 @@ from retemper.tools.reports.dataset.verification import verify_dataset
 from retemper.tools.tokenizer.handle import load_tokenizer
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, by default that of this process.
-
-    Raises:
-        UserError: an option has no effect with another one.
-    """
+def build_parser() -> CommandParser:
+    """Return the parser of the command line."""
     defaults = InspectOptions("")
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", metavar="PREFIX", help="path of its .bin and .idx files without the suffix")
@@ -59,7 +55,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     other = parser.add_argument_group("instead of the report").add_mutually_exclusive_group()
     other.add_argument("--index", type=_count, metavar="I", help="decode document I, counted from 0")
     other.add_argument("--verify", action="store_true", help="check every index entry, token id and hash")
-    options = parser.parse_args(arguments)
+    parser.mark_usual("--tokenizer", "--quick", "--config", "--documents", "--html", "--index", "--verify")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process.
+
+    Raises:
+        UserError: an option has no effect with another one.
+    """
+    options = build_parser().parse_args(arguments)
     _refuse_combinations(options)
     return options
 

@@ -43,6 +43,7 @@ _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].validation_fraction": _SHARE,
     "data.prefetch_steps": _FROM_1,
     "data.validation_fraction": _SHARE,
     "model.rope.factor": _FROM_1,
@@ -209,6 +210,12 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     yield from _mixture(data.train, "data.train", training.sequence_length)
     if data.validation_fraction > 0 and "held_out" in data.validation:
         yield "data.validation names a set 'held_out', which data.validation_fraction makes; rename it"
+    for source in (source for mixture in [data.train, *(stage.train for stage in data.stages)] for source in mixture):
+        if source.validation_fraction > 0 and source.identity in data.validation:
+            yield (
+                f"data.validation names a set '{source.identity}', which validation_fraction of the source of this "
+                "name makes; rename one of them"
+            )
 
 
 def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
@@ -239,7 +246,7 @@ def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> I
     for position, source in enumerate(sources):
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
-        for key in ("weight", "max_epochs"):
+        for key in ("weight", "max_epochs", "validation_fraction"):
             value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"

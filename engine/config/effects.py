@@ -42,7 +42,9 @@ class Situation:
     @property
     def evaluates(self) -> bool:
         """Return whether there is a validation set."""
-        return bool(self.config.data.validation) or self.config.data.validation_fraction > 0
+        data = self.config.data
+        held_out = any(source.validation_fraction > 0 for mixture in _mixtures(self.config) for source in mixture)
+        return bool(data.validation) or data.validation_fraction > 0 or held_out
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,11 @@ ALWAYS = {
 ELSEWHERE = {
     "data.train[].max_epochs": "engine/config/effects.py: _caps of a source",
     "data.train[].max_tokens": "engine/config/effects.py: _caps of a source",
+    "data.cache_folder": "engine/prepare_data.py: prepare_data notes that no source is text",
+    **{
+        f"data.train[].{key}": "engine/data/text_sources.py: text_sources refuses it for datasets"
+        for key in ("column", "split", "subset", "validation_fraction", "preprocess")
+    },
     "training.attention_backend": "engine/model/attention_choice.py: choose_attention refuses what cannot run",
     "training.compile": "engine/parallel/compile.py: enabled refuses what cannot be compiled",
     "training.float8": "engine/parallel/float8.py: enabled refuses a device without it",

@@ -6,24 +6,38 @@ is used only for the help.
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checks import problems
+from .command_line import CommandParser
 from .options import Settings
 from .settings import RunConfig, to_yaml
-from .types_check import build
+from .spelling import known_keys
+from .types_check import build, is_path
 
 if TYPE_CHECKING:
     import jsonargparse
 
+USUAL_SETTINGS = (
+    *("run_folder", "data.train", "data.validation", "data.validation_fraction", "model.initialize_from"),
+    *("training.train_tokens", "training.warmup_tokens", "training.sequence_length", "training.global_batch_size"),
+    *("training.micro_batch_size", "optimizer.learning_rate", "parallel.recompute", "parallel.cpu_offload"),
+    *("checkpoint.save_interval", "checkpoint.export_hf", "resume"),
+)
+"""What ``--help`` shows. ``--help-all`` shows all settings."""
 HELP_OPTIONS = {
-    **{option: option for option in ("-h", "--help", "--data.train.help", "--data.stages.help")},
+    "--help-all": "--help",
+    **{option: option for option in ("--data.train.help", "--data.stages.help")},
     "--data.stages.train.help": "--data.train.help",
 }
-"""Options that print help, mapped to the option whose help they print. Those of lists explain the entries, which
+"""Options that print help, mapped to the option of the parser that prints it. Those of lists explain the entries, which
 ``--help`` does not; the list ``train`` of a stage has the same entries as ``data.train``."""
 
 
@@ -35,7 +49,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="pretrain.py",
+        prog=Path(sys.argv[0]).name,
         description="Continue the pretraining of a language model. A YAML file describes the run, and options "
         "override it: --section.key VALUE, --data.train.0.weight 2 for an entry of a list, --data.train+ '{path: x}' "
         "to append an entry. --data.train.help and --data.stages.help explain the entries of these lists.",
@@ -46,10 +60,33 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings of the run, and exit")
     parser.add_class_arguments(RunConfig)
+    types = dict(known_keys())
     for action in parser._actions:
         if action.metavar == "CONFIG":  # a section; jsonargparse would take the path of a file there
             action.metavar, action.help = "YAML", "All keys of this section in one option: '{key: value, ...}'."
+        elif is_path(types.get(action.dest)):
+            action.metavar = "PATH"
     return parser
+
+
+def usual_help() -> str:
+    """Return the help of ``engine/pretrain.py`` with the usual settings, each with the first sentence of its help."""
+    full = build_parser()
+    settings = {action.dest: action for action in full._actions}
+    parser = CommandParser(
+        prog=full.prog,
+        usage=f"{full.prog} --config FILE [--SECTION.KEY VALUE ...]",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
+        description=full.description,
+        epilog=f"{len(dict(known_keys())) - len(USUAL_SETTINGS)} more settings: {full.prog} --help-all",
+    )
+    for key in ("config", *USUAL_SETTINGS):
+        action = settings[key]
+        sentence = re.split(r"(?<=[.;])\s", str(action.help))[0].rstrip(".;").replace("``", "").replace("%", "%%")
+        default = "" if action.default in (None, [], {}) else f" (default: {action.default})"
+        metavar = "BOOL" if action.metavar == "{true,false}" else action.metavar or "X"
+        parser.add_argument(f"--{key}", metavar=metavar, required=action.required, help=sentence + default)
+    return parser.format_help()
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
@@ -59,17 +96,30 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         UserError: unknown or duplicate keys, wrong types, missing values or impossible arithmetic; all problems, one
             line for each.
     """
-    waiting = list(reversed(sys.argv[1:] if arguments is None else arguments))
+    waiting = list(sys.argv[1:] if arguments is None else arguments)
+    if not {"-h", "--help"}.isdisjoint(waiting):
+        print(usual_help(), end="")
+        raise SystemExit(0)
     for asked, option in HELP_OPTIONS.items():
         if asked in waiting:
             build_parser().parse_args([option])
-    settings, prints = Settings(), False
+    prints = "--print_config" in waiting
+    settings = Settings()
+    add_arguments(settings, [word for word in waiting if word != "--print_config"])
+    run = build_config(settings)
+    if prints:
+        print(to_yaml(run), end="")
+        raise SystemExit(0)
+    return run
+
+
+def add_arguments(settings: Settings, arguments: Sequence[str]) -> None:
+    """Merge the files and options of a command line into ``settings``, which collects the problems in them."""
+    waiting = list(reversed(arguments))
     while waiting:
         argument = waiting.pop()
         option, equals, value = argument.removeprefix("--").partition("=")
-        if argument == "--print_config":
-            prints = True
-        elif not argument.startswith("--") or not option:
+        if not argument.startswith("--") or not option:
             settings.found.add(f"unexpected argument '{argument}'; every value follows its option, as in --seed 1")
         elif not equals and (not waiting or waiting[-1].startswith("--")):
             settings.found.add(_without_value(option), option)
@@ -77,17 +127,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
             value = value if equals else waiting.pop()
             settings.add_file(value) if option == "config" else settings.add_option(option, value)
     settings.check_entries()
-    run = _built(settings)
-    if os.environ.get("RANK", "0") == "0":
-        for note in settings.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
-    if prints:
-        print(to_yaml(run), end="")
-        raise SystemExit(0)
-    return run
 
 
-def _built(settings: Settings) -> RunConfig:
+def build_config(settings: Settings) -> RunConfig:
+    """Return the configuration, and print the notes about it.
+
+    Raises:
+        UserError: all problems of ``settings``, one line for each.
+    """
     missing: list[str] = []
     found = settings.found
     if settings.unreadable:
@@ -97,6 +144,9 @@ def _built(settings: Settings) -> RunConfig:
         found.add(f"missing: {', '.join(missing)}; set it in the file given with --config or as --{missing[0]}")
     found.add_consequences(problems(run))
     found.raise_if_any()
+    if os.environ.get("RANK", "0") == "0":
+        for note in settings.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
     return run
 
 

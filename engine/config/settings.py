@@ -19,6 +19,9 @@ from .yaml_loader import dump_yaml
 PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
 FilePath = Annotated[str, PATH_MARK]
 """Type of every setting that is the name of a file or folder, or can be one."""
+URL_MARK = "a URL is also possible"
+DataPath = Annotated[str, PATH_MARK, URL_MARK]
+"""Type of every setting that is the path of data, or its URL (hf://, s3://, gs://)."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,13 @@ class Switch:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One training dataset of the mixture."""
+    """One training dataset of the mixture, or text."""
 
-    path: FilePath
-    """Prefix of the dataset: ``{path}.bin`` and ``{path}.idx``, as written by tools/preprocess.py or Megatron-LM."""
+    path: DataPath
+    """A dataset or text. Dataset: its prefix, ``{path}.bin`` and ``{path}.idx``, as written by tools/preprocess.py or
+    Megatron-LM. Text: a file, folder, pattern or URL (``hf://namespace/name``, ``s3://``, ``gs://``) that
+    tools/preprocess.py reads. Before the training, it is tokenized into ``data.cache_folder``, where the next start
+    finds it."""
     weight: float = 1.0
     """Share of the training tokens (or documents, see ``data.weights``) that come from this source, relative to the sum
     of all weights."""
@@ -49,11 +55,28 @@ class SourceConfig:
     limit."""
     max_tokens: int | None = None
     """The same limit in tokens. If both are set, the smaller one applies."""
+    column: str | None = None
+    """For text: key or column of the text, as ``--json-key`` of tools/preprocess.py. Null: ``text``."""
+    split: str | None = None
+    """For text from the Hub (``hf://``): split of the dataset. Null: ``train``."""
+    subset: str | None = None
+    """For text from the Hub (``hf://``): subset (configuration) of the dataset. Null: its default."""
+    validation_fraction: float = 0.0
+    """For text: fraction of its documents that is held out and evaluated as the validation set with the name of this
+    source. A hash of each document decides, so copies of a text are on the same side."""
+    preprocess: dict = field(default_factory=dict)
+    """For text: more options of tools/preprocess.py, without dashes: ``{dedup: exact, min_chars: 200}``."""
 
     @property
     def identity(self) -> str:
         """Name of this source in logs and checkpoints, and key of its sample order."""
         return self.name if self.name is not None else Path(self.path).name
+
+    @property
+    def for_text(self) -> dict[str, Any]:
+        """Settings of this source that only text has, as far as they are set."""
+        keys = ("column", "split", "subset", "validation_fraction", "preprocess")
+        return {key: value for key in keys if (value := getattr(self, key))}
 
 
 @dataclass(frozen=True)
@@ -88,8 +111,11 @@ class DataConfig:
     """Arrangement of documents in chunks. concat: documents follow each other and are cut every sequence_length
     tokens. best_fit: the documents of 128 consecutive chunks are arranged so that nearly all documents that fit in a
     chunk stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
-    validation: dict[str, FilePath] = field(default_factory=dict)
-    """Named validation datasets: name -> prefix."""
+    validation: dict[str, DataPath] = field(default_factory=dict)
+    """Named validation sets: name -> prefix of a dataset, or text as in ``data.train``."""
+    cache_folder: FilePath | None = None
+    """Folder in which datasets made from text are kept, named by the content of the text. With several nodes it must
+    be on shared storage. Null: the environment variable RETEMPER_CACHE, or ``~/.cache/retemper``."""
     validation_fraction: float = 0.0
     """Fraction of each training source's documents, taken from its end, that is held out and evaluated as the set
     ``held_out``."""

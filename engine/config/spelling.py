@@ -19,8 +19,8 @@ _SAME_WORD = 0.75
 
 
 def known_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, type) of every key, sections included; the keys of list items are left out."""
-    for key, hint in get_type_hints(kind).items():
+    """Yield (dotted name, annotated type) of every key, sections included; the keys of list items are left out."""
+    for key, hint in get_type_hints(kind, include_extras=True).items():
         yield f"{prefix}{key}", hint
         if dataclasses.is_dataclass(hint):
             yield from known_keys(hint, f"{prefix}{key}.")  # type: ignore[arg-type]

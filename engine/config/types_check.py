@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from ..errors import UserError
 from ..files.paths import expand_path
-from .settings import PATH_MARK, Switch
+from .settings import PATH_MARK, URL_MARK, Switch
 from .spelling import did_you_mean
 
 UNUSABLE: Any = object()
@@ -185,7 +185,7 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
         value = _switched(value, switch)
     if isinstance(value, str) and is_path(hint):
         try:
-            return expand_path(value, name)
+            return expand_path(value, name, urls=_may_be_url(hint))
         except UserError as error:
             found.add(str(error), name)
             return value
@@ -215,6 +215,10 @@ def is_path(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
         return PATH_MARK in hint.__metadata__
     return get_origin(hint) in (Union, UnionType) and any(is_path(member) for member in get_args(hint))
+
+
+def _may_be_url(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and URL_MARK in hint.__metadata__
 
 
 def switch_of(hint: Any) -> Switch | None:

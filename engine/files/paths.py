@@ -12,22 +12,25 @@ _VARIABLE = re.compile(r"\$(?:(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\
 
 
 def is_url(path: str) -> bool:
-    """Return whether ``path`` is a URL such as ``s3://bucket/key``, not a local path."""
+    """Return whether ``path`` is a URL, such as ``s3://bucket/key``."""
     return _URL.match(path) is not None
 
 
-def expand_path(path: str, name: str) -> str:
+def expand_path(path: str, name: str, urls: bool = False) -> str:
     """Return ``path`` with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` expanded, as a shell does.
 
     Args:
         path: as given by the user. Names on the Hub (``namespace/name``) and ``-`` are returned unchanged.
         name: the option or setting with this value, for the error.
+        urls: return URLs unchanged instead of refusing them.
 
     Raises:
         UserError: the user or the variable does not exist, or the path is a URL or needs a shell. Folders called ``~``,
             ``$HOME`` or ``s3:`` are not supported.
     """
     if is_url(path):
+        if urls:
+            return path
         raise UserError(
             f"{name} {path}: a URL, not a path; mount or download it and name the local path, or for a model give its "
             "name on the Hub (namespace/name)"

@@ -28,6 +28,13 @@ _PAUSE = 0.05  # seconds between two polls, for up to 32 ranks
 _PARTING_SECONDS = 5
 
 
+class MissingRanks(UserError):
+    """Ranks did not connect in time."""
+
+    hosts: Sequence[str] = ()
+    """Hosts of the ranks that did."""
+
+
 @dataclass(frozen=True)
 class Rendezvous:
     """All ranks of this attempt, and their own part of the store."""
@@ -63,7 +70,7 @@ def join(note: dict[str, Any], timeout_seconds: float) -> Rendezvous:
         timeout_seconds: how long to wait for the last rank.
 
     Raises:
-        UserError: the store cannot be reached, or ranks are missing, which are named.
+        UserError: the store cannot be reached, or ranks are missing, which are named (MissingRanks).
     """
     launcher = read_launcher()
     port = os.environ.get("MASTER_PORT")
@@ -121,17 +128,19 @@ def _join(
                 notes = [json.loads(value) for value in store.multi_get(hellos)]
                 return Rendezvous(dist.PrefixStore(attempt, store), rank, notes)
         time.sleep(pause)
-    raise UserError(_who_is_missing(store, world_size, timeout_seconds))
+    raise _missing_ranks(store, world_size, timeout_seconds)
 
 
-def _who_is_missing(store: dist.Store, world_size: int, timeout_seconds: float) -> str:
+def _missing_ranks(store: dist.Store, world_size: int, timeout_seconds: float) -> MissingRanks:
     roll = store.get("roll").decode() if store.check(["roll"]) else "[]"
     attempt = hashlib.sha256(roll.encode()).hexdigest()[:16]
     came = [r for r in range(world_size) if store.check([f"{attempt}/here/{r}" if roll != "[]" else f"hello/{r}"])]
     missing = sorted(set(range(world_size)) - set(came))
     listed = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
     hosts = sorted({json.loads(store.get(f"hello/{rank}"))["host"] for rank in came})
-    return (
+    error = MissingRanks(
         f"{len(missing)} of {world_size} ranks did not connect within {timeout_seconds:g} s: {listed or 'unknown'} "
         f"(connected: those on {', '.join(hosts[:8])}); see the output of the nodes that are missing"
     )
+    error.hosts = hosts
+    return error

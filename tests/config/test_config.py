@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retemper.engine.config import settings as config
-from retemper.engine.config.parser import parse_config
+from retemper.engine.config.parser import USUAL_SETTINGS, parse_config
 from retemper.engine.config.settings import (
     DataConfig,
     ModelConfig,
@@ -223,7 +223,7 @@ def test_to_yaml_keeps_any_text_and_number(tmp_path_factory, text, learning_rate
 
 def test_every_field_has_its_docstring_in_help(capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_config(["--help"])
+        parse_config(["--help-all"])
     assert not caught.value.code
     # An option's entry begins with its name at the start of a line and runs to the next one.
     entries = dict(
@@ -233,7 +233,26 @@ def test_every_field_has_its_docstring_in_help(capsys):
     assert len(fields) > 70
     for name in fields:
         text = re.sub(r"\((?:required|default|type)[^)]*\)|\{[^}]*\}", "", entries[name]).strip()
-        assert len(text.split()) >= 2, f"--{name} has no text in --help"
+        assert len(text.split()) >= 2, f"--{name} has no text in --help-all"
+
+
+def test_the_usual_settings_are_a_part_of_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse_config([option])
+        shown[option] = capsys.readouterr().out
+    names = {option: set(re.findall(r"^  --([\w.]+)", text, re.M)) for option, text in shown.items()}
+    assert names["--help"] == {"config", *USUAL_SETTINGS} and names["--help"] < names["--help-all"]
+    assert len(shown["--help"].splitlines()) <= 45
+    rest = len(
+        names["--help-all"]
+        - names["--help"]
+        - {"print_config"}
+        - {n for n in names["--help-all"] if n.endswith(".help")}
+    )
+    assert f"{rest} more settings" in shown["--help"]
 
 
 def test_the_help_options_that_help_names_print_help(capsys):

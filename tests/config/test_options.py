@@ -325,7 +325,8 @@ def test_every_setting_that_is_text_is_declared_a_path_or_known_to_be_none():
                 yield from plain_texts(member, name)
 
     found = set(plain_texts(RunConfig, ""))
-    assert found == {"data.train.name", "data.stages.train.name", "checkpoint.push_to_hub", "allow_changes"}
+    of_sources = {f"data.{x}train.{key}" for x in ("", "stages.") for key in ("name", "column", "split", "subset")}
+    assert found == {*of_sources, "checkpoint.push_to_hub", "allow_changes"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,10 @@ from retemper.engine.schedule import learning_rate, plan_batches
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "megatron_configs").glob("*.yaml"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, STEPS, SHIPPED_PAGE = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/step_by_step.md", "docs/shipped_configurations.md")
+)
 
 # (ranks that the file's first lines speak of, parameters in billions as the models' cards give them)
 SHIPPED = {
@@ -44,10 +47,10 @@ SHIPPED = {
 }
 
 
-def test_every_shipped_config_is_listed_here_and_in_the_readme():
+def test_every_shipped_config_is_listed_here_and_on_its_page():
     assert {path.stem for path in CONFIGS} == SHIPPED.keys()
     for path in CONFIGS:
-        assert f"`{path.name}`" in README
+        assert f"`{path.name}`" in SHIPPED_PAGE
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -81,17 +84,17 @@ def test_the_reference_recipe():
     assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.clip_grad_norm) == (0.1, 0.9, 0.95, 1.0)
 
 
-def test_the_readme_configuration_parses(tmp_path):
-    [snippet] = re.findall(r"^    run_folder: .*?(?=\n\n)", README, re.DOTALL | re.MULTILINE)
+def test_the_configuration_of_the_most_important_keys_parses(tmp_path):
+    [snippet] = re.findall(r"^```yaml\n(.*?)^```$", SHIPPED_PAGE, re.DOTALL | re.MULTILINE)
     path = tmp_path / "mine.yaml"
-    path.write_text(re.sub(r"^    ", "", snippet, flags=re.MULTILINE), encoding="utf-8")
+    path.write_text(snippet, encoding="utf-8")
     config = parse_config(["--config", str(path)])
     assert config.training.train_tokens == 1_638_400
     assert [source.weight for source in config.data.train] == [0.9, 0.1]
 
 
-def test_the_readme_commands_exist_with_their_options(monkeypatch, capsys):
-    text = README.replace("\\\n", " ")
+def test_the_commands_of_the_steps_exist_with_their_options(monkeypatch, capsys):
+    text = STEPS.replace("\\\n", " ")
     commands = re.findall(r"(?:python|torchrun\b.*?)\s+((?:tools|engine|checkpoint_convert)/\w+\.py)(?=(.*))", text)
     scripts = {script for script, _ in commands}
     assert scripts >= {
@@ -117,11 +120,9 @@ def test_the_readme_commands_exist_with_their_options(monkeypatch, capsys):
 def test_files_that_the_documents_name_exist():
     architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     existing = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    for document in (README, architecture):
+    for document in (README, STEPS, architecture):
         for name in re.findall(r"\b[a-z_]+\.py\b", document):
             assert name in existing, name
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
 
 
 def test_make_targets_that_the_documents_name_exist():

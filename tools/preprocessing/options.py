@@ -70,6 +70,10 @@ class PreprocessOptions:
     seed: int = 0
     split: str | None = None
     shard: str | None = None
+    cache_folder: str | None = None
+    """Folder in which the dataset is named by its content, instead of ``output_prefix``."""
+    report: str | None = None
+    """File for the prefixes and counts of the datasets, in JSON."""
     list_inputs: bool = False
     """Print the input files instead of preprocessing them."""
     task_bytes: int | None = None
@@ -158,6 +162,11 @@ class PreprocessOptions:
             ("held-out", self.held_out),
         ):
             yield self.chat and given, f"--{name} is for texts, not for --chat; remove one of them"
+        yield (
+            self.cache_folder is not None and self.output_prefix != "dataset",
+            f"--output-prefix {self.output_prefix} and --cache-folder {self.cache_folder} both name the output; remove "
+            "one of them",
+        )
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (
@@ -172,16 +181,18 @@ class PreprocessOptions:
             value = getattr(self, field.name)
             value = list(value) if isinstance(value, tuple | list) else value
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            if field.name not in _NOT_CONTENTS and value != default:
+            if field.name not in NOT_CONTENTS and value != default:
                 kept[field.name] = value
         return kept
 
 
 _LEAST = {"workers": 1, "min_chars": 0, "min_tokens": 0, "max_tokens": 1, "max_documents": 1, "max_expansion": 0}
-_NOT_CONTENTS = frozenset(
+NOT_CONTENTS = frozenset(
     [
         "input",
         "list_inputs",
+        "cache_folder",
+        "report",
         "tokenizer",
         "model",
         "output_prefix",
@@ -235,5 +246,5 @@ def contents_of(options: PreprocessOptions, **others: str | int | None) -> dict[
     Args:
         others: hashes and versions that represent files and libraries.
     """
-    kept = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_OUTPUTS | _NOT_CONTENTS}
+    kept = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_OUTPUTS | NOT_CONTENTS}
     return {**kept, "encoder": options.encoder, "digests": options.needs_digests, **others}

@@ -46,20 +46,21 @@ class ProgressReport:
     ) -> None:
         self._bar.close()
 
-    def show(self, done: int, tokens: int, bad: int = 0) -> None:
-        """Show that ``done`` bytes of the stage, and in this run ``tokens`` tokens, are done."""
+    def show(self, done: int, tokens: int | None = None, bad: int = 0) -> None:
+        """Show that ``done`` bytes of the stage are done, in this run with ``tokens`` tokens if it makes some."""
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
-        found_bad = f", {bad:,} bad records" if bad else ""
+        speed = "" if tokens is None else f"{tokens / seconds:,.0f} tokens/s"
+        speed += f", {bad:,} bad records" if bad else ""
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s{found_bad}", refresh=False)
+            self._bar.set_postfix_str(speed, refresh=False)
             self._bar.update(done - self._bar.n)
         elif now - self._logged >= _LOG_SECONDS:
             self._logged = now
             rate = max(done - self._done_before, 1) / seconds
-            print(
-                f"{self._stage}: {done / 1e6:,.0f} of {self._total_bytes / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, "
-                f"{tokens / seconds:,.0f} tokens/s{found_bad}, {(self._total_bytes - done) / rate / 60:,.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            parts = [
+                f"{self._stage}: {done / 1e6:,.0f} of {self._total_bytes / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s",
+                *([speed] if speed else []),
+                f"{(self._total_bytes - done) / rate / 60:,.0f} min left",
+            ]
+            print(", ".join(parts), file=sys.stderr, flush=True)

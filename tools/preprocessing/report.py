@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
+from ...engine.data.sidecar import Sidecar
 from .pipeline import PreprocessReport
 from .workers.task_output import DROPPED_TURNS, KEPT_NOTE
+
+
+def counts_record(sidecars: Mapping[str, Sidecar]) -> dict[str, Any]:
+    """Return the prefixes and counts of datasets for a file in JSON."""
+    keys = ("documents", "tokens", "characters", "text_bytes", "left_out")
+    found = []
+    for prefix, sidecar in sidecars.items():
+        total: Counter[str] = Counter()
+        for source in sidecar.sources:
+            total.update(source.left_out)
+        values = (sidecar.documents, sidecar.tokens, sidecar.characters, sidecar.text_bytes, dict(total))
+        found.append({"prefix": prefix, **dict(zip(keys, values, strict=True))})
+    return {"datasets": found}
 
 
 def format_report(report: PreprocessReport) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 
 from ...files.atomic import require_absent
@@ -72,8 +71,3 @@ def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="copy weights that are NaN or infinite (default: refuse them)"
     )
-
-
-def interrupt_on_sigterm() -> None:
-    """Make a scheduler's SIGTERM end this process as Ctrl-C does: finished files are kept, and a message reports it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -191,12 +191,10 @@ from retemper.benchmarks import gpu_check
 from retemper.benchmarks.gpu_stages import run
 from retemper.benchmarks.gpu_stages.plan import Stage
 from retemper.engine.errors import run_command
-import signal
 code = "import os, pathlib, time; pathlib.Path({pid!r}).write_text(str(os.getpid())); time.sleep(100)"
 sleep = [sys.executable, "-S", "-c", code]
 found = [Stage("first", "ceilings", [sys.executable, "-S", "-c", ""], 30.0), Stage("second", "ceilings", sleep, 60.0)]
 run.stages = lambda part, setting: found
-signal.signal(signal.SIGTERM, signal.default_int_handler)
 run_command(lambda: gpu_check.main(["--rehearse", "--output", {output!r}, "--work", {work!r}]))
 """
 

@@ -419,8 +419,6 @@ def slow(*arguments):
     print("copied", flush=True)
     time.sleep(60)
 hashed_file._copy_range = slow
-import signal
-signal.signal(signal.SIGTERM, signal.default_int_handler)
 run_command(lambda: merge.main(sys.argv[1:]))
 """
 

@@ -249,7 +249,6 @@ def test_many_files_arrive_in_one_commit_through_xet_as_well(hub, tmp_path, monk
 def command(monkeypatch, tmp_path):
     """``dcp_to_hf.py --push-to-hub`` of a converted checkpoint, with other options."""
     hf_to_dcp.convert(str(hf_starts.save_model(tmp_path / "hf")), tmp_path / "checkpoint", say=lambda line: None)
-    monkeypatch.setattr(dcp_to_hf, "interrupt_on_sigterm", lambda: None)
 
     def run(**changes: str) -> None:
         options = {"checkpoint": tmp_path / "checkpoint", "output": tmp_path / "output", "push-to-hub": NAME, **changes}

@@ -19,6 +19,7 @@ from ....engine.data.tokenizer_identity import TokenizerIdentity
 from ....engine.data.truncation import TruncationCount, count_truncated
 from ....engine.model.implementations import parse_architecture
 from ....engine.observe.start_summary import describe_data
+from ....engine.prepare_data import prepare_data_here
 from ....engine.schedule import BatchPlan, plan_batches
 from ....engine.weights.checkpoint.assets import find_assets
 
@@ -81,7 +82,7 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
     Raises:
         UserError: the trainer would refuse the run at its start.
     """
-    config, role = _with_dataset(parse_config(["--config", config_file]), prefix)
+    config, role = _with_dataset(prepare_data_here(parse_config(["--config", config_file])), prefix)
     plan = plan_batches(config.training, 1)  # steps and epochs do not depend on the number of ranks
     vocab_size, tokenizer, checked = _model_facts(config)
     catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)

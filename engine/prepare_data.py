@@ -1,0 +1,89 @@
+"""Make datasets from the text of a run, before anything else is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from .config.settings import ModelConfig, RunConfig
+from .data.text_sources import cache_folder, text_sources, with_datasets
+from .data.tokenizing import CachedDataset, TokenizingJob
+from .errors import UserError
+from .guards.background import run_in_background
+from .guards.stop_request import StopRequest
+from .parallel.launcher import read_launcher
+from .parallel.process_group import Ranks
+from .weights.checkpoint.assets import newest_of_run
+
+
+def prepare_data(config: RunConfig, ranks: Ranks, stop: StopRequest, say: Callable[..., None]) -> RunConfig:
+    """Return ``config`` with datasets in place of text, tokenized by one process on each node.
+
+    All ranks must call this.
+
+    Raises:
+        UserError: on every rank, if a text cannot be tokenized.
+        StoppedBeforeTraining: on every rank, after a request to stop. Finished work stays in the cache.
+    """
+    texts = ranks.broadcast(ranks.run_on_rank0(lambda: text_sources(config.data)))
+    if not texts:
+        if config.data.cache_folder is not None:
+            say("note: data.cache_folder has no effect: no source is text")
+        return config
+    cache = cache_folder(config.data)
+    nodes = [rank for rank, local in enumerate(ranks.all_gather(read_launcher().local_rank)) if local == 0]
+    datasets = {}
+    for text in texts:
+        job = ranks.fail_together(lambda text=text: TokenizingJob(text, tokenizer_of(config.model, text.key), cache))
+        if len(nodes) > 1 and text.is_divisible:
+            part = f"{nodes.index(ranks.rank)}/{len(nodes)}" if ranks.rank in nodes else None
+            run_in_background(ranks, part and (lambda job=job, part=part: job.run(part)), stop.agreed, job.stop)
+            stop.exit_if_agreed()
+        made = run_in_background(ranks, job.run if ranks.is_main else None, stop.agreed, job.stop)
+        stop.exit_if_agreed()
+        datasets[text.key] = made = ranks.broadcast(made)
+        for one in made.values():
+            say(f"data        {text.path}: {one.documents:,} documents, {one.tokens:,} tokens in {one.prefix}")
+    ranks.fail_together(lambda: _require_visible([one for made in datasets.values() for one in made.values()]))
+    prefixes = {key: {side: one.prefix for side, one in made.items()} for key, made in datasets.items()}
+    return replace(config, data=with_datasets(config.data, prefixes))
+
+
+def prepare_data_here(config: RunConfig) -> RunConfig:
+    """Return ``config`` with datasets in place of text, tokenized by this process, which is not part of a run.
+
+    Raises:
+        UserError: a text cannot be tokenized.
+    """
+    cache, prefixes = cache_folder(config.data), {}
+    for text in text_sources(config.data):
+        made = TokenizingJob(text, tokenizer_of(config.model, text.key), cache).run()
+        prefixes[text.key] = {side: one.prefix for side, one in made.items()}
+    return replace(config, data=with_datasets(config.data, prefixes)) if prefixes else config
+
+
+def tokenizer_of(model: ModelConfig, key: str) -> list[str]:
+    """Return the options of tools/preprocess.py that name the tokenizer of ``model``.
+
+    Args:
+        model: of the run.
+        key: setting of the text, for the error.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if model.tokenizer is not None:
+        return ["--tokenizer", model.tokenizer]
+    if model.initialize_from is None:
+        raise UserError(f"{key} is text, but no tokenizer is known; set model.tokenizer to its folder")
+    return ["--model", newest_of_run(model.initialize_from) or model.initialize_from]
+
+
+def _require_visible(datasets: list[CachedDataset]) -> None:
+    for one in datasets:
+        if not os.path.exists(f"{one.prefix}.idx"):
+            raise UserError(
+                f"{one.prefix}.idx was made by another node and does not exist here; set data.cache_folder to a folder "
+                "on storage that all nodes share"
+            )

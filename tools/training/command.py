@@ -1,0 +1,210 @@
+"""The steps of ``retemper train``: tokenize, choose the settings, check the memory, train, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...engine.config.options import Settings
+from ...engine.config.parser import add_arguments, build_config
+from ...engine.config.settings import DataConfig, ModelConfig, RunConfig
+from ...engine.config.yaml_loader import dump_yaml
+from ...engine.data.text_sources import cache_folder
+from ...engine.errors import UserError
+from ...engine.files.atomic import replace_file
+from ...engine.files.outputs import write_report
+from ...engine.model.config_file import read_hf_config
+from ...engine.model.wrappers import text_config_of
+from ...engine.prepare_data import tokenizer_of
+from ...engine.weights.conversion.export_run import FOLDER as EXPORTS
+from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
+from .fitting import Machine, find_machine, fit
+from .launch import run_training, training_command
+from .options import TrainOptions, named
+from .recipe import Situation, choose_training, save_interval
+from .sources import SizedSource, Sizing, with_shares
+
+RUN_FILE = "run.yaml"
+REPORT_FILE = "report.html"
+_DATA_LISTS = ("train", "stages", "validation", "validation_fraction")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A run that is decided completely."""
+
+    config: RunConfig
+    tree: dict[str, Any]
+    """The settings of the run that are not left at their defaults."""
+    machine: Machine
+    lines: list[str] = field(default_factory=list)
+    """The plan in words."""
+
+    @property
+    def yaml(self) -> str:
+        """The configuration file of the run."""
+        return dump_yaml(self.tree)
+
+
+def plan_training(
+    options: TrainOptions, files: Sequence[str], settings: Sequence[str], dry: bool, gpu: str | None = None
+) -> TrainingPlan:
+    """Tokenize the texts, and decide all settings.
+
+    Args:
+        options: the request.
+        files: command line with ``--config FILE`` only.
+        settings: command line with the other options of engine/pretrain.py, which win over everything else.
+        dry: estimate sizes instead of tokenizing.
+        gpu: name of the GPU to plan for; None: those of this machine.
+
+    Raises:
+        UserError: the texts or settings are unusable, or the model does not fit.
+    """
+    options.check()
+    merged = _given(options, files, settings)
+    merged.found.raise_if_any()
+    given = merged.tree
+    model = ModelConfig(options.model, **{k: v for k, v in given["model"].items() if k != "initialize_from"})
+    architecture = configured_architecture(model)
+    machine = find_machine(options.ranks, gpu)
+    cache = cache_folder(DataConfig(cache_folder=given.get("data", {}).get("cache_folder")))
+    sizing = Sizing(tokenizer_of(model, "--data"), cache, options.validation, dry)
+    sources = named([*options.data, *(entry for entry, _ in options.replay)])
+    sized = [
+        sizing.sized("--data" if place < len(options.data) else "--replay", entry)
+        for place, entry in enumerate(sources)
+    ]
+    data, replay = sized[: len(options.data)], sized[len(options.data) :]
+    shares = [share for _, share in options.replay]
+    _fill(given, "data", {"train": with_shares(data, list(zip(replay, shares, strict=True)))})
+    situation = Situation(
+        train_tokens=_budget(options, given, data),
+        smallest_source=min(source.tokens for source in sized),
+        all_tokens=sum(source.tokens for source in sized),
+        longest_sequence=_longest_sequence(model),
+        ranks=machine.ranks,
+        on_gpu=machine.gpu is not None,
+    )
+    given["training"] = choose_training(situation, given.get("training", {}))
+    _fill(given, "checkpoint", {"save_interval": save_interval(given["training"]), "export_hf": True})
+    config = build_config(merged)
+    changes, memory = fit(config, architecture, machine, options.auto, _say)
+    for section, keys in changes.items():
+        given[section] = {**given.get(section, {}), **keys}
+    config = build_config(merged) if changes else config
+    lines = _describe(options, config, data, replay, machine, memory, architecture.num_parameters)
+    return TrainingPlan(config, given, machine, lines)
+
+
+def run_plan(plan: TrainingPlan) -> int:
+    """Train as planned, and report the run; return the exit status."""
+    folder = Path(plan.config.run_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / RUN_FILE, [plan.yaml.encode()])
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}; name another --output"
+        ) from None
+    _say(f"settings    {folder / RUN_FILE}")
+    status = run_training(training_command(folder / RUN_FILE, plan.machine.ranks))
+    if status:
+        return status
+    exports = sorted((folder / EXPORTS).glob("step-*"))
+    if plan.config.checkpoint.export_hf and not exports:
+        _say(f"stopped before the end; the same command continues {folder}")
+        return 0
+    _report(folder, exports)
+    return 0
+
+
+def _report(folder: Path, exports: Sequence[Path]) -> None:
+    from ..reports.run import read_run
+    from ..reports.run_page import format_run, run_page
+
+    run = read_run(folder)
+    write_report("report", folder / REPORT_FILE, run_page(run))
+    print(f"\n{format_run(run)}\n\nreport      {folder / REPORT_FILE}")
+    if exports:
+        print(f"model       {exports[-1]}")
+        print(f"try it      retemper generate --model {exports[-1]} --prompt '...'", flush=True)
+
+
+def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str]) -> Settings:
+    """Return the settings that the user has chosen."""
+    merged = Settings()
+    add_arguments(merged, files)
+    data = merged.tree.get("data", {})
+    for name in _DATA_LISTS:  # of the data that the file was written for
+        data.pop(name, None)
+    merged.tree["model"] = {**merged.tree.get("model", {}), "initialize_from": options.model}
+    if options.output is not None or "run_folder" not in merged.tree:
+        merged.tree = {"run_folder": options.run_folder, **merged.tree}
+        merged.tree["run_folder"] = options.run_folder
+    if options.tokens is not None:
+        merged.tree["training"] = {**merged.tree.get("training", {}), "train_tokens": options.tokens}
+    add_arguments(merged, settings)
+    return merged
+
+
+def _fill(tree: dict[str, Any], section: str, defaults: Mapping[str, Any]) -> None:
+    """Set the keys of ``section`` that are not set."""
+    tree[section] = {**defaults, **tree.get(section, {})}
+
+
+def _budget(options: TrainOptions, given: Mapping[str, Any], data: Sequence[SizedSource]) -> int:
+    """Return the tokens to train on: as given, or ``--epochs`` over the data plus the replay between it."""
+    tokens = given.get("training", {}).get("train_tokens")
+    if tokens is not None:
+        return int(tokens)
+    return max(1, round(options.epochs * sum(source.tokens for source in data) / (1 - options.replay_share)))
+
+
+def _longest_sequence(model: ModelConfig) -> int | None:
+    config, _ = text_config_of(read_hf_config(architecture_source(model)))
+    value = config.get("max_position_embeddings")
+    return value if type(value) is int and value > 0 else None
+
+
+def _describe(
+    options: TrainOptions,
+    config: RunConfig,
+    data: Sequence[SizedSource],
+    replay: Sequence[SizedSource],
+    machine: Machine,
+    memory: str,
+    num_parameters: int,
+) -> list[str]:
+    training = config.training
+    per_step = training.global_batch_size * training.sequence_length
+    weights = {source.identity: source.weight for source in config.data.train}
+    total = sum(weights.values())
+    lines = [f"model       {options.model}: {num_parameters:,} parameters"]
+    for kind, sources in (("data", data), ("replay", replay)):
+        for source in sources:
+            share = weights.get(source.entry["name"], 0.0) / total
+            epochs = share * training.train_tokens / source.tokens
+            held_out = f"; {source.validation_documents:,} documents held out" if source.validation_documents else ""
+            lines.append(
+                f"{kind:<12}{source.entry['name']}: {source.shown_size}{held_out}; {share:.0%} of the run, "
+                f"{epochs:.2f} epochs"
+            )
+    if not replay:
+        lines.append("            no --replay: what the model forgets is neither prevented nor measured")
+    lines += [
+        f"budget      {training.train_tokens:,} tokens = {-(-training.train_tokens // per_step):,} steps of "
+        f"{training.global_batch_size:,} x {training.sequence_length:,} tokens; learning rate "
+        f"{config.optimizer.learning_rate:g}",
+        f"machine     {machine.shown}",
+        f"memory      {memory}",
+        f"run folder  {config.run_folder}",
+    ]
+    return lines
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

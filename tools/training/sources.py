@@ -1,0 +1,137 @@
+"""Tokenize the texts of ``retemper train``, or estimate how many tokens they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...engine.config.settings import SourceConfig
+from ...engine.data.text_sources import TRAIN, VALID, TextSource, is_text
+from ...engine.data.tokenizing import TokenizingJob
+from ...engine.errors import UserError
+
+BYTES_PER_TOKEN = 4.0
+"""Of text that is not tokenized yet: typical of English with vocabularies of 100,000 tokens and more."""
+_FEW_BYTES = 8 << 20
+"""Texts of up to this size are counted before the split, because a small part of a few documents may be empty."""
+_HELD_OUT_DOCUMENTS = 8
+"""Documents that a validation part should have at least, on average."""
+_LEAST_DOCUMENTS = 20
+"""Texts with fewer documents have no validation part."""
+
+
+@dataclass(frozen=True)
+class SizedSource:
+    """A source of the run, and its size."""
+
+    entry: dict[str, Any]
+    """Of ``data.train``, with ``path`` and ``name``."""
+    tokens: int
+    """For training."""
+    documents: int | None = None
+    """For training; None if they are not counted."""
+    validation_documents: int = 0
+    estimated: bool = False
+    """True if the text is not tokenized yet, and ``tokens`` is a guess from its size."""
+
+    @property
+    def shown_size(self) -> str:
+        """The size in words."""
+        if self.estimated:
+            return f"about {self.tokens:,} tokens (estimated: {BYTES_PER_TOKEN:g} bytes a token)"
+        documents = "" if self.documents is None else f"{self.documents:,} documents, "
+        return f"{documents}{self.tokens:,} tokens"
+
+
+class Sizing:
+    """Finds the sizes of sources.
+
+    Args:
+        tokenizer: options of tools/preprocess.py that name the tokenizer.
+        cache: folder of the datasets.
+        validation: fraction of the documents to hold out.
+        dry: estimate texts that are not in the cache, instead of tokenizing them.
+    """
+
+    def __init__(self, tokenizer: Sequence[str], cache: Path, validation: float, dry: bool) -> None:
+        self._tokenizer, self._cache, self._validation, self._dry = tokenizer, cache, validation, dry
+
+    def sized(self, option: str, entry: dict[str, Any]) -> SizedSource:
+        """Return the source of ``entry`` with its size, and with the part that is held out.
+
+        Raises:
+            UserError: it does not exist, or cannot be tokenized.
+        """
+        if not is_text(entry["path"]):
+            return _sized_dataset(option, entry)
+        held_out = entry.get("validation_fraction", self._validation)
+        if self._dry:
+            return self._estimated(option, {**entry, "validation_fraction": held_out})
+        if held_out and "validation_fraction" not in entry and _is_small(entry["path"]):
+            documents = self._tokenized(option, entry)[""].documents
+            held_out = _fitting_fraction(held_out, documents)
+        entry = {**entry, "validation_fraction": held_out} if held_out else entry
+        made = self._tokenized(option, entry)
+        train = made.get(TRAIN) or made[""]
+        return SizedSource(entry, train.tokens, train.documents, made[VALID].documents if VALID in made else 0)
+
+    def _tokenized(self, option: str, entry: dict[str, Any]) -> dict[str, Any]:
+        return TokenizingJob(_text(option, entry), self._tokenizer, self._cache).run()
+
+    def _estimated(self, option: str, entry: dict[str, Any]) -> SizedSource:
+        from ..preprocess import parse_arguments
+        from ..preprocessing.cache import find_in_cache
+        from ..preprocessing.inputs.files import describe_inputs
+
+        words = [*_text(option, entry).arguments(), *self._tokenizer, "--cache-folder", str(self._cache)]
+        options = parse_arguments(words)
+        found = {prefix.rpartition(".")[2]: sidecar for prefix, sidecar in find_in_cache(options).items()}
+        if found:
+            train = found.get(TRAIN) or next(iter(found.values()))
+            held_out = found[VALID].documents if VALID in found else 0
+            return SizedSource(entry, train.tokens, train.documents, held_out)
+        num_bytes = sum(facts.size for facts in describe_inputs(options.input, options.inputs, option))
+        return SizedSource(entry, max(1, round(num_bytes / BYTES_PER_TOKEN)), estimated=True)
+
+
+def with_shares(data: Sequence[SizedSource], replay: Sequence[tuple[SizedSource, float]]) -> list[dict[str, Any]]:
+    """Return the entries of ``data.train``: ``data`` in proportion to its tokens, and ``replay`` with its shares."""
+    left = 1.0 - sum(share for _, share in replay)
+    total = sum(source.tokens for source in data)
+    entries = [{**source.entry, "weight": round(left * source.tokens / total, 6)} for source in data]
+    return entries + [{**source.entry, "weight": share} for source, share in replay]
+
+
+def _text(option: str, entry: dict[str, Any]) -> TextSource:
+    source = SourceConfig(**entry)
+    return TextSource(f"{option} {source.path}", source.path, source.for_text)
+
+
+def _sized_dataset(option: str, entry: dict[str, Any]) -> SizedSource:
+    from ...engine.data.indexed_dataset import IndexedDataset
+
+    source = SourceConfig(**entry)
+    if source.for_text:
+        raise UserError(
+            f"{option} {source.path}: is not text that exists, and {next(iter(source.for_text))} is for text"
+        )
+    try:
+        dataset = IndexedDataset(source.path)
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
+    return SizedSource(entry, dataset.num_tokens, dataset.num_documents)
+
+
+def _is_small(path: str) -> bool:
+    from ..preprocessing.inputs.files import describe_inputs
+
+    return sum(facts.size for facts in describe_inputs([path])) <= _FEW_BYTES
+
+
+def _fitting_fraction(wanted: float, documents: int) -> float:
+    """Return a fraction of ``documents`` that is hardly ever empty; 0 if there are too few."""
+    if documents < _LEAST_DOCUMENTS:
+        return 0.0
+    return max(wanted, min(0.25, round(_HELD_OUT_DOCUMENTS / documents, 4)))
