@@ -71,9 +71,17 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         required=True,
         metavar="FILE|DIR|GLOB|URL|-",
         help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
-        ".xlsx, .pdf; a folder means the documents in it, s3://, gs://, https://... remote files, - standard input. "
-        "Documents keep the order of the arguments, "
+        ".xlsx, .pdf; a folder means the documents in it, hf://namespace/name a dataset of the Hugging Face Hub, "
+        "s3://, gs://, https://... remote files, - standard input. Documents keep the order of the arguments, "
         "and of the paths within a folder or pattern",
+    )
+    group.add_argument(
+        "--hf-split",
+        metavar="NAME",
+        help="of --input hf://namespace/name: split to read (default: the only one, or train)",
+    )
+    group.add_argument(
+        "--hf-subset", metavar="NAME", help="of --input hf://namespace/name: subset to read (default: the default one)"
     )
     group.add_argument(
         "--json-key",

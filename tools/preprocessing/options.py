@@ -12,6 +12,7 @@ from typing import Any
 from ...engine.errors import UserError
 from .formats import FORMATS
 from .inputs.files import InputOptions
+from .inputs.hub import parse_hub_dataset
 from .readers.expansion_limit import DEFAULT_EXPANSION
 from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
@@ -34,6 +35,10 @@ class PreprocessOptions:
     stdin_format: str = "jsonl"
     input_format: str | None = None
     """None: by name and content."""
+    hf_subset: str | None = None
+    """Subset of a dataset of the Hugging Face Hub; None: the default one."""
+    hf_split: str | None = None
+    """Split of a dataset of the Hugging Face Hub; None: the only one, or train."""
     quoting: str = "auto"
     sheet: Sequence[str] = ()
     """Empty: sheets with the text's column."""
@@ -100,7 +105,15 @@ class PreprocessOptions:
     def inputs(self) -> InputOptions:
         """How the files of ``input`` are interpreted."""
         keys = None if self.chat else self.text_choice.roots
-        return InputOptions(self.txt_mode, self.stdin_format, self.input_format, keys, self.skip_bad_lines)
+        return InputOptions(
+            self.txt_mode,
+            self.stdin_format,
+            self.input_format,
+            keys,
+            self.skip_bad_lines,
+            self.hf_subset,
+            self.hf_split,
+        )
 
     @property
     def reading(self) -> ReadOptions:
@@ -167,6 +180,12 @@ class PreprocessOptions:
             f"--output-prefix {self.output_prefix} and --cache-folder {self.cache_folder} both name the output; remove "
             "one of them",
         )
+        whole = [dataset for each in self.input if (dataset := parse_hub_dataset(each)) and not dataset.path]
+        for name, part in (("subset", self.hf_subset), ("split", self.hf_split)):
+            yield (
+                part is not None and not whole,
+                f"--hf-{name} {part}: is for --input hf://namespace/name, and no input is one; leave it out",
+            )
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (
@@ -221,6 +240,8 @@ _NOT_IN_OUTPUTS = frozenset(
         "held_out",
         "chat_template",
         "encoder",
+        "hf_subset",
+        "hf_split",
     ]
 )
 """Options that are applied after tokenization, that only decide whether an error ends the run, or that name files."""

@@ -30,6 +30,7 @@ from ...engine.errors import UserError
 from ...engine.tokenizer.frame import describe_tokens
 from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
+from .inputs.hub import pin_revisions
 from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
@@ -53,7 +54,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
     options.check()
     prefix = _checked_prefix(options)
     try:
-        setup = RunSetup(options, prefix)
+        setup = RunSetup(replace(options, input=pin_revisions(options.input)), prefix)
         setup.compare_with_serving()
         with open_workspace(prefix) as work:
             plan, results = _tokenize_exactly(setup, work)

@@ -6,6 +6,7 @@ file that is named twice is refused: to repeat data, give its dataset a larger w
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import shutil
@@ -70,6 +71,10 @@ class InputOptions:
     """Keys of the text, which identify lines of JSON in a .txt file; None: any."""
     skip_damage: bool = False
     """Let the reader report damaged files."""
+    hf_subset: str | None = None
+    """Subset of datasets of the Hugging Face Hub; None: the default one."""
+    hf_split: str | None = None
+    """Split of datasets of the Hugging Face Hub; None: the only one, or train."""
 
 
 class InputFacts(NamedTuple):
@@ -161,7 +166,8 @@ def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]
 def _expand(argument: str, name: str, options: InputOptions) -> list[str]:
     """Return the files of one argument, by path."""
     if is_url(argument):
-        return expand_url(argument, name, lambda root, paths: _chosen(root, paths, options))
+        choose = functools.partial(_chosen, options=options)
+        return expand_url(argument, name, choose, options.hf_subset, options.hf_split)
     if os.path.isdir(argument):
         return _chosen(name, _files_below(argument), options)
     if os.path.exists(argument):
