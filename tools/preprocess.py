@@ -25,7 +25,7 @@ from retemper.tools.preprocessing.cache import preprocess_into_cache
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.inputs.files import describe_inputs
 from retemper.tools.preprocessing.options import PreprocessOptions
-from retemper.tools.preprocessing.pipeline import preprocess
+from retemper.tools.preprocessing.pipeline import preprocess, write_signatures_of_part
 from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.report import counts_record, format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
@@ -275,6 +275,17 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "and the shuffle then work within a part",
     )
     group.add_argument(
+        "--signatures",
+        metavar="DIR",
+        help="with --shard and --dedup, write only what deduplication across the parts needs; see "
+        "launch/preprocess_datatrove.py",
+    )
+    group.add_argument(
+        "--exclude-documents",
+        metavar="FILE",
+        help="with --shard and --dedup, leave out these duplicates, which were found across the parts",
+    )
+    group.add_argument(
         "--list-inputs",
         action="store_true",
         help="instead of preprocessing, print a line of JSON for each input file: path, size, and an identity that "
@@ -289,6 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list_inputs:
         for facts in describe_inputs(options.input, options.inputs):
             print(json.dumps(facts._asdict()))
+        return
+    if options.signatures is not None:
+        write_signatures_of_part(options)
         return
     if options.report is not None:
         require_report("--report", options.report)

@@ -79,6 +79,10 @@ class PreprocessOptions:
     """Folder in which the dataset is named by its content, instead of ``output_prefix``."""
     report: str | None = None
     """File for the prefixes and counts of the datasets, in JSON."""
+    signatures: str | None = None
+    """Folder: write the signatures of a part's documents there, instead of the dataset."""
+    exclude_documents: str | None = None
+    """File with the duplicates of a part that were found in all parts; None: find them within the part."""
     list_inputs: bool = False
     """Print the input files instead of preprocessing them."""
     task_bytes: int | None = None
@@ -186,6 +190,11 @@ class PreprocessOptions:
                 part is not None and not whole,
                 f"--hf-{name} {part}: is for --input hf://namespace/name, and no input is one; leave it out",
             )
+        for name, given in (("signatures", self.signatures), ("exclude-documents", self.exclude_documents)):
+            yield (
+                given is not None and (self.dedup == "none" or self.shard is None),
+                f"--{name} {given}: is for the parts of a deduplicated corpus; add --shard and --dedup",
+            )
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (
@@ -202,6 +211,8 @@ class PreprocessOptions:
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             if field.name not in NOT_CONTENTS and value != default:
                 kept[field.name] = value
+        if self.exclude_documents is not None:
+            kept["exclude_documents"] = True  # the file is of one part and temporary
         return kept
 
 
@@ -210,6 +221,7 @@ NOT_CONTENTS = frozenset(
     [
         "input",
         "list_inputs",
+        "signatures",
         "cache_folder",
         "report",
         "tokenizer",
@@ -242,6 +254,7 @@ _NOT_IN_OUTPUTS = frozenset(
         "encoder",
         "hf_subset",
         "hf_split",
+        "exclude_documents",
     ]
 )
 """Options that are applied after tokenization, that only decide whether an error ends the run, or that name files."""
