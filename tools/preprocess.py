@@ -25,7 +25,7 @@ from retemper.tools.preprocessing.cache import preprocess_into_cache
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.inputs.files import describe_inputs
 from retemper.tools.preprocessing.options import PreprocessOptions
-from retemper.tools.preprocessing.pipeline import preprocess
+from retemper.tools.preprocessing.pipeline import preprocess, write_signatures_of_part
 from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.report import counts_record, format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
@@ -69,10 +69,19 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE|DIR|GLOB|-",
+        metavar="FILE|DIR|GLOB|URL|-",
         help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
-        ".xlsx, .pdf; a folder means the documents in it, - standard input. Documents keep the order of the arguments, "
+        ".xlsx, .pdf; a folder means the documents in it, hf://namespace/name a dataset of the Hugging Face Hub, "
+        "s3://, gs://, https://... remote files, - standard input. Documents keep the order of the arguments, "
         "and of the paths within a folder or pattern",
+    )
+    group.add_argument(
+        "--hf-split",
+        metavar="NAME",
+        help="of --input hf://namespace/name: split to read (default: the only one, or train)",
+    )
+    group.add_argument(
+        "--hf-subset", metavar="NAME", help="of --input hf://namespace/name: subset to read (default: the default one)"
     )
     group.add_argument(
         "--json-key",
@@ -324,6 +333,17 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "and the shuffle then work within a part",
     )
     group.add_argument(
+        "--signatures",
+        metavar="DIR",
+        help="with --shard and --dedup, write only what deduplication across the parts needs; see "
+        "launch/preprocess_datatrove.py",
+    )
+    group.add_argument(
+        "--exclude-documents",
+        metavar="FILE",
+        help="with --shard and --dedup, leave out these duplicates, which were found across the parts",
+    )
+    group.add_argument(
         "--list-inputs",
         action="store_true",
         help="instead of preprocessing, print a line of JSON for each input file: path, size, and an identity that "
@@ -338,6 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list_inputs:
         for facts in describe_inputs(options.input, options.inputs):
             print(json.dumps(facts._asdict()))
+        return
+    if options.signatures is not None:
+        write_signatures_of_part(options)
         return
     if options.report is not None:
         require_report("--report", options.report)

@@ -29,6 +29,7 @@ from ...engine.system import usable_cores
 from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES
 from ..tokenizer.finding import find_tokenizer_file
 from .inputs.files import STDIN, InputFile, expand_inputs
+from .inputs.hub import pin_revisions
 from .merging.merge import MergeOptions, merge
 from .options import NOT_CONTENTS, PreprocessOptions
 from .pipeline import preprocess
@@ -54,6 +55,7 @@ def preprocess_into_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
     Raises:
         UserError: as :func:`preprocess`.
     """
+    options = replace(options, input=pin_revisions(options.input))
     entry = cache_entry(options)
     complete = _Completion(entry, options.shard)
     if found := complete.read():
@@ -158,7 +160,8 @@ def _contents(files: Sequence[InputFile], hashes: Path) -> list[str]:
 def _content(file: InputFile, hashes: Path) -> str:
     path = os.path.abspath(file.path)
     if is_url(file.path):
-        return f"{file.size} {file.version}"
+        # A version need not be a hash of the content. A commit changes the paths of files that it does not change.
+        return f"{re.sub('@[0-9a-f]{40}/', '/', file.path)} {file.size} {file.version}"
     try:
         if file.size < _REMEMBERED_BYTES:
             return hash_file(path)

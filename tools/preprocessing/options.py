@@ -12,6 +12,7 @@ from typing import Any
 from ...engine.errors import UserError
 from .formats import FORMATS
 from .inputs.files import InputOptions
+from .inputs.hub import parse_hub_dataset
 from .readers.expansion_limit import DEFAULT_EXPANSION
 from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
@@ -36,6 +37,10 @@ class PreprocessOptions:
     stdin_format: str = "jsonl"
     input_format: str | None = None
     """None: by name and content."""
+    hf_subset: str | None = None
+    """Subset of a dataset of the Hugging Face Hub; None: the default one."""
+    hf_split: str | None = None
+    """Split of a dataset of the Hugging Face Hub; None: the only one, or train."""
     quoting: str = "auto"
     sheet: Sequence[str] = ()
     """Empty: sheets with the text's column."""
@@ -87,6 +92,10 @@ class PreprocessOptions:
     """Folder in which the dataset is named by its content, instead of ``output_prefix``."""
     report: str | None = None
     """File for the prefixes and counts of the datasets, in JSON."""
+    signatures: str | None = None
+    """Folder: write the signatures of a part's documents there, instead of the dataset."""
+    exclude_documents: str | None = None
+    """File with the duplicates of a part that were found in all parts; None: find them within the part."""
     list_inputs: bool = False
     """Print the input files instead of preprocessing them."""
     task_bytes: int | None = None
@@ -113,7 +122,15 @@ class PreprocessOptions:
     def inputs(self) -> InputOptions:
         """How the files of ``input`` are interpreted."""
         keys = None if self.chat else self.text_choice.roots
-        return InputOptions(self.txt_mode, self.stdin_format, self.input_format, keys, self.skip_bad_lines)
+        return InputOptions(
+            self.txt_mode,
+            self.stdin_format,
+            self.input_format,
+            keys,
+            self.skip_bad_lines,
+            self.hf_subset,
+            self.hf_split,
+        )
 
     @property
     def reading(self) -> ReadOptions:
@@ -208,6 +225,17 @@ class PreprocessOptions:
             "one of them",
         )
         yield from self._problems_of_text()
+        whole = [dataset for each in self.input if (dataset := parse_hub_dataset(each)) and not dataset.path]
+        for name, part in (("subset", self.hf_subset), ("split", self.hf_split)):
+            yield (
+                part is not None and not whole,
+                f"--hf-{name} {part}: is for --input hf://namespace/name, and no input is one; leave it out",
+            )
+        for name, given in (("signatures", self.signatures), ("exclude-documents", self.exclude_documents)):
+            yield (
+                given is not None and (self.dedup == "none" or self.shard is None),
+                f"--{name} {given}: is for the parts of a deduplicated corpus; add --shard and --dedup",
+            )
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (
@@ -244,6 +272,8 @@ class PreprocessOptions:
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             if field.name not in NOT_CONTENTS and value != default:
                 kept[field.name] = value
+        if self.exclude_documents is not None:
+            kept["exclude_documents"] = True  # the file is of one part and temporary
         return kept
 
 
@@ -252,6 +282,7 @@ NOT_CONTENTS = frozenset(
     [
         "input",
         "list_inputs",
+        "signatures",
         "cache_folder",
         "report",
         "tokenizer",
@@ -283,6 +314,9 @@ _NOT_IN_OUTPUTS = frozenset(
         "chat_template",
         "to_jsonl",
         "encoder",
+        "hf_subset",
+        "hf_split",
+        "exclude_documents",
     ]
 )
 """Options that are applied after tokenization, that only decide whether an error ends the run, or that name files."""

@@ -19,7 +19,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,15 +32,17 @@ from ...engine.system import usable_cores
 from ...engine.tokenizer.frame import describe_tokens
 from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
+from .dedup.across_parts import write_signatures
+from .inputs.hub import pin_revisions
 from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .workers.pool import run_here, run_tasks, shared_counters
-from .workers.task_output import TaskResult
+from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
+from .workers.task_output import TaskOutput, TaskResult
 from .workers.worker import FastPathError
 
-__all__ = ["PreprocessReport", "preprocess"]
+__all__ = ["PreprocessReport", "preprocess", "write_signatures_of_part"]
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
@@ -51,18 +54,39 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
             the same command finds them.
     """
     started = time.monotonic()
+    with _tokenized(options) as (plan, results):
+        report = publish(plan, results)
+        remove_workspace(plan.work)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def write_signatures_of_part(options: PreprocessOptions) -> None:
+    """Tokenize a part, and write the signatures of its documents to ``options.signatures``.
+
+    The outputs are kept, and :func:`preprocess` with ``exclude_documents`` makes the dataset from them.
+
+    Raises:
+        UserError: as :func:`preprocess`.
+    """
+    assert options.signatures is not None
+    with _tokenized(options) as (plan, _):
+        outputs = [TaskOutput(plan.work, key) for key in plan.tasks]
+        index, _ = options.shard_place or (0, 1)
+        write_signatures(outputs, options, Path(options.signatures), index)
+
+
+@contextmanager
+def _tokenized(options: PreprocessOptions) -> Iterator[tuple[RunPlan, list[TaskResult]]]:
+    """Tokenize a corpus in its work folder, which is locked in the context."""
     options.check()
     prefix = _checked_prefix(options)
     try:
-        setup = RunSetup(options, prefix)
+        setup = RunSetup(replace(options, input=pin_revisions(options.input)), prefix)
         setup.compare_with_serving()
         with open_workspace(prefix) as work:
-            plan, results = _tokenize_exactly(setup, work)
-            report = publish(plan, results)
-            remove_workspace(work)
+            yield _tokenize_exactly(setup, work)
     except OSError as error:
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}; no dataset was written") from error
-    return replace(report, seconds=time.monotonic() - started)
 
 
 def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskResult]]:

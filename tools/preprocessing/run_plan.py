@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from ... import __version__
+from ...engine.files.paths import is_url
 from ...engine.tokenizer.frame import ids_of
 from .chat.conversation import ChatBos
 from .cleaning.cleaner import Cleaner
@@ -115,7 +116,7 @@ def _facts(span: Span) -> dict[str, object]:
     """Return what decides the contents of a span."""
     file = span.file
     return {
-        "path": os.path.abspath(file.path),
+        "path": file.path if is_url(file.path) else os.path.abspath(file.path),
         "size": file.size,
         "version": file.version,
         "format": file.format,

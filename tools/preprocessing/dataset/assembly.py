@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dataset_writer import FileRange, IndexedDatasetWriter
+from ..dedup.across_parts import kept_documents
 from ..dedup.duplicates import first_occurrences, near_duplicates
 from ..options import PreprocessOptions
 from ..workers.task_output import TaskOutput
@@ -153,7 +154,10 @@ class Assembly:
             yield output, table, side
 
     def _unique(self) -> Iterator[npt.NDArray[np.bool_] | None]:
-        if self.options.dedup == "exact":
+        if self.options.exclude_documents is not None:
+            sizes = [len(np.load(output.documents, mmap_mode="r")) for output in self.outputs]
+            yield from kept_documents(self.options.exclude_documents, sizes)
+        elif self.options.dedup == "exact":
             digests = (np.load(output.documents)["digest"] for output in self.outputs)
             yield from first_occurrences(digests, self.folder)
         elif self.options.dedup == "minhash":

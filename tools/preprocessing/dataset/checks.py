@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ....engine.data.index_format import dataset_prefix
 from ....engine.files.outputs import Use, require_separate
+from ....engine.files.paths import is_url
 from ...tokenizer.finding import companions, find_tokenizer_file
 from ..cleaning.held_out import held_out_files
 from ..dataset_files import REJECTS, dataset_files, refuse_existing, text_files
@@ -31,12 +32,12 @@ def output_files(options: PreprocessOptions, prefix: str) -> list[str]:
 def what_is_read(
     options: PreprocessOptions, files: Sequence[InputFile], held_out: Sequence[InputFile], tokenizer_file: Path | None
 ) -> list[Use]:
-    """Return all files that the preprocess command reads, from its expanded options."""
+    """Return all local files that the preprocess command reads, from its expanded options."""
     tokenizer = "--model" if options.model is not None else "--tokenizer"
-    uses = [Use("--input", file.path) for file in files if file.path != STDIN]
+    uses = [Use("--input", file.path) for file in files if file.path != STDIN and not is_url(file.path)]
     if tokenizer_file is not None:
         uses += [Use(tokenizer, path) for path in (tokenizer_file, *companions(tokenizer_file))]
-    uses += [Use("--held-out", file.path) for file in held_out]
+    uses += [Use("--held-out", file.path) for file in held_out if not is_url(file.path)]
     if options.chat_template is not None:
         uses.append(Use("--chat-template", options.chat_template))
     return uses

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ....engine.errors import UserError
+from ....engine.files.paths import is_url
 from ....engine.files.regular import read_regular
 from ..dataset_files import JSON, METADATA, REJECTS, is_of_dataset
 from ..formats import FORMATS, format_of, known_formats, split_compression
+from ..storage import is_file, read_start
 from .detection import detect, has_no_suffix
 from .unsupported import most_common_remedy
 
@@ -155,7 +157,7 @@ def _format_name(path: str, keys: Sequence[str] | None) -> str | None:
     """Return the format of a file in a folder by its name or, without a suffix, its content."""
     if found := format_of(path):
         return found[0].name
-    if not has_no_suffix(path) or _is_about(path) or not os.path.isfile(path):
+    if not has_no_suffix(path) or _is_about(path) or not is_file(path):
         return None
     detected = detect(path, None, split_compression(path)[1], keys=keys)
     form = FORMATS.get(detected.format or "")
@@ -203,7 +205,7 @@ def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
             if isinstance(files, list) and all(isinstance(file, dict) for file in files):
                 names = frozenset(str(file.get("filename")) for file in files)
                 folder = os.path.dirname(path)
-                absent = sorted(name for name in names if not os.path.exists(os.path.join(folder, name)))
+                absent = sorted(name for name in names if not is_file(os.path.join(folder, name)))
                 if absent:
                     raise UserError(f"{path}: names {absent[0]}, which is not there; copy the folder again")
                 listed[folder] = names
@@ -261,7 +263,7 @@ def _split_name(path: str) -> str | None:
 
 def _read_json(path: str) -> object:
     try:
-        return json.loads(read_regular(path, _MOST_BYTES))
+        return json.loads(read_start(path, _MOST_BYTES) if is_url(path) else read_regular(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
 
