@@ -38,7 +38,7 @@ from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
+from .workers.pool import run_here, run_tasks, shared_counters
 from .workers.task_output import TaskOutput, TaskResult
 from .workers.worker import FastPathError
 
