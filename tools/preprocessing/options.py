@@ -10,6 +10,7 @@ from datetime import date
 from typing import Any
 
 from ...engine.errors import UserError
+from .dataset.bins import parse_weights
 from .formats import FORMATS
 from .inputs.files import InputOptions
 from .readers.expansion_limit import DEFAULT_EXPANSION
@@ -82,6 +83,9 @@ class PreprocessOptions:
     shuffle: bool = False
     seed: int = 0
     split: str | None = None
+    bins: str | None = None
+    """Key whose values divide the documents into datasets."""
+    bin_weights: str = "balanced"
     shard: str | None = None
     cache_folder: str | None = None
     """Folder in which the dataset is named by its content, instead of ``output_prefix``."""
@@ -155,7 +159,7 @@ class PreprocessOptions:
         for is_wrong, message in self._problems():
             if is_wrong:
                 raise UserError(message)
-        _ = self.text_choice, self.shard_place
+        _ = self.text_choice, self.shard_place, parse_weights(self.bin_weights)
 
     def _problems(self) -> Iterator[tuple[object, str]]:
         """Yield (whether it is wrong, message) for each rule."""
@@ -208,6 +212,14 @@ class PreprocessOptions:
             "one of them",
         )
         yield from self._problems_of_text()
+        yield (
+            self.bins and self.shard is not None,
+            f"--bins {self.bins} and --shard: a shard does not know the bins of the others; leave one of them out",
+        )
+        yield (
+            self.bins and self.cache_folder is not None,
+            f"--bins {self.bins} makes several datasets, --cache-folder one; leave one of them out",
+        )
         yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
         for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
             yield (
@@ -263,6 +275,7 @@ NOT_CONTENTS = frozenset(
         "encoder",
         "workers",
         "overwrite",
+        "bin_weights",
         "task_bytes",
         "batch_characters",
     ]
