@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.config.command_line import CommandParser
+from retemper.engine.config.parser import build_parser as build_settings_parser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
@@ -45,6 +46,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.mark_usual("--config", "--nodes", "--gpus-per-node", "--gpu", "--search", "--quick", "--json")
+    parser.take_settings(build_settings_parser)
     return parser
 
 

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.files import find_config
-from retemper.engine.config.parser import build_config, read_settings
+from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import UserError
 from retemper.tools.cli import commands as table
 
@@ -155,7 +155,7 @@ def check_settings(arguments: list[str]) -> None:
         if word == "--config" and not known_config(words[number + 1]):
             Path(words[number + 1]).parent.mkdir(parents=True, exist_ok=True)
             Path(words[number + 1]).write_text(CONFIG, "utf-8")
-    build_config(read_settings(words))
+    parse_config(words)
 
 
 def known_config(name: str) -> bool:
