@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,18 @@ def test_this_machine_can_run_the_tests(capsys):
 class Metadata:
     """A distribution."""
 
-    metadata = {"Requires-Python": ">=3.10"}  # noqa: RUF012
-
     def __init__(self, *requires: str) -> None:
         self.requires = [*requires]
+        self.metadata = Message()
+        self.metadata["Requires-Python"] = ">=3.10"
+        for extra in ("formats", "new", "dev"):
+            self.metadata["Provides-Extra"] = extra
 
 
 def test_missing_and_old_packages_come_with_the_command_that_installs_them(monkeypatch):
     needed = ["torch>=2.11", "numpy>=999", "no-such-package[x]>=2; python_version >= '3'"]
-    needed += ["not-here-either>=3; extra == 'formats'", "numpy; extra == 'formats'", "numpy; extra == 'dev'"]
+    needed += ["not-here-either>=3; extra == 'formats'", "numpy; extra == 'formats'", "none-yet; extra == 'dev'"]
+    needed += ["numpy; extra == 'new'"]
     monkeypatch.setattr(software, "distribution", lambda name: Metadata(*needed))
     findings = software.check_software()
     assert one(findings, "torch").status == "ok"
@@ -96,6 +100,7 @@ def test_missing_and_old_packages_come_with_the_command_that_installs_them(monke
     assert (old.status, missing.status, extra.status) == ("problem", "problem", "note")
     assert old.remedy == f"{sys.executable} -m pip install 'numpy>=999'"
     assert missing.remedy.endswith("'no-such-package[x]>=2'") and extra.remedy.endswith("'not-here-either>=3'")
+    assert one(findings, "extra new").status == "ok"
     assert "extra dev" not in {finding.name for finding in findings}
 
 
