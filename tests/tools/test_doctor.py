@@ -64,6 +64,12 @@ def test_a_finding_is_a_line_with_its_remedy():
     ]
 
 
+def test_tasks_without_torchrun_are_a_problem(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_of_this_machine", lambda *_: [])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert doctor.main([]) == 1 and "torchrun" in capsys.readouterr().out
+
+
 def test_settings_need_a_configuration():
     with pytest.raises(UserError, match="--seed"):
         doctor.main(["--seed", "3"])
@@ -133,6 +139,43 @@ def test_a_build_that_does_not_suit_the_machine(build, driver, status, monkeypat
     monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
     [found] = gpus.check_gpus()
     assert found.status == status and bool(found.remedy) == (status == "problem")
+
+
+class Gpu:
+    """What PyTorch tells about a GPU."""
+
+    def __init__(self, major: int, free: float) -> None:
+        self.name, self.major, self.minor, self.free = "NVIDIA X", major, 0, free
+
+
+def test_gpus_that_are_old_busy_or_broken(monkeypatch):
+    cards = [Gpu(9, 1.0), Gpu(7, 1.0), Gpu(8, 0.5), Gpu(8, -1)]
+
+    def memory(number: int) -> tuple[float, int]:
+        if cards[number].free < 0:
+            raise RuntimeError("CUDA error: uncorrectable ECC error\nencountered")
+        return cards[number].free * 80 * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(gpus, "driver_version", lambda: "570.86.15")
+    monkeypatch.setattr(gpus, "_kernels", list)
+    findings = gpus.check_gpus()
+    assert [finding.status for finding in findings if finding.name.startswith("gpu")] == [
+        "ok",
+        "note",
+        "note",
+        "problem",
+    ]
+    assert "12.8" in one(findings, "torch").text and one(findings, "nccl").text == "2.27.3"
+    assert "80.0 of 80.0 GiB" in one(findings, "gpu 0").text and "ECC error encountered" in one(findings, "gpu 3").text
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert one(gpus.check_gpus(), "nccl").status == "problem"
 
 
 def test_a_broken_torch_is_found(monkeypatch):
