@@ -144,6 +144,9 @@ def _add_formats(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="sheets of .xlsx workbooks to read (default: those with the text's column)",
     )
+    group.add_argument(
+        "--pdf-pages", action="store_true", help="a document of a PDF is a page with text (default: the file)"
+    )
 
 
 def _add_chat(group: argparse._ArgumentGroup) -> None:
@@ -203,12 +206,10 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
-    group.add_argument(
-        "--strip-control", action="store_true", help="remove control characters, except tab and line end"
-    )
+    _add_text_steps(group)
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave out documents that are not valid UTF-8")
     group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    _add_text_filters(group)
     group.add_argument(
         "--min-tokens",
         type=int,
@@ -247,8 +248,65 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_text_steps(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fix-text",
+        action="store_true",
+        help="repair wrongly decoded text, such as 'schÃ¶n', character references and control characters, with ftfy",
+    )
+    group.add_argument(
+        "--strip-control", action="store_true", help="remove control characters, except tab and line end"
+    )
+    group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
+    group.add_argument("--remove-urls", action="store_true", help="remove http://, https://, ftp:// and www. addresses")
+    group.add_argument(
+        "--collapse-whitespace",
+        action="store_true",
+        help="replace runs of white space by one space, line feed or empty line; remove it around lines and texts",
+    )
+
+
+def _add_text_filters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--min-letter-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="leave out documents with a smaller share of letters among the characters other than white space",
+    )
+    group.add_argument(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="leave out documents in other languages; ISO 639 codes, such as en de zh",
+    )
+    group.add_argument(
+        "--min-language-score",
+        type=float,
+        default=0.65,
+        metavar="P",
+        help="with --languages, leave out documents whose language is less probable (default: %(default)s)",
+    )
+    group.add_argument(
+        "--quality",
+        choices=("none", "gopher", "gopher-any-language"),
+        default="none",
+        help="leave out documents by Gopher's rules on words, symbols, lines and repetition; gopher-any-language: "
+        "without its English stop words",
+    )
+
+
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
+    group.add_argument(
+        "--to-jsonl",
+        nargs="?",
+        const="plain",
+        choices=("plain", "zst"),
+        help="instead of tokens, write the text and the --metadata of the documents to {prefix}.jsonl, or with zst to "
+        "{prefix}.jsonl.zst; needs no tokenizer",
+    )
     group.add_argument(
         "--cache-folder",
         metavar="DIR",

@@ -25,6 +25,7 @@ from ...engine.files.atomic import replace_file
 from ...engine.files.hashing import hash_file, record_file
 from ...engine.files.paths import is_url
 from ...engine.files.regular import read_regular
+from ...engine.system import usable_cores
 from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES
 from ..tokenizer.finding import find_tokenizer_file
 from .inputs.files import STDIN, InputFile, expand_inputs
@@ -34,7 +35,6 @@ from .options import NOT_CONTENTS, PreprocessOptions
 from .pipeline import preprocess
 from .progress import ProgressReport
 from .tokenizer_choice import choose_tokenizer
-from .workers.pool import usable_cores
 
 _DATASET = "dataset"
 _COMPLETE = "complete.json"

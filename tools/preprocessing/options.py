@@ -17,6 +17,8 @@ from .readers.expansion_limit import DEFAULT_EXPANSION
 from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
 
+TEXT_KEY = "text"
+"""Key of the text in what ``--to-jsonl`` writes."""
 BATCH_CHARACTERS = 512 << 10
 """Text encoded at once: large enough to make batches cheap, small enough to stay in cache with its ids."""
 
@@ -42,6 +44,7 @@ class PreprocessOptions:
     quoting: str = "auto"
     sheet: Sequence[str] = ()
     """Empty: sheets with the text's column."""
+    pdf_pages: bool = False
     max_expansion: int = DEFAULT_EXPANSION
     chat: bool = False
     chat_template: str | None = None
@@ -62,9 +65,19 @@ class PreprocessOptions:
     overwrite: bool = False
     skip_bad_lines: bool = False
     drop_invalid_utf8: bool = False
-    normalize: str = "none"
+    fix_text: bool = False
     strip_control: bool = False
+    normalize: str = "none"
+    remove_urls: bool = False
+    collapse_whitespace: bool = False
     min_chars: int = 0
+    min_letter_ratio: float = 0.0
+    languages: Sequence[str] = ()
+    """ISO 639 codes; empty: all languages."""
+    min_language_score: float = 0.65
+    quality: str = "none"
+    to_jsonl: str | None = None
+    """Write text instead of tokens: "plain" to .jsonl, "zst" to .jsonl.zst."""
     min_tokens: int = 0
     max_tokens: int | None = None
     max_documents: int | None = None
@@ -110,19 +123,25 @@ class PreprocessOptions:
         """How the files of ``input`` are interpreted."""
         keys = None if self.chat else self.text_choice.roots
         return InputOptions(
-            self.txt_mode,
-            self.stdin_format,
-            self.input_format,
-            keys,
-            self.skip_bad_lines,
-            self.hf_subset,
-            self.hf_split,
+            txt_mode=self.txt_mode,
+            stdin_format=self.stdin_format,
+            input_format=self.input_format,
+            keys=keys,
+            skip_damage=self.skip_bad_lines,
+            hf_subset=self.hf_subset,
+            hf_split=self.hf_split,
         )
 
     @property
     def reading(self) -> ReadOptions:
         """How they are read."""
-        return ReadOptions(self.quoting, tuple(self.sheet), self.max_expansion, self.skip_bad_lines)
+        return ReadOptions(
+            quoting=self.quoting,
+            sheets=tuple(self.sheet),
+            max_expansion=self.max_expansion,
+            pdf_pages=self.pdf_pages,
+            skip_damage=self.skip_bad_lines,
+        )
 
     @property
     def minhash_threshold(self) -> float | None:
@@ -133,6 +152,16 @@ class PreprocessOptions:
     def needs_digests(self) -> bool:
         """Whether the outputs need a hash of each document."""
         return self.dedup == "exact" or self.split is not None
+
+    @property
+    def writes_lines(self) -> bool:
+        """Whether the outputs have a line of JSON for each document."""
+        return bool(self.metadata or self.to_jsonl)
+
+    @property
+    def text_suffix(self) -> str:
+        """Suffix of the files of ``to_jsonl``."""
+        return {"plain": ".jsonl", "zst": ".jsonl.zst"}[self.to_jsonl or "plain"]
 
     def check(self) -> None:
         """Refuse meaningless values and combinations.
@@ -172,10 +201,21 @@ class PreprocessOptions:
             self.chat and tuple(self.json_key) != ("text",),
             "--json-key names a text, --chat reads conversations; remove one of them",
         )
+        for name, share in (
+            ("min-letter-ratio", self.min_letter_ratio),
+            ("min-language-score", self.min_language_score),
+        ):
+            yield not 0 <= share <= 1, f"--{name} {share}: must be between 0 and 1"
         for name, given in (
-            ("normalize", self.normalize != "none"),
+            ("fix-text", self.fix_text),
             ("strip-control", self.strip_control),
+            ("normalize", self.normalize != "none"),
+            ("remove-urls", self.remove_urls),
+            ("collapse-whitespace", self.collapse_whitespace),
             ("min-chars", self.min_chars),
+            ("min-letter-ratio", self.min_letter_ratio),
+            ("languages", self.languages),
+            ("quality", self.quality != "none"),
             ("held-out", self.held_out),
         ):
             yield self.chat and given, f"--{name} is for texts, not for --chat; remove one of them"
@@ -184,6 +224,37 @@ class PreprocessOptions:
             f"--output-prefix {self.output_prefix} and --cache-folder {self.cache_folder} both name the output; remove "
             "one of them",
         )
+        yield from self._problems_of_text()
+        yield from self._problems_of_parts()
+        yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
+        for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
+            yield (
+                form is not None and form not in FORMATS,
+                f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}",
+            )
+
+    def _problems_of_text(self) -> Iterator[tuple[object, str]]:
+        """Yield the rules of ``--to-jsonl``, which needs no tokenizer."""
+        for name, given in (
+            ("tokenizer", self.tokenizer),
+            ("model", self.model),
+            ("chat", self.chat),
+            ("no-append-eod", not self.append_eod),
+            ("eod-token", self.eod_token),
+            ("bos", self.bos != "auto"),
+            ("allow-special-tokens", self.allow_special_tokens),
+            ("min-tokens", self.min_tokens),
+            ("max-tokens", self.max_tokens),
+            ("cache-folder", self.cache_folder),
+        ):
+            yield self.to_jsonl and given, f"--{name} is for tokens, --to-jsonl writes text; remove one of them"
+        yield (
+            self.to_jsonl and TEXT_KEY in self.metadata,
+            f"--metadata {TEXT_KEY}: --to-jsonl writes the text under this key; leave it out",
+        )
+
+    def _problems_of_parts(self) -> Iterator[tuple[object, str]]:
+        """Yield the rules of options for datasets of the Hub, and for the parts of a run."""
         whole = [dataset for each in self.input if (dataset := parse_hub_dataset(each)) and not dataset.path]
         for name, part in (("subset", self.hf_subset), ("split", self.hf_split)):
             yield (
@@ -194,12 +265,6 @@ class PreprocessOptions:
             yield (
                 given is not None and (self.dedup == "none" or self.shard is None),
                 f"--{name} {given}: is for the parts of a deduplicated corpus; add --shard and --dedup",
-            )
-        yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
-        for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
-            yield (
-                form is not None and form not in FORMATS,
-                f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}",
             )
 
     def record(self) -> dict[str, Any]:
@@ -251,6 +316,7 @@ _NOT_IN_OUTPUTS = frozenset(
         "dedup_threshold",
         "held_out",
         "chat_template",
+        "to_jsonl",
         "encoder",
         "hf_subset",
         "hf_split",

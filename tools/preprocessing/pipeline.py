@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
+from ...engine.system import usable_cores
 from ...engine.tokenizer.frame import describe_tokens
 from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
@@ -37,7 +38,7 @@ from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
+from .workers.pool import run_here, run_tasks, shared_counters
 from .workers.task_output import TaskOutput, TaskResult
 from .workers.worker import FastPathError
 
@@ -45,7 +46,7 @@ __all__ = ["PreprocessReport", "preprocess", "write_signatures_of_part"]
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
-    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx``, ``.json``, and optional files.
+    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx``, ``.json``, and optional files; or write its text.
 
     Raises:
         UserError: wrong options, input or tokenizer, no token in the input, the output exists or cannot be written, a
@@ -112,7 +113,7 @@ def tokenize(plan: RunPlan) -> list[TaskResult]:
     seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
     total = sum(task.num_bytes for task in plan.tasks.values())
     before = total - sum(task.num_bytes for task, _ in todo)
-    with ProgressReport("tokenizing", total, before) as progress:
+    with ProgressReport("cleaning" if plan.options.to_jsonl else "tokenizing", total, before) as progress:
 
         def show() -> None:
             done, tokens, bad = seen.sum(axis=0).tolist()
@@ -136,9 +137,15 @@ def _print_start(plan: RunPlan, workers: int, num_todo: int) -> None:
     again = len(plan.tasks) - num_todo
     for note in setup.tokenizer.notes:
         print(note, file=sys.stderr)
+    if not (setup.works_here or plan.options.to_jsonl) and setup.tokenizer.lacks_fast_package:
+        command = install_command("fastokens")
+        print(
+            f"note: fastokens, which makes the same dataset in less time, is not installed: {command}", file=sys.stderr
+        )
+    tokenizer = f"tokenizer {setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}"
     print(
-        f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; tokenizer "
-        f"{setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
+        f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; "
+        f"{'text is not tokenized' if plan.options.to_jsonl else tokenizer}; {workers} "
         "workers" + (f"; {again} of {len(plan.tasks)} parts are finished already" if again else ""),
         file=sys.stderr,
         flush=True,

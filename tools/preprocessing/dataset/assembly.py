@@ -23,6 +23,10 @@ from ..options import PreprocessOptions
 from ..workers.task_output import TaskOutput
 from .shuffle import ExternalShuffle
 from .split import DocumentSplit, within_limit
+from .text_writer import TextWriter
+
+DocumentWriter = IndexedDatasetWriter | TextWriter
+"""What writes a dataset, or the text of its documents."""
 
 _SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory, not copied one by one
 
@@ -79,7 +83,7 @@ class Assembly:
         """Names of the datasets; an empty name without ``--split``."""
         return ("",) if self.split is None else self.split.names
 
-    def write(self, writers: Sequence[IndexedDatasetWriter], on_bytes: Callable[[int], None]) -> list[SourceTotals]:
+    def write(self, writers: Sequence[DocumentWriter], on_bytes: Callable[[int], None]) -> list[SourceTotals]:
         """Write all datasets, with a writer for each of ``sides``; report the bytes of tokens to ``on_bytes``."""
         totals = [SourceTotals.zeros(self.num_sources) for _ in self.sides]
         copy = self._shuffled if self.options.shuffle else self._in_order
@@ -87,7 +91,7 @@ class Assembly:
         return totals
 
     def _in_order(
-        self, writers: Sequence[IndexedDatasetWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
+        self, writers: Sequence[DocumentWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
     ) -> None:
         for output, table, side in self._decided():
             for number, writer in enumerate(writers):
@@ -97,7 +101,7 @@ class Assembly:
             on_bytes(output.tokens.stat().st_size)
 
     def _shuffled(
-        self, writers: Sequence[IndexedDatasetWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
+        self, writers: Sequence[DocumentWriter], totals: Sequence[SourceTotals], on_bytes: Callable[[int], None]
     ) -> None:
         columns = tuple(name for name in ("tokens", "mask", "metadata") if getattr(self.outputs[0], name).exists())
         size = sum(getattr(output, name).stat().st_size for output in self.outputs for name in columns)
@@ -173,7 +177,7 @@ def _column_bytes(table: np.ndarray, itemsize: int) -> dict[str, npt.NDArray[np.
     return {"tokens": table["tokens"] * itemsize, "mask": table["tokens"], "metadata": table["metadata_bytes"]}
 
 
-def _copy(output: TaskOutput, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer: IndexedDatasetWriter) -> None:
+def _copy(output: TaskOutput, table: np.ndarray, chosen: npt.NDArray[np.bool_], writer: DocumentWriter) -> None:
     """Append the ``chosen`` documents of ``output``: run by run, or gathered in memory if the runs are short."""
     if not chosen.any():
         return
@@ -183,7 +187,7 @@ def _copy(output: TaskOutput, table: np.ndarray, chosen: npt.NDArray[np.bool_], 
         for name, sizes in _column_bytes(table, writer.dtype.itemsize).items()
     }
     files = {name: getattr(output, name) for name in ends if getattr(output, name).exists()}
-    if len(edges) == 1 or ends["tokens"][-1] > len(edges) * _SHORT_RUN:
+    if len(edges) == 1 or sum(int(ends[name][-1]) for name in files) > len(edges) * _SHORT_RUN:
         for first, last in edges.tolist():
             ranges: dict[str, Any] = {
                 name: FileRange(path, int(ends[name][first]), int(ends[name][last])) for name, path in files.items()

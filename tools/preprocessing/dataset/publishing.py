@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ....engine.data.sidecar import InputSource, Sidecar
 from ....engine.errors import UserError
 from ....engine.tokenizer.frame import ids_of, name_of
+from ..dataset_files import TEXT
 from ..dataset_writer import IndexedDatasetWriter
 from ..progress import ProgressReport
 from ..run_plan import RunPlan
 from ..run_setup import print_notes
 from ..workers.task_output import TaskOutput, TaskResult
-from .assembly import Assembly, SourceTotals
+from .assembly import Assembly, DocumentWriter, SourceTotals
+from .checks import output_files
 from .rejected_records import write_rejects
+from .text_writer import TextWriter
 from .workspace import remove_workspace
 
 _SHOWN_NOTES = 20
@@ -53,11 +56,13 @@ def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
         raise UserError(_nothing_found(plan, results))
     prefixes = [f"{prefix}.{side}" if side else prefix for side in assembly.sides]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_writer(plan, each)) for each in prefixes]
+        writers = [_writer(plan, each) for each in prefixes]
+        for writer in writers:
+            stack.enter_context(writer)
         _write(plan, assembly, writers, results)
         rejects = write_rejects(outputs, prefix, plan.work)
-    files = [f"{each}{end}" for each in prefixes for end in (".bin", ".idx", ".json", ".mask.bin", ".metadata.jsonl")]
-    sidecars = {each: Sidecar.read(each) for each in prefixes}
+    files = sorted(output_files(options, prefix))
+    sidecars = {each: Sidecar.read(f"{each}{TEXT}" if options.to_jsonl else each) for each in prefixes}
     return PreprocessReport(
         {each: sidecar for each, sidecar in sidecars.items() if sidecar is not None},
         _first_bad(results),
@@ -67,20 +72,21 @@ def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
     )
 
 
-def _writer(plan: RunPlan, prefix: str) -> IndexedDatasetWriter:
+def _writer(plan: RunPlan, prefix: str) -> DocumentWriter:
+    options, scratch = plan.options, plan.work / f"dataset-{os.path.basename(prefix)}"
+    if options.to_jsonl:
+        return TextWriter(prefix, options.text_suffix, overwrite=options.overwrite, scratch=scratch)
     return IndexedDatasetWriter(
         prefix,
         plan.setup.dtype,
-        overwrite=plan.options.overwrite,
-        mask=plan.options.chat,
-        metadata=bool(plan.options.metadata),
-        scratch=plan.work / f"dataset-{os.path.basename(prefix)}",
+        overwrite=options.overwrite,
+        mask=options.chat,
+        metadata=bool(options.metadata),
+        scratch=scratch,
     )
 
 
-def _write(
-    plan: RunPlan, assembly: Assembly, writers: Sequence[IndexedDatasetWriter], results: Sequence[TaskResult]
-) -> None:
+def _write(plan: RunPlan, assembly: Assembly, writers: Sequence[DocumentWriter], results: Sequence[TaskResult]) -> None:
     """Write the datasets, up to the renames."""
     size = sum(output.tokens.stat().st_size for output in assembly.outputs)
     with ProgressReport("writing", size) as progress:
@@ -92,36 +98,43 @@ def _write(
             progress.show(done, done // plan.setup.dtype.itemsize)
 
         totals = assembly.write(writers, on_bytes)
-    left_out = _left_out(results, assembly)
+    left_out = _by_source((result.left_out for result in results), assembly.left_out)
+    changed = _by_source((result.changed for result in results), [Counter() for _ in assembly.left_out])
     fingerprint = plan.setup.tokenizer.fingerprint
     for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
-        if writer.num_tokens == 0 and plan.options.shard_place is None:
+        if writer.num_documents == 0 and plan.options.shard_place is None:
             raise UserError(
                 f"--split: no document was assigned to {side!r}; give it a larger share, or use a larger corpus"
                 if side
                 else _nothing_found(plan, results)
             )
-        writer.sidecar = _sidecar(plan, total, left_out, fingerprint)
+        writer.sidecar = _sidecar(plan, total, left_out, changed, fingerprint)
         writer.prepare()
 
 
-def _left_out(results: Sequence[TaskResult], assembly: Assembly) -> list[Counter[str]]:
-    """Return what workers and assembly left out, by source and reason."""
-    total = [Counter(counter) for counter in assembly.left_out]
-    for result in results:
-        for source, reasons in result.left_out.items():
-            total[int(source)].update(reasons)
+def _by_source(counts: Iterable[Mapping[str, Mapping[str, int]]], before: Sequence[Counter[str]]) -> list[Counter[str]]:
+    """Return the sums by source of the workers' counts, added to those ``before``."""
+    total = [Counter(counter) for counter in before]
+    for count in counts:
+        for source, numbers in count.items():
+            total[int(source)].update(numbers)
     return total
 
 
-def _sidecar(plan: RunPlan, totals: SourceTotals, left_out: Sequence[Counter[str]], fingerprint: str) -> Sidecar:
+def _sidecar(
+    plan: RunPlan,
+    totals: SourceTotals,
+    left_out: Sequence[Counter[str]],
+    changed: Sequence[Counter[str]],
+    fingerprint: str,
+) -> Sidecar:
     options, setup = plan.options, plan.setup
     mine = [[file for file in plan.files if file.source == index] for index in range(len(options.input))]
     return Sidecar(
         tokenizer=setup.tokenizer.name,
         tokenizer_sha256=setup.tokenizer.sha256,
         vocab_size=setup.tokenizer.vocab_size,
-        append_eod=options.append_eod,
+        append_eod=options.append_eod and not options.to_jsonl,
         eod_token=setup.eod[0] if setup.eod else None,
         eod_id=setup.eod[1] if setup.eod else None,
         sources=tuple(
@@ -134,6 +147,7 @@ def _sidecar(plan: RunPlan, totals: SourceTotals, left_out: Sequence[Counter[str
                 characters=int(totals.characters[index]),
                 text_bytes=int(totals.text_bytes[index]),
                 left_out=dict(left_out[index]),
+                changed=dict(changed[index]),
             )
             for index, (name, files) in enumerate(zip(options.input, mine, strict=True))
         ),

@@ -18,6 +18,7 @@ from pathlib import Path
 from ....engine.errors import UserError
 from ....engine.files.paths import is_url
 from ....engine.files.regular import read_regular
+from ..dataset_files import JSON, METADATA, REJECTS, is_of_dataset
 from ..formats import FORMATS, format_of, known_formats, split_compression
 from ..storage import is_file, read_start
 from .detection import detect, has_no_suffix
@@ -94,6 +95,7 @@ def choose_files(
     data = drop(data, CACHES, _not_in_saved_dataset(data))
     data = drop(data, OTHERS, lambda path: formats[path] is None)
     data = drop(data, DESCRIBES, lambda path: _name(path) in _DESCRIPTIONS)
+    data = drop(data, DESCRIBES, _is_record_of_preprocess)
     data = drop(data, SPLITS, _evaluation_splits(paths, data))
     others = {formats[path] for path in data if not _is_about(path)}
     if others:
@@ -129,6 +131,11 @@ def hub_snapshot(folder: str, folders: Sequence[str]) -> str | None:
         (revision,) = snapshots
     print(f"note: {folder}: a folder of the Hugging Face cache; reading its snapshot {revision}", file=sys.stderr)
     return os.path.join(folder, "snapshots", revision)
+
+
+def _is_record_of_preprocess(path: str) -> bool:
+    """Return whether ``path`` is a sidecar, rejects or metadata that the preprocess command wrote."""
+    return path.endswith((JSON, REJECTS, METADATA)) and is_of_dataset(path)
 
 
 def _name(path: str) -> str:

@@ -74,6 +74,7 @@ def _joined(before: InputSource, source: InputSource, part: MergeInput) -> Input
         characters=before.characters + source.characters,
         text_bytes=before.text_bytes + source.text_bytes,
         left_out=dict(Counter(before.left_out) + Counter(source.left_out)),
+        changed=dict(Counter(before.changed) + Counter(source.changed)),
     )
 
 

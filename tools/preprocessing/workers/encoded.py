@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import xxhash
 
 from ...tokenizer.document_frame import DocumentFrame
 from ..chat.conversation import EncodedChat
 from ..dedup.minhash import MinHasher
+from ..options import TEXT_KEY
 
 
 class Documents:
@@ -43,6 +45,15 @@ class Documents:
             self.lengths[keep],
             [self.metadata[place] for place in places] if self.metadata else (),
         )
+
+    @property
+    def is_empty(self) -> npt.NDArray[np.bool_]:
+        """bool[documents]: which have no tokens."""
+        return self.lengths == 0
+
+    def line_sizes(self) -> list[int]:
+        """Return the number of bytes of each line of ``metadata``."""
+        return list(map(len, self.metadata))
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
         """Return the number of characters of each document, and of bytes in UTF-8."""
@@ -125,3 +136,66 @@ class LongDocument(Documents):
     def bands(self, hasher: MinHasher) -> npt.NDArray[np.uint64]:
         """See :class:`Documents`."""
         return hasher.bands_of_pieces(self._pieces())[None]
+
+
+class TextLines(Documents):
+    """A batch of texts that are not tokenized. Their lines are those of ``--to-jsonl``: the text and its metadata.
+
+    Args:
+        metadata: a line per document, perhaps of an empty object.
+    """
+
+    def __init__(self, texts: Sequence[str], metadata: Sequence[bytes]) -> None:
+        super().__init__(texts, np.empty(0, np.int32), np.zeros(len(texts), np.int64), ())
+        self._kept = metadata
+        self.metadata = [
+            _LINE_BEGIN + orjson.dumps(text) + _line_end(line) for text, line in zip(texts, metadata, strict=True)
+        ]
+
+    def only(self, keep: npt.NDArray[np.bool_]) -> TextLines:
+        """See :class:`Documents`."""
+        places = np.flatnonzero(keep).tolist()
+        return TextLines([self._texts[place] for place in places], [self._kept[place] for place in places])
+
+    @property
+    def is_empty(self) -> npt.NDArray[np.bool_]:
+        """See :class:`Documents`."""
+        return np.array([not text for text in self._texts])
+
+
+class LongTextLine(LongDocument):
+    """A text that comes in pieces and is not tokenized. Its line is written as they come, but for the end."""
+
+    def __init__(self, metadata: bytes, pieces: Callable[[], Iterable[str]]) -> None:
+        super().__init__(DocumentFrame((), ()), [b'"' + _line_end(metadata)], pieces)
+        self._line_bytes = len(self.metadata[0])
+
+    @property
+    def is_empty(self) -> npt.NDArray[np.bool_]:
+        """See :class:`Documents`."""
+        return np.array([self._characters == 0])
+
+    def line_sizes(self) -> list[int]:
+        """See :class:`Documents`."""
+        return [self._line_bytes]
+
+    def begin_line(self) -> bytes:
+        """Return the bytes before the text."""
+        return self._counted_bytes(_LINE_BEGIN + b'"')
+
+    def extend_line(self, text: str) -> bytes:
+        """Add the next piece; return its bytes in the line."""
+        self.extend(text, self.ids)
+        return self._counted_bytes(orjson.dumps(text)[1:-1])
+
+    def _counted_bytes(self, content: bytes) -> bytes:
+        self._line_bytes += len(content)
+        return content
+
+
+_LINE_BEGIN = b"{%s:" % orjson.dumps(TEXT_KEY)
+
+
+def _line_end(metadata: bytes) -> bytes:
+    """Return what follows the text in its line."""
+    return b"}\n" if metadata == b"{}\n" else b"," + metadata[1:]

@@ -68,6 +68,8 @@ class TaskResult:
     tokens: int = 0
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     """Counts by source (its number as a string) and reason."""
+    changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Documents that cleaning changed and did not leave out, by source (as above) and option."""
     first_bad: str | None = None
     """``file:line: reason`` of the first skipped record."""
     notes: list[str] = field(default_factory=list)
@@ -84,6 +86,11 @@ class TaskResult:
         """Count ``number`` documents that are left out."""
         reasons = self.left_out.setdefault(str(source), {})
         reasons[reason] = reasons.get(reason, 0) + number
+
+    def count_change(self, source: int, option: str) -> None:
+        """Count a document that a cleaning step changed."""
+        options = self.changed.setdefault(str(source), {})
+        options[option] = options.get(option, 0) + 1
 
     def count_note(self, source: int, note: str, number: int) -> None:
         """Count a part of kept documents that is not trained on. Rare names share one count."""

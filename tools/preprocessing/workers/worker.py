@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedEr
 from ..records.long_text import LongText, encode_in_pieces
 from ..records.reading import ReadContext, Record, readable_part
 from ..records.text_choice import metadata_line
-from .encoded import ChatDocument, Documents, LongDocument
+from .encoded import ChatDocument, Documents, LongDocument, LongTextLine, TextLines
+from .no_tokenizer import NoTokenizer
 from .shared_tokenizer import load_tokenizer_once
 from .task_output import DROPPED_TURNS, TaskOutput, TaskResult
 from .task_writer import TaskWriter
@@ -55,8 +57,8 @@ class WorkerSettings:
 
     options: PreprocessOptions
     """``chat_date`` is set, so that all workers use the same day."""
-    tokenizer: TokenizerSpec
-    """With the end-of-document token, which is ordinary text within a document."""
+    tokenizer: TokenizerSpec | None
+    """None: the run writes text. With the end-of-document token, which is ordinary text within a document."""
     tokenizer_sha256: str
     dtype: str
     folder: Path
@@ -145,10 +147,11 @@ class TaskRunner:
         """Write the documents of ``span``; yield after each batch."""
         batch = _Batch()
         choose, limit, keys = self._choose, self._options.batch_characters, self._options.metadata
+        writes_lines = self._options.writes_lines
         with closing(_records(span, context)) as records:
             for value, where, raw in records:
                 try:
-                    line = [metadata_line(value, keys)] if keys else []
+                    line = [metadata_line(value, keys)] if writes_lines else []
                     content = choose(value)
                 except MalformedError as error:
                     context.refuse(where, str(error), error.kind, None if raw is None else bytes(raw))
@@ -204,7 +207,7 @@ class TaskRunner:
         """Clean, encode and write a batch."""
         texts, metadata = batch.texts, batch.metadata
         if self._cleaner.active:
-            cleaned = self._cleaner.clean_batch(texts)
+            cleaned = self._cleaner.clean_batch(texts, self._count_change)
             for _, reason in cleaned:
                 if reason is not None:
                     self._result.count(self._source, reason)
@@ -213,7 +216,13 @@ class TaskRunner:
         if texts:
             self._encode(texts, metadata)
 
+    def _count_change(self, step: str) -> None:
+        self._result.count_change(self._source, step)
+
     def _encode(self, texts: list[str], metadata: list[bytes]) -> None:
+        if self._options.to_jsonl:
+            self._output.add(self._source, TextLines(texts, metadata))
+            return
         try:
             self._compare(texts)
             ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
@@ -242,27 +251,42 @@ class TaskRunner:
 
     def _write_long(self, text: LongText, metadata: list[bytes]) -> None:
         """Clean, encode and write one document in pieces."""
+        changes: Counter[str] = Counter()
 
         def cleaned() -> Iterator[str]:
-            for piece, reason in self._cleaner.clean_pieces(text.pieces()):
+            changes.clear()  # MinHash reads the text again
+            for piece, reason in self._cleaner.clean_pieces(text.pieces(), lambda step: changes.update([step])):
                 if reason is not None:
                     raise LeftOutError(reason)
                 yield piece
 
-        def encode(piece: str) -> np.ndarray:
-            return self._tokenizer.encode_flat([piece])[0]
-
-        document = LongDocument(self._settings.frame, metadata, cleaned)
         try:
             with self._output.undone_unless_added():
-                for piece, ids in encode_in_pieces(cleaned(), encode):
-                    self._output.write_tokens(document.extend(piece, ids))
-                self._output.write_tokens(document.end())
-                self._output.add(self._source, document)
+                if self._options.to_jsonl:
+                    self._write_long_line(LongTextLine(metadata[0], cleaned), cleaned())
+                else:
+                    self._encode_long(LongDocument(self._settings.frame, metadata, cleaned), cleaned())
+            for step in changes:
+                self._count_change(step)
         except MalformedError as error:
             self._refuse(text.where, str(error), error.kind, None)
         except LeftOutError as left_out:
             self._result.count(self._source, str(left_out))
+
+    def _encode_long(self, document: LongDocument, pieces: Iterator[str]) -> None:
+        def encode(piece: str) -> np.ndarray:
+            return self._tokenizer.encode_flat([piece])[0]
+
+        for piece, ids in encode_in_pieces(pieces, encode):
+            self._output.write_tokens(document.extend(piece, ids))
+        self._output.write_tokens(document.end())
+        self._output.add(self._source, document)
+
+    def _write_long_line(self, document: LongTextLine, pieces: Iterator[str]) -> None:
+        self._output.write_line(document.begin_line())
+        for piece in pieces:
+            self._output.write_line(document.extend_line(piece))
+        self._output.add(self._source, document)
 
 
 def _records(span: Span, context: ReadContext) -> Generator[Record, None, None]:
@@ -285,9 +309,15 @@ def start_worker(settings: WorkerSettings, progress: Any, tokenizer: TokenizerHa
         lambda: TaskRunner(
             settings,
             np.frombuffer(progress, dtype=np.int64),
-            tokenizer or load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256),
+            tokenizer or _tokenizer_of(settings),
         )
     )
+
+
+def _tokenizer_of(settings: WorkerSettings) -> TokenizerHandle:
+    if settings.tokenizer is None:
+        return NoTokenizer()
+    return load_tokenizer_once(settings.tokenizer, settings.tokenizer_sha256)
 
 
 def run_task(task: Task, key: str) -> TaskResult:
