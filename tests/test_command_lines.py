@@ -23,7 +23,8 @@ COMMANDS = sorted(
 )
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
-    *("--data", "--replay", "--tokens"),
+    *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset"),
+    *("--languages", "--bins", "--bin-weights"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
         "--kernels",
@@ -31,7 +32,11 @@ TEXTS = {
         "--providers",
         "NAME",
         "--hosts",
+        "--revision",
         "--push-to-hub",
+        "--commit-message",
+        "--export",
+        "--ssh-option",
         "--engines",
         "--engine",
         "--ours",

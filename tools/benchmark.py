@@ -40,7 +40,7 @@ def build_parser() -> CommandParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
+        "--config", action="append", required=True, metavar="FILE|URL", help="configuration, as for engine/pretrain.py"
     )
     parser.add_argument(
         "--steps", type=int, default=20, metavar="N", help="number of timed steps (default: %(default)s)"

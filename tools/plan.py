@@ -33,7 +33,7 @@ def build_parser() -> CommandParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
+        "--config", action="append", required=True, metavar="FILE|URL", help="configuration, as for engine/pretrain.py"
     )
     _add_cluster(parser.add_argument_group("cluster"))
     _add_gpu(parser.add_argument_group("a GPU that is not in that list, instead of --gpu"))

@@ -93,6 +93,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and expand ``~`` and ``$VARIABLE`` in every option that is a path according to :func:`names_path`.
+        URLs are allowed where the metavar has the word URL, as in FILE|URL.
 
         ``parse_args`` and the parsers of subcommands call this method as well.
         """
@@ -100,7 +101,8 @@ class CommandParser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if names_path(action) and value is not None and value is not action.default:
-                setattr(found, action.dest, _expanded(value, (action.option_strings or [str(action.metavar)])[-1]))
+                name = (action.option_strings or [str(action.metavar)])[-1]
+                setattr(found, action.dest, _expanded(value, name, urls="URL" in _words(action)))
         return found, rest
 
 
@@ -128,13 +130,19 @@ def _asks_for_help(action: argparse.Action) -> bool:
 
 
 def names_path(action: argparse.Action) -> bool:
-    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar."""
+    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar.
+
+    With the word URL in the metavar, the value may also be a URL, which is not changed.
+    """
+    return action.type is Path or not _words(action).isdisjoint(_PATH_WORDS)
+
+
+def _words(action: argparse.Action) -> set[str]:
     metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
-    words = {word for metavar in metavars for word in metavar.split("|")}
-    return action.type is Path or not words.isdisjoint(_PATH_WORDS)
+    return {word for metavar in metavars for word in metavar.split("|")}
 
 
-def _expanded(value: Any, name: str) -> Any:
+def _expanded(value: Any, name: str, urls: bool) -> Any:
     if isinstance(value, list):
-        return [_expanded(each, name) for each in value]
-    return type(value)(expand_path(str(value), name)) if isinstance(value, (str, Path)) else value
+        return [_expanded(each, name, urls) for each in value]
+    return type(value)(expand_path(str(value), name, urls)) if isinstance(value, (str, Path)) else value

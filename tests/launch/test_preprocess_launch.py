@@ -68,11 +68,11 @@ def preprocess_arguments(tokenizer: Path, prefix: str, *more: str) -> list[str]:
     return [*arguments, "--split", "train=0.8,valid=0.2", *more]
 
 
-def assert_like_one_machine(folder: Path, tokenizer: Path, prefix: str) -> None:
+def assert_like_one_machine(folder: Path, tokenizer: Path, prefix: str, *more: str) -> None:
     program = [
         sys.executable,
         ROOT / "tools" / "preprocess.py",
-        *preprocess_arguments(tokenizer, "whole", "--overwrite"),
+        *preprocess_arguments(tokenizer, "whole", "--overwrite", *more),
     ]
     done = run(folder, *program)
     assert done.returncode == 0, done.stderr
@@ -136,13 +136,40 @@ def test_datatrove_is_named_where_it_is_missing(folder, tokenizer):
     assert (done.returncode, done.stderr) == (1, "error: datatrove is not installed: pip install datatrove\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("datatrove") is None, reason="pip install datatrove")
-@pytest.mark.parametrize("at_once", ["1", "2"])
-def test_datatrove_parts_are_joined_to_what_one_machine_makes(folder, tokenizer, at_once):
+@pytest.mark.parametrize(("at_once", "dedup"), [("1", "none"), ("2", "none"), ("2", "minhash"), ("2", "exact")])
+def test_datatrove_parts_are_joined_to_what_one_machine_makes(folder, tokenizer, at_once, dedup):
+    if dedup != "none":
+        corpus = folder / "a corpus.jsonl"
+        near = corpus.read_text().replace(" ", "  ") if dedup == "minhash" else corpus.read_text()
+        corpus.write_text(corpus.read_text() + near)
     command = [sys.executable, DATATROVE, "--shards", str(NUM_SHARDS), "--at-once", at_once, "--logs", "logs", "--"]
     for _ in range(2):  # the second time there is nothing to do
-        done = run(folder, *command, *preprocess_arguments(tokenizer, "out"))
+        done = run(folder, *command, *preprocess_arguments(tokenizer, "out", "--dedup", dedup))
         assert done.returncode == 0, done.stderr
-        assert_like_one_machine(folder, tokenizer, "out")
+        assert_like_one_machine(folder, tokenizer, "out", "--dedup", dedup)
+    assert not (folder / "logs" / "dedup").exists()
     refused = run(folder, *command, *preprocess_arguments(tokenizer, "out", "--shard", "0/2"))
     assert refused.returncode == 1 and "error: this command sets --shard itself" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("datatrove") is None, reason="pip install datatrove")
+@pytest.mark.skipif(find_spec("ray") is None, reason="pip install ray")
+def test_ray_makes_what_one_machine_makes_and_continues_after_a_failure(folder, tokenizer):
+    corpus = folder / "a corpus.jsonl"
+    good = corpus.read_text() * 2
+    corpus.write_text(good)
+    command = [sys.executable, DATATROVE, "--shards", str(NUM_SHARDS), "--logs", str(folder / "logs"), "--ray"]
+    command += ["--cpus", "1", "--memory-per-cpu", "1", "--"]
+    more = ["--input", str(corpus), "--output-prefix", str(folder / "out"), "--dedup", "exact"]
+    # As long as the good line, so that the size of the file stays the same.
+    last = good.splitlines()[-1]
+    corpus.write_text(good.removesuffix(f"{last}\n") + f"[{' ' * (len(last) - 2)}]\n")
+    failed = run(folder, *command, *preprocess_arguments(tokenizer, "out", *more))
+    assert failed.returncode == 1 and "logs/signatures/logs: task 2 failed; start again" in failed.stderr
+    corpus.write_text(good)
+    done = run(folder, *command, *preprocess_arguments(tokenizer, "out", *more))
+    assert done.returncode == 0, done.stderr
+    assert_like_one_machine(folder, tokenizer, "out", "--dedup", "exact")

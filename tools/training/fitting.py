@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,11 +18,10 @@ from ..planning.gpus import GiB, Gpu, describe_gpu, find_gpu
 from ..planning.layout_plan import LayoutPlan, gib, shown_layout
 from ..planning.options import RESERVE, Assumptions, ClusterSpec
 from ..planning.pool import DryRunPool
-from ..planning.search import plan_briefly, search
+from ..planning.search import plan_briefly
 
 _UNKNOWN_GPU_TFLOPS = 100.0
 """Assumed for a GPU that is not in the table: it orders layouts, and does not decide whether they fit."""
-_AXES = ("pipeline", "replicate", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,23 @@ def fit(
     plain, _ = without_gpu_features(config)
     cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE)
     with DryRunPool() as pool:
-        plan = plan_briefly([(plain, plan_layout(plain.parallel, machine.ranks))], cluster, pool)[0]
-        if plan.fits and not auto:
-            return {}, _memory_line(plan)
-        say("searching for settings with which the model fits")
-        best = _best(plain, cluster, pool, say)
+
+        def dry_run(candidate: RunConfig) -> LayoutPlan:
+            layout = plan_layout(candidate.parallel, machine.ranks)
+            say(f"dry run: {shown_layout(candidate, layout)}")
+            return plan_briefly([(candidate, layout)], cluster, pool)[0]
+
+        plan = dry_run(plain)
+        best = _with_larger_micro_batch(plan, dry_run) if plan.fits and auto else plan if plan.fits else None
+        best = best or next((other for each in _smaller(plain) if (other := dry_run(each)).fits), None)
     if best is None:
         raise UserError(
             f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU, and "
-            "no layout, recomputation or offload is small enough; use more or larger GPUs, or optimizer.state_dtype "
-            "bf16 and training.weight_dtype bf16"
+            "recomputation and offload do not save as much; use more or larger GPUs, see retemper plan --search"
         )
-    changes = _changes(best, config)
-    if not auto:
-        shown = ", ".join(
-            f"{section}.{key} {value}" for section, keys in changes.items() for key, value in keys.items()
-        )
+    changes = _changes(best.config, config)
+    if changes and not auto:
+        shown = ", ".join(f"{section}.{key} {keys[key]}" for section, keys in changes.items() for key in keys)
         raise UserError(
             f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU; it "
             f"fits with {shown}: add --auto, or set them"
@@ -105,44 +105,44 @@ def fit(
     return changes, _memory_line(best)
 
 
-def _best(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool, say: Callable[[str], None]) -> LayoutPlan | None:
-    """Return the fastest plan that fits: without offload if possible."""
-    found = search(config, cluster, pool, say, wanted=2)
-    fitting = next((plan for plan in found.plans if plan.fits), None)
-    if fitting is not None:
-        return fitting
-    parallel = replace(config.parallel, cpu_offload=True, recompute="full")
-    offloaded = replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=1))
-    plan = plan_briefly([(offloaded, plan_layout(parallel, cluster.world_size))], cluster, pool)[0]
-    return plan if plan.fits else None
+def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], LayoutPlan]) -> LayoutPlan:
+    """Return the fastest of ``plan`` and plans with 2, 4 and 8 times its micro-batch, as far as they fit."""
+    best, config = plan, plan.config
+    for factor in (2, 4, 8):
+        micro_batch_size = factor * config.training.micro_batch_size
+        if config.training.global_batch_size % (micro_batch_size * plan.layout.data_parallel):
+            break
+        larger = dry_run(replace(config, training=replace(config.training, micro_batch_size=micro_batch_size)))
+        if not larger.fits:
+            break
+        best = max(best, larger, key=lambda one: one.tokens_per_second)
+    return best
 
 
-def _changes(plan: LayoutPlan, config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Return the settings of ``plan`` that differ from those of ``config``."""
-    parallel = {
-        **{axis: getattr(plan.layout, axis) for axis in _AXES},
-        **{key: getattr(plan.config.parallel, key) for key in _CHOSEN_BY_SEARCH},
-    }
-    found: Mapping[str, dict[str, Any]] = {
-        "training": {"micro_batch_size": plan.config.training.micro_batch_size},
-        "parallel": parallel,
-    }
-    return {
-        section: changed
-        for section, keys in found.items()
-        if (changed := {key: value for key, value in keys.items() if value != getattr(getattr(config, section), key)})
-    }
+def _smaller(config: RunConfig) -> Iterator[RunConfig]:
+    """Yield ``config`` with less and less memory on the GPU: the fastest ways first."""
+    least = replace(config, training=replace(config.training, micro_batch_size=1))
+    if config.training.micro_batch_size > 1:
+        yield least
+    ladder: tuple[tuple[Literal["selective", "full"], bool], ...] = (
+        ("selective", False),
+        ("full", False),
+        ("full", True),
+    )
+    for recompute, cpu_offload in ladder:
+        parallel = replace(config.parallel, recompute=recompute, cpu_offload=cpu_offload)
+        if parallel != config.parallel:
+            yield replace(least, parallel=parallel)
 
 
-_CHOSEN_BY_SEARCH = (
-    "pipeline_schedule",
-    "pipeline_stages_per_rank",
-    "recompute",
-    "recompute_every",
-    "reshard_after_forward",
-    "reduce_gradients",
-    "cpu_offload",
-)
+def _changes(chosen: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings of ``chosen`` that may differ from those of ``config``, and do."""
+    found: dict[str, dict[str, Any]] = {}
+    for section, key in (("training", "micro_batch_size"), ("parallel", "recompute"), ("parallel", "cpu_offload")):
+        value = getattr(getattr(chosen, section), key)
+        if value != getattr(getattr(config, section), key):
+            found.setdefault(section, {})[key] = value
+    return found
 
 
 def _fit_on_cpu(config: RunConfig, architecture: Architecture, machine: Machine) -> str:

@@ -20,6 +20,7 @@ from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
+from ..checkpoint.names import EXPORTS
 from ..checkpoint.store import CheckpointStore, require_visible, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
@@ -30,14 +31,12 @@ from .pipeline import Conversion
 from .provenance import CONVERSION_FILE
 from .writing import size_of
 
-FOLDER = "hf"
-"""Folder of the exports in a run folder; they have the names of their checkpoints."""
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
 def export_folder(run_folder: Path, step: int) -> Path:
     """Return the folder to which the checkpoint of ``step`` is exported."""
-    return run_folder / FOLDER / f"step-{step:08d}"
+    return run_folder / EXPORTS / f"step-{step:08d}"
 
 
 def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:
@@ -59,7 +58,7 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
     repository = config.push_to_hub
     if repository is None:
         return []
-    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD))
+    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD, config.hub_private))
     return [f"upload      at the end, to {place}"]
 
 
@@ -119,7 +118,8 @@ def export_run(
     repository = config.push_to_hub
     if repository is not None:
         say(f"uploading   {output} to {repository}")
-        upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE])  # noqa: E731
+        message = config.hub_message
+        upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE], message)  # noqa: E731
         say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
 
 
