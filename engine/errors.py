@@ -21,6 +21,8 @@ from typing import NoReturn
 EXTRA_OF = {
     **dict.fromkeys(("pyarrow", "openpyxl", "pypdf", "cryptography", "lxml"), "formats"),
     **{"jinja2": "chat", "rensa": "dedup", "tiktoken": "tiktoken", "fastokens": "fast", "torchao": "fp8"},
+    **{"ftfy": "clean", "py3langid": "clean", "s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud"},
+    **{"datasets": "hub", "datatrove": "datatrove", "lm_eval": "eval"},
     **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
 }
 """Modules of optional packages, and the extra of setup.py that installs each."""

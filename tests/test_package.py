@@ -119,7 +119,7 @@ def test_the_version_is_said_once(said):
 
 
 def test_every_optional_module_is_in_the_extra_that_messages_name(said):
-    distributions = {"flash_attn": "flash-attn", "cryptography": "pypdf[crypto]"}
+    distributions = {"flash_attn": "flash-attn", "lm_eval": "lm-eval", "cryptography": "pypdf[crypto]"}
     for module, extra in EXTRA_OF.items():
         required = [re.split(r"[<>=]", requirement)[0] for requirement in said["extras_require"][extra]]
         assert {module, distributions.get(module)} & {*required, *(name.partition("[")[0] for name in required)}, module
@@ -155,3 +155,7 @@ def test_the_command_is_an_entry_point(said):
     name, _, target = line.partition(" = ")
     module, _, function = target.partition(":")
     assert name == "retemper" and getattr(importlib.import_module(module), function) is main
+
+
+def test_the_address_of_the_project_is_the_same_everywhere(said):
+    assert f"repo_url: {said['url']}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
