@@ -47,6 +47,7 @@ from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import require_report
 from retemper.engine.observe.start_summary import describe_data
 from retemper.engine.schedule import BatchPlan
+from retemper.engine.system import require_linux
 
 SEQUENCE_LENGTH = 4096
 MEAN_TOKENS = 4000
@@ -286,6 +287,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    require_linux("measuring page faults")
     if options.measure:
         warnings.simplefilter("ignore")
         name, prefix, tokens, cache, samples = options.measure

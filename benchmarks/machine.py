@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..engine.system import total_memory, usable_cores
 
 PACKAGES = (
     *("numpy", "torch", "triton", "transformers", "accelerate", "litgpt", "lightning", "liger-kernel"),
@@ -30,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": usable_cores(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(total_memory() / 1e9, 1),
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "versions": versions,
@@ -58,11 +59,6 @@ def one_line(machine: Mapping[str, Any]) -> str:
     """Return the description as text."""
     facts = {name: value for name, value in machine.items() if name != "versions"} | machine.get("versions", {})
     return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str:

@@ -31,6 +31,7 @@ import psutil
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
+from retemper.engine.system import require_linux
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SAMPLE_SECONDS = 0.1
@@ -62,8 +63,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     Raises:
         UserError: it failed; shows the last line of its output. Or this is not Linux.
     """
-    if not sys.platform.startswith("linux"):
-        raise UserError(f"measuring a process tree needs Linux; this is {sys.platform}")
+    require_linux("measuring a process tree")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "cost.json"
         keeper = [sys.executable, __file__, str(result), *command]

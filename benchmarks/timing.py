@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..engine.system import peak_memory
+
 Call = Callable[[], object]
 
 
@@ -84,5 +86,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # macOS, where a process knows only its peak
+        return peak_memory()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

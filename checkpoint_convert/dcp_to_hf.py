@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from retemper.engine.config.command_line import CommandParser
-from retemper.engine.errors import run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.conversion.options import (
@@ -64,21 +64,36 @@ def build_parser() -> CommandParser:
         help="also upload the output, without conversion.json, to this model repository (namespace/name) on the Hub; a "
         "new repository is created as a private one; the token comes from HF_TOKEN or `hf auth login`",
     )
+    visibility = parser.add_mutually_exclusive_group()
+    visibility.add_argument(
+        "--private",
+        action="store_true",
+        help=f"with {PUSH}: refuse a repository that is public; its visibility is never changed",
+    )
+    visibility.add_argument("--public", action="store_true", help=f"with {PUSH}: a new repository is public")
+    parser.add_argument(
+        "--commit-message", metavar="TEXT", help=f"with {PUSH}: message of the commit (default: the folder's name)"
+    )
     parser.mark_usual("--checkpoint", "--output", "--dtype", "--verify", "--push-to-hub")
     return parser
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line, by default that of this process."""
-    return parse(build_parser(), arguments)
+    options = parse(build_parser(), arguments)
+    for name in ("private", "public", "commit_message"):
+        if getattr(options, name) and options.push_to_hub is None:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without {PUSH}; remove it, or name a repository")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options = vars(parse_arguments(arguments))
     repository = options.pop("push_to_hub")
+    upload = {name: options.pop(name) for name in ("private", "public", "commit_message")}
     if repository is not None:
-        _convert_and_upload(options, repository)
+        _convert_and_upload(options, repository, **upload)
         return
     with without_gc():
         from retemper.engine.weights.conversion.dcp_to_hf import convert
@@ -86,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     convert(**options)
 
 
-def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
+def _convert_and_upload(
+    options: dict[str, Any], repository: str, private: bool, public: bool, commit_message: str | None
+) -> None:
     with without_gc():
         from retemper.engine.weights.conversion.dcp_to_hf import convert, plan_export
         from retemper.engine.weights.conversion.provenance import CONVERSION_FILE
@@ -97,9 +114,10 @@ def _convert_and_upload(options: dict[str, Any], repository: str) -> None:
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
     planned = ("dtype", "max_shard_size", "vocab_size", "carried_from")
     plan_export(checkpoint, **{key: options[key] for key in planned})
-    print(f"will be uploaded to {open_repository(repository, PUSH)}")
+    place = open_repository(repository, PUSH, private=not public, only_private=private)
+    print(f"will be uploaded to {place}")
     convert(**options)
-    print(f"uploaded {upload_folder(output, repository, PUSH, [CONVERSION_FILE])}")
+    print(f"uploaded {upload_folder(output, repository, PUSH, [CONVERSION_FILE], commit_message)}")
 
 
 if __name__ == "__main__":

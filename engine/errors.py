@@ -10,12 +10,20 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
+EXTRA_OF = {
+    **dict.fromkeys(("pyarrow", "openpyxl", "pypdf", "cryptography", "lxml"), "formats"),
+    **{"jinja2": "chat", "rensa": "dedup", "tiktoken": "tiktoken", "fastokens": "fast", "torchao": "fp8"},
+    **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
+}
+"""Modules of optional packages, and the extra of setup.py that installs each."""
 _MOST_PROBLEMS = 20
 """Maximum number of problems shown for one error. More have one cause, such as a file of another program."""
 
@@ -40,6 +48,22 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return " | ".join(self.problems)
+
+
+def install_command(module: str) -> str:
+    """Return the command that installs the package of a module: as an extra of this package if it is optional.
+
+    In a clone that is not installed, the command names the clone.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("retemper")
+        what = "retemper"
+    except PackageNotFoundError:
+        what = str(Path(__file__).resolve().parents[1])
+    extra = EXTRA_OF.get(module.partition(".")[0])
+    return f"pip install '{what}[{extra}]'" if extra else shlex.join(["pip", "install", what])
 
 
 def report_user_error(error: UserError) -> None:
@@ -157,7 +181,7 @@ def _of_the_system(error: BaseException) -> str | None:
     if too_many := _too_many_files(error):
         return too_many
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "retemper":
-        return f"{error}; install what requirements.lock lists (make setup)"
+        return f"{error}; install it: {install_command(error.name or '')}"
     if not isinstance(error, OSError):
         return None
     try:

@@ -33,6 +33,8 @@ fail() {
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 root=$(dirname "$(dirname "$(realpath "$0")")")
+# A copy of this script in another folder runs the installed package.
+[[ -f $root/engine/pretrain.py ]] || root=$("${PYTHON:-python}" -c 'import retemper; print(retemper.__path__[0])')
 exec "${PYTHON:-python}" "$root/launch/quiet_torchrun.py" \
   --nnodes "$NNODES" --nproc-per-node "${NPROC_PER_NODE:-gpu}" --max-restarts "${MAX_RESTARTS:-0}" \
   --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-retemper}" \

@@ -9,7 +9,7 @@
 # goes on from its newest checkpoint (resume: auto).
 #
 # Settings, as environment variables:
-#   RETEMPER_ROOT       the repository (default: the folder in which sbatch was called)
+#   RETEMPER_ROOT       the repository (default: the folder in which sbatch was called, else the installed package)
 #   PYTHON              the interpreter that has retemper, the same path on all nodes (default: python)
 #   NPROC_PER_NODE      ranks on a node: a number, gpu or cpu (default: gpu)
 #   RDZV_PORT           port of the rendezvous on the job's first node (default: one that follows from the job's number)
@@ -42,6 +42,10 @@ fail() {
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a job for Slurm: sbatch --nodes=4 $0 --config run.yaml"
 # Slurm runs a copy of this file, which does not know where the repository is.
 export RETEMPER_ROOT=${RETEMPER_ROOT:-$SLURM_SUBMIT_DIR}
+if [[ ! -f $RETEMPER_ROOT/launch/many_nodes.sh ]]; then
+  installed=$("${PYTHON:-python}" -c 'import retemper; print(retemper.__path__[0])' 2> /dev/null) || installed=
+  RETEMPER_ROOT=${installed:-$RETEMPER_ROOT}
+fi
 [[ -f $RETEMPER_ROOT/launch/many_nodes.sh ]] ||
   fail "RETEMPER_ROOT='$RETEMPER_ROOT': launch/many_nodes.sh is not in it; set it to the repository"
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -23,6 +23,8 @@ COMMANDS = sorted(
 )
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
+    *("--data", "--replay", "--tokens"),
+    *("--languages", "--bins", "--bin-weights"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
         "--kernels",
@@ -30,7 +32,11 @@ TEXTS = {
         "--providers",
         "NAME",
         "--hosts",
+        "--revision",
         "--push-to-hub",
+        "--commit-message",
+        "--export",
+        "--ssh-option",
         "--engines",
         "--engine",
         "--ours",

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import retemper
+from retemper.engine.errors import EXTRA_OF, install_command
 from retemper.tools.cli.main import main
 
 ROOT = Path(retemper.__file__).parent
@@ -93,7 +95,7 @@ def test_no_module_beside_a_script_shadows_another(folder):
     others = {
         name
         for name, distributions in importlib.metadata.packages_distributions().items()
-        if distributions != ["retemper"]
+        if {*distributions} != {"retemper"}
     }
     assert "torch" in others
     assert not ours & others
@@ -104,7 +106,9 @@ def said(monkeypatch) -> dict:
     """What setup.py tells a stand-in for setuptools, which an environment that only runs the tests may lack."""
     said: dict = {}
     stand_in = SimpleNamespace(find_packages=lambda *_, **__: [], setup=lambda **keywords: said.update(keywords))
-    monkeypatch.setitem(sys.modules, "setuptools", stand_in)
+    for name in ("setuptools", "setuptools.command"):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setitem(sys.modules, "setuptools.command.build_py", SimpleNamespace(build_py=object))
     runpy.run_path(str(ROOT / "setup.py"))
     return said
 
@@ -112,6 +116,33 @@ def said(monkeypatch) -> dict:
 def test_the_version_is_said_once(said):
     assert said["name"] == "retemper"
     assert said["version"] == retemper.__version__ == importlib.metadata.version("retemper")
+
+
+def test_every_optional_module_is_in_the_extra_that_messages_name(said):
+    distributions = {"flash_attn": "flash-attn", "cryptography": "pypdf[crypto]"}
+    for module, extra in EXTRA_OF.items():
+        required = [re.split(r"[<>=]", requirement)[0] for requirement in said["extras_require"][extra]]
+        assert {module, distributions.get(module)} & {*required, *(name.partition("[")[0] for name in required)}, module
+
+
+def test_the_command_that_installs_a_package_names_the_clone_if_nothing_is_installed(monkeypatch):
+    assert install_command("pyarrow.parquet") == "pip install 'retemper[formats]'"
+    assert install_command("numpy") == "pip install retemper"
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert install_command("rensa") == f"pip install '{ROOT}[dedup]'"
+
+
+def test_links_of_the_description_work_outside_the_repository(said):
+    """The page of a package index has no files beside it."""
+    text = said["long_description"]
+    links = [*re.findall(r"\]\(([^)\s]*)", text), *re.findall(r"^\[[^\]]+\]: (\S+)", text, re.M)]
+    assert links and all(re.match(r"https?:|#", link) for link in links)
+    ours = [link.removeprefix(f"{said['url']}/blob/main/").partition("#")[0] for link in links if said["url"] in link]
+    assert ours and all((ROOT / link).exists() for link in ours)
 
 
 def test_the_command_is_an_entry_point(said):

@@ -1,12 +1,8 @@
-"""Files around the code that can become wrong without an error: the wheel's contents, CI's targets, lists of pages."""
+"""Files around the code that can become wrong without an error: CI's targets, lists of pages."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,38 +14,6 @@ ROOT = Path(__file__).parents[1]
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 CONTRIBUTING, SECURITY = ((ROOT / f"{name}.md").read_text("utf-8") for name in ("CONTRIBUTING", "SECURITY"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of the tracked files, built in a copy of them: a build writes into the folder of its source."""
-    pytest.importorskip("setuptools", minversion="77")
-    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        if not name.startswith("tests/") and (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    program = f"from setuptools.build_meta import build_wheel; print(build_wheel({str(output)!r}))"
-    # Isolated: with the source on sys.path, its kernels/ would hide the package of that name.
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", program], cwd=source, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return zipfile.ZipFile(next(output.glob("*.whl")))
-
-
-def test_the_wheel_has_the_type_marker_and_the_licence(wheel: zipfile.ZipFile) -> None:
-    info = f"retemper-{retemper.__version__}.dist-info"
-    names = set(wheel.namelist())
-    assert {"retemper/py.typed", "retemper/engine/pretrain.py", f"{info}/licenses/NOTICE"} <= names
-    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    metadata = wheel.read(f"{info}/METADATA").decode()
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    # Next to an expression, a classifier of a licence is an error for package indexes (PEP 639).
-    assert "\nClassifier: License" not in metadata
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:

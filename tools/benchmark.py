@@ -20,6 +20,7 @@ from retemper.benchmarks.report import BenchmarkReport, command_line
 from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.benchmarks.step.sweep import format_sweep, parse_sweep, run_sweep
 from retemper.engine.config.command_line import CommandParser
+from retemper.engine.config.parser import build_parser as build_settings_parser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig, to_dict
 from retemper.engine.errors import UserError, run_command
@@ -39,7 +40,7 @@ def build_parser() -> CommandParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
+        "--config", action="append", required=True, metavar="FILE|URL", help="configuration, as for engine/pretrain.py"
     )
     parser.add_argument(
         "--steps", type=int, default=20, metavar="N", help="number of timed steps (default: %(default)s)"
@@ -89,6 +90,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.mark_usual("--config", "--steps", "--real-data", "--sweep", "--profile", "--json")
+    parser.take_settings(build_settings_parser)
     return parser
 
 

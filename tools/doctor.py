@@ -32,7 +32,7 @@ def build_parser() -> CommandParser:
         epilog="With --config, all other options are those of engine/pretrain.py, such as --parallel.tensor 8.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="check what this run needs")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE|URL", help="check what this run needs")
     parser.add_argument(
         "--tokenizer", metavar="DIR|FILE|NAME", help="check that this tokenizer is exact, in training and when served"
     )

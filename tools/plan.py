@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.config.command_line import CommandParser
+from retemper.engine.config.parser import build_parser as build_settings_parser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
@@ -32,7 +33,7 @@ def build_parser() -> CommandParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", required=True, metavar="FILE", help="configuration, as for engine/pretrain.py"
+        "--config", action="append", required=True, metavar="FILE|URL", help="configuration, as for engine/pretrain.py"
     )
     _add_cluster(parser.add_argument_group("cluster"))
     _add_gpu(parser.add_argument_group("a GPU that is not in that list, instead of --gpu"))
@@ -45,6 +46,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     parser.mark_usual("--config", "--nodes", "--gpus-per-node", "--gpu", "--search", "--quick", "--json")
+    parser.take_settings(build_settings_parser)
     return parser
 
 

@@ -25,7 +25,7 @@ from retemper.tools.preprocessing.cache import preprocess_into_cache
 from retemper.tools.preprocessing.formats import FORMATS
 from retemper.tools.preprocessing.inputs.files import describe_inputs
 from retemper.tools.preprocessing.options import PreprocessOptions
-from retemper.tools.preprocessing.pipeline import preprocess
+from retemper.tools.preprocessing.pipeline import preprocess, write_signatures_of_part
 from retemper.tools.preprocessing.readers.expansion_limit import DEFAULT_EXPANSION
 from retemper.tools.preprocessing.report import counts_record, format_report
 from retemper.tools.preprocessing.tokenizer_choice import DEFAULT_TOKENIZER
@@ -69,10 +69,19 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE|DIR|GLOB|-",
+        metavar="FILE|DIR|GLOB|URL|-",
         help=".jsonl, .json, .txt, .md, .html, .csv, .tsv (all also as .gz, .zst, .bz2 and .xz), .parquet, .arrow, "
-        ".xlsx, .pdf; a folder means the documents in it, - standard input. Documents keep the order of the arguments, "
+        ".xlsx, .pdf; a folder means the documents in it, hf://namespace/name a dataset of the Hugging Face Hub, "
+        "s3://, gs://, https://... remote files, - standard input. Documents keep the order of the arguments, "
         "and of the paths within a folder or pattern",
+    )
+    group.add_argument(
+        "--hf-split",
+        metavar="NAME",
+        help="of --input hf://namespace/name: split to read (default: the only one, or train)",
+    )
+    group.add_argument(
+        "--hf-subset", metavar="NAME", help="of --input hf://namespace/name: subset to read (default: the default one)"
     )
     group.add_argument(
         "--json-key",
@@ -135,6 +144,9 @@ def _add_formats(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="sheets of .xlsx workbooks to read (default: those with the text's column)",
     )
+    group.add_argument(
+        "--pdf-pages", action="store_true", help="a document of a PDF is a page with text (default: the file)"
+    )
 
 
 def _add_chat(group: argparse._ArgumentGroup) -> None:
@@ -194,12 +206,10 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
-    group.add_argument(
-        "--strip-control", action="store_true", help="remove control characters, except tab and line end"
-    )
+    _add_text_steps(group)
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave out documents that are not valid UTF-8")
     group.add_argument("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    _add_text_filters(group)
     group.add_argument(
         "--min-tokens",
         type=int,
@@ -238,8 +248,65 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_text_steps(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fix-text",
+        action="store_true",
+        help="repair wrongly decoded text, such as 'schÃ¶n', character references and control characters, with ftfy",
+    )
+    group.add_argument(
+        "--strip-control", action="store_true", help="remove control characters, except tab and line end"
+    )
+    group.add_argument("--normalize", choices=("none", "nfc"), default="none", help="Unicode form of the text")
+    group.add_argument("--remove-urls", action="store_true", help="remove http://, https://, ftp:// and www. addresses")
+    group.add_argument(
+        "--collapse-whitespace",
+        action="store_true",
+        help="replace runs of white space by one space, line feed or empty line; remove it around lines and texts",
+    )
+
+
+def _add_text_filters(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--min-letter-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="leave out documents with a smaller share of letters among the characters other than white space",
+    )
+    group.add_argument(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="leave out documents in other languages; ISO 639 codes, such as en de zh",
+    )
+    group.add_argument(
+        "--min-language-score",
+        type=float,
+        default=0.65,
+        metavar="P",
+        help="with --languages, leave out documents whose language is less probable (default: %(default)s)",
+    )
+    group.add_argument(
+        "--quality",
+        choices=("none", "gopher", "gopher-any-language"),
+        default="none",
+        help="leave out documents by Gopher's rules on words, symbols, lines and repetition; gopher-any-language: "
+        "without its English stop words",
+    )
+
+
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-prefix", default="dataset", metavar="PATH", help="default: %(default)s")
+    group.add_argument(
+        "--to-jsonl",
+        nargs="?",
+        const="plain",
+        choices=("plain", "zst"),
+        help="instead of tokens, write the text and the --metadata of the documents to {prefix}.jsonl, or with zst to "
+        "{prefix}.jsonl.zst; needs no tokenizer",
+    )
     group.add_argument(
         "--cache-folder",
         metavar="DIR",
@@ -260,10 +327,34 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="train=0.98,valid=0.02 writes {prefix}.train and {prefix}.valid; a hash of the document decides its side",
     )
     group.add_argument(
+        "--bins",
+        metavar="KEY",
+        help="write a dataset {prefix}.VALUE for each value of this key of the records, such as a category, and print "
+        "the data section of a run that mixes them",
+    )
+    group.add_argument(
+        "--bin-weights",
+        default="balanced",
+        metavar="WEIGHTS",
+        help="weights of the printed mixture: balanced (the default), proportional to the tokens, or alpha=A, "
+        "proportional to tokens ** A",
+    )
+    group.add_argument(
         "--shard",
         metavar="I/N",
         help="process part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication "
         "and the shuffle then work within a part",
+    )
+    group.add_argument(
+        "--signatures",
+        metavar="DIR",
+        help="with --shard and --dedup, write only what deduplication across the parts needs; see "
+        "launch/preprocess_datatrove.py",
+    )
+    group.add_argument(
+        "--exclude-documents",
+        metavar="FILE",
+        help="with --shard and --dedup, leave out these duplicates, which were found across the parts",
     )
     group.add_argument(
         "--list-inputs",
@@ -280,6 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list_inputs:
         for facts in describe_inputs(options.input, options.inputs):
             print(json.dumps(facts._asdict()))
+        return
+    if options.signatures is not None:
+        write_signatures_of_part(options)
         return
     if options.report is not None:
         require_report("--report", options.report)

@@ -47,7 +47,9 @@ def build_parser() -> CommandParser:
     )
     report = parser.add_argument_group("the report")
     report.add_argument("--quick", action="store_true", help="estimate from samples instead of reading all tokens")
-    report.add_argument("--config", metavar="FILE", help="YAML file of a run: show its steps, epochs and cut documents")
+    report.add_argument(
+        "--config", metavar="FILE|URL", help="YAML file of a run: show its steps, epochs and cut documents"
+    )
     report.add_argument("--documents", type=_count, metavar="N", help="decode N random documents (default: 3)")
     report.add_argument("--seed", type=_count, metavar="N", help="seed of all random choices (default: 0)")
     report.add_argument("--html", type=Path, metavar="FILE", help="also write a self-contained page with plots")

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retemper.engine.config.command_line import CommandParser
+from retemper.engine.config.parser import build_parser as build_settings_parser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.atomic import replace_file
 from retemper.engine.guards.garbage_collection import without_gc
-from retemper.tools.training.options import TrainOptions, parse_replay, parse_source, parse_tokens
+from retemper.tools.training.options import TrainOptions, parse_evaluation, parse_replay, parse_source, parse_tokens
 
 _ONE_COMMAND = ("--model", "--data")
 
@@ -64,6 +65,14 @@ def build_parser() -> CommandParser:
         help="part of the documents of each text to hold out and evaluate (default: %(default)s)",
     )
     parser.add_argument(
+        "--evaluate",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=TEXT",
+        help="more texts, or dataset prefixes, to evaluate before, during and after the training",
+    )
+    parser.add_argument(
         "--output", metavar="DIR", help="run folder (default: runs/MODEL-DATA); the model appears below its hf/"
     )
     parser.add_argument(
@@ -80,6 +89,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--gpu", metavar="NAME", help="with --dry-run: plan for --ranks GPUs of this kind, as a100-80gb"
     )
+    parser.take_settings(build_settings_parser)
     return parser
 
 
@@ -113,6 +123,7 @@ def _request(options: argparse.Namespace) -> TrainOptions:
         model=options.model,
         data=tuple(parse_source("--data", text) for text in options.data),
         replay=tuple(parse_replay(text) for text in options.replay),
+        evaluate=tuple(map(parse_evaluation, options.evaluate)),
         tokens=None if options.tokens is None else parse_tokens(options.tokens),
         epochs=1.0 if options.epochs is None else options.epochs,
         validation=options.validation,

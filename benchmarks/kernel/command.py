@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
 from ...engine.model.dtypes import DTYPES
 from ..machine import describe_torch
 from ..report import BenchmarkReport
@@ -105,7 +105,7 @@ def benchmark(options: argparse.Namespace, command: str) -> None:
                 results, options.plot, f"{dtype_name}, {report.machine.get('gpu', report.machine['processor'])}"
             )
         except ImportError as error:
-            raise UserError(f"--plot {options.plot}: {error}; pip install matplotlib") from None
+            raise UserError(f"--plot {options.plot}: {error}; {install_command('matplotlib')}") from None
     wrong = [f"{result.kernel} {result.case} {result.provider}" for result in results if result.wrong]
     if wrong:
         raise UserError(f"outside the bounds of correctness: {'; '.join(wrong)}")

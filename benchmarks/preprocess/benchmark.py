@@ -19,8 +19,8 @@ import numpy as np
 from ...engine.data.indexed_dataset import IndexedDataset
 from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
+from ...engine.system import usable_cores
 from ...tools.tokenizer.handle import TokenizerHandle, load_tokenizer
-from ..machine import usable_cores
 from ..process_tree import Cost, measure
 from . import limit as limit_program
 from . import peer as peer_program

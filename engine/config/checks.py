@@ -121,7 +121,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         value = None if "[]" in key else operator.attrgetter(key)(config)
         if value is not None and not allowed.holds(value):
             yield f"{key} is {value}; it must be {allowed.words}"
-    yield from _upload_name(config.checkpoint)
+    yield from _upload(config.checkpoint)
     parallel = config.parallel
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
@@ -149,10 +149,12 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         yield f"model.rope.kind is {rope.kind}, but model.rope.factor is 1; set it to a larger number, such as 4"
 
 
-def _upload_name(checkpoint: CheckpointConfig) -> Iterator[str]:
+def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:
     name = checkpoint.push_to_hub
     if name is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         yield f"checkpoint.push_to_hub is {name!r}; name a repository on the Hub, such as my-organization/my-model"
+    if checkpoint.hub_message is not None and not checkpoint.hub_message.strip():
+        yield "checkpoint.hub_message is empty; write a message, or remove it"
 
 
 def _schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[str]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ class CommandParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _Formatter)
         super().__init__(*args, **kwargs)
         self._usual: frozenset[str] | None = None
+        self.build_settings_parser: Callable[[], argparse.ArgumentParser] | None = None
         if self.add_help:
             self.add_argument("--help-all", action=_HelpAll)
 
@@ -34,6 +35,10 @@ class CommandParser(argparse.ArgumentParser):
         unknown = {*options} - {*self._option_string_actions}
         assert not unknown, unknown
         self._usual = frozenset(options)
+
+    def take_settings(self, build_parser: Callable[[], argparse.ArgumentParser]) -> None:
+        """Show the options of another parser too, in ``--help-all`` and completion: the command takes all settings."""
+        self.build_settings_parser = build_parser
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError instead of exiting."""
@@ -46,12 +51,18 @@ class CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help without the rare options."""
         left_out = [action for action in self._actions if self._is_rare(action)]
-        more = f"\n{len(left_out)} more options: {self.prog} --help-all\n" if left_out else ""
-        return self._format(left_out) + more
+        shown = self._format(left_out)
+        if self.build_settings_parser is not None:
+            return f"{shown}\nmore options, and all settings of a run: {self.prog} --help-all\n"
+        return f"{shown}\n{len(left_out)} more options: {self.prog} --help-all\n" if left_out else shown
 
     def format_help_all(self) -> str:
         """Return the help with the rare options."""
-        return self._format(())
+        if self.build_settings_parser is None:
+            return self._format(())
+        # Without its usage, which has a line for each of about 90 options.
+        settings = self.build_settings_parser().format_help().partition("\n\n")[2]
+        return f"{self._format(())}\n{settings}"
 
     def _is_rare(self, action: argparse.Action) -> bool:
         if self._usual is None or not action.option_strings or _asks_for_help(action):
@@ -82,6 +93,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and expand ``~`` and ``$VARIABLE`` in every option that is a path according to :func:`names_path`.
+        URLs are allowed where the metavar has the word URL, as in FILE|URL.
 
         ``parse_args`` and the parsers of subcommands call this method as well.
         """
@@ -89,7 +101,8 @@ class CommandParser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if names_path(action) and value is not None and value is not action.default:
-                setattr(found, action.dest, _expanded(value, (action.option_strings or [str(action.metavar)])[-1]))
+                name = (action.option_strings or [str(action.metavar)])[-1]
+                setattr(found, action.dest, _expanded(value, name, urls="URL" in _words(action)))
         return found, rest
 
 
@@ -117,13 +130,19 @@ def _asks_for_help(action: argparse.Action) -> bool:
 
 
 def names_path(action: argparse.Action) -> bool:
-    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar."""
+    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar.
+
+    With the word URL in the metavar, the value may also be a URL, which is not changed.
+    """
+    return action.type is Path or not _words(action).isdisjoint(_PATH_WORDS)
+
+
+def _words(action: argparse.Action) -> set[str]:
     metavars = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or "",)
-    words = {word for metavar in metavars for word in metavar.split("|")}
-    return action.type is Path or not words.isdisjoint(_PATH_WORDS)
+    return {word for metavar in metavars for word in metavar.split("|")}
 
 
-def _expanded(value: Any, name: str) -> Any:
+def _expanded(value: Any, name: str, urls: bool) -> Any:
     if isinstance(value, list):
-        return [_expanded(each, name) for each in value]
-    return type(value)(expand_path(str(value), name)) if isinstance(value, (str, Path)) else value
+        return [_expanded(each, name, urls) for each in value]
+    return type(value)(expand_path(str(value), name, urls)) if isinstance(value, (str, Path)) else value

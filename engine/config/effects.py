@@ -91,6 +91,11 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("checkpoint.hub_private", "checkpoint.hub_message"),
+        lambda now: now.config.checkpoint.push_to_hub is not None,
+        "checkpoint.push_to_hub is null, so nothing is uploaded",
+    ),
+    Rule(
         ("parallel.pipeline_schedule", "parallel.pipeline_stages_per_rank"),
         lambda now: now.config.parallel.pipeline > 1,
         "parallel.pipeline is 1; set it to 2 or more, or remove it",

@@ -45,7 +45,7 @@ class Settings:
         """Merge the file that ``--config name`` selects; an unreadable one is added as a problem."""
         try:
             path = find_config(name)
-            if path != Path(expand_path(name, "--config")):
+            if isinstance(path, Path) and path != Path(expand_path(name, "--config")):
                 self.notes.append(f"--config {name} is {path}")
             content = read_config(path)
         except UserError as error:

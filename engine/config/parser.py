@@ -56,7 +56,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file that describes the run, or the name of a file in megatron_configs"
+        "--config",
+        metavar="FILE|URL",
+        help="YAML file that describes the run, the name of a file in megatron_configs, or a URL (https://, hf://)",
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings of the run, and exit")
     parser.add_class_arguments(RunConfig)

@@ -372,7 +372,11 @@ class CheckpointConfig:
     ``{run_folder}/hf/step-...``, as checkpoint_convert/dcp_to_hf.py does."""
     push_to_hub: str | None = None
     """Upload that folder to this model repository (namespace/name). If the repository does not exist, it is created at
-    the start, as a private one. The token comes from HF_TOKEN or `hf auth login`; see docs/hugging_face.md."""
+    the start. The token comes from HF_TOKEN or `hf auth login`; see docs/hugging_face.md."""
+    hub_private: bool = True
+    """Whether a new repository is private. One that exists keeps its visibility."""
+    hub_message: str | None = None
+    """Message of the upload's commit. Null: the name of the folder."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
@@ -44,6 +44,8 @@ class InputSource:
     left_out: dict[str, int]
     """Number of documents, invalid lines or rows, conversation turns and untrained parts of kept conversations that
     were left out, by reason."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """Number of documents that a cleaning step changed, by its option; they were not left out by their text."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class Sidecar:
     """xxh3-128 of .mask.bin; empty if there is none."""
     metadata_xxh3_128: str = ""
     """xxh3-128 of .metadata.jsonl; empty if there is none."""
+    text_xxh3_128: str = ""
+    """xxh3-128 of the .jsonl or .jsonl.zst, in the record of a file of text, which has no tokenizer and no tokens.
+    Empty for datasets."""
     bos_token: str | None = None
     """The BOS at the beginning of each document, as text. None: no token is added. For conversations, the beginning
     that the chat template adds."""
@@ -117,7 +122,7 @@ class Sidecar:
         sources = record.get("sources")
         if not isinstance(sources, list):
             raise UserError(f"{path}: sources is not a list; {_REMEDY}")
-        record["sources"] = tuple(_from_record(InputSource, source, path) for source in sources)
+        record["sources"] = tuple(_from_record(InputSource, _with_changed(source), path) for source in sources)
         record = {**_ADDED_LATER, **record}
         return _from_record(Sidecar, record, path)
 
@@ -140,10 +145,19 @@ class Sidecar:
     @property
     def left_out(self) -> dict[str, int]:
         """Counts over all sources, by reason."""
-        total: Counter[str] = Counter()
-        for source in self.sources:
-            total.update(source.left_out)
-        return dict(total)
+        return _total(source.left_out for source in self.sources)
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Counts over all sources, by option."""
+        return _total(source.changed for source in self.sources)
+
+
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)
 
 
 def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
@@ -172,9 +186,20 @@ def require_same_dataset(sidecar: Sidecar, dataset: IndexedDataset) -> None:
             )
 
 
-_ADDED_LATER: dict[str, Any] = {"tokenizer_fingerprint": "", "bos_token": None, "bos_ids": None, "eos_ids": None}
+_ADDED_LATER: dict[str, Any] = {
+    "tokenizer_fingerprint": "",
+    "text_xxh3_128": "",
+    "bos_token": None,
+    "bos_ids": None,
+    "eos_ids": None,
+}
 """Fields that sidecars of this format version may lack, and their default values."""
 _REMEDY = "build the dataset again, or remove this file to skip the checks that need it"
+
+
+def _with_changed(source: Any) -> Any:
+    """Add what earlier versions did not count."""
+    return {"changed": {}, **source} if isinstance(source, dict) else source
 
 
 def _from_record(kind: type[_Record], record: Any, path: Path) -> _Record:

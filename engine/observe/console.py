@@ -21,8 +21,6 @@ from typing import Any, TextIO
 LOG_FILE = "log.txt"
 _READER_SECONDS = 10.0
 """How long a reader that does not read (Ctrl-S, a pager) may delay the run once."""
-_ATOMIC_BYTES = 4096
-"""Number of bytes that a writable pipe takes without blocking (PIPE_BUF on Linux)."""
 _MOST_PENDING = 1 << 20
 """Maximum number of bytes that wait for space on the disk of the log file; older ones are dropped."""
 
@@ -195,7 +193,7 @@ class _Stream(io.TextIOBase):
             if not ready:
                 raise OSError(errno.EAGAIN, "its reader does not read")
             with contextlib.suppress(BlockingIOError):
-                data = data[os.write(self._fd, data[:_ATOMIC_BYTES]) :]
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]  # what a writable pipe takes
 
     def _tee(self, text: str) -> None:
         *lines, self._line = (self._line + text).split("\n")

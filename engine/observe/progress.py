@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..parallel.process_group import Ranks
+from ..system import peak_memory
 from .flops import device_peak_flops
 
 
@@ -52,7 +52,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far: allocated by PyTorch on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def speed(seconds: float, tokens: int, flops_per_token: float, ranks: Ranks) -> dict[str, float]:

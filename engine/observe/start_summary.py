@@ -22,6 +22,7 @@ from ..optim.local import local_part
 from ..parallel import trainable
 from ..parallel.launcher import launcher_notes
 from ..run import Run
+from ..system import free_memory, total_memory
 from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.resume_changes import describe_changes
@@ -140,8 +141,9 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        how = f"copied to {_size(on_node)} of host memory on this node, which has {_size(free)} free"
+        free = free_memory()
+        has = f"{_size(total_memory())} in all" if free is None else f"{_size(free)} free"
+        how = f"copied to {_size(on_node)} of host memory on this node, which has {has}"
     return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"
 
 

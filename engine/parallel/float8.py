@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config.settings import TrainingConfig
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..model.language_model import LanguageModel
 
 _OLDEST = (8, 9)
@@ -32,7 +32,7 @@ def enabled(config: TrainingConfig, device: torch.device) -> bool:
         return False
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            "training.float8 is true, but torchao is not installed; pip install torchao, or set "
+            f"training.float8 is true, but torchao is not installed; {install_command('torchao')}, or set "
             "training.float8 to false"
         )
     if device.type != "cuda":

@@ -16,6 +16,7 @@ from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
+from ..system import total_memory
 from .layout import plan_layout
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -51,7 +52,7 @@ def device_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [total_memory()]
     for path in _CGROUP_LIMITS:
         try:
             text = Path(path).read_text(encoding="ascii").strip()

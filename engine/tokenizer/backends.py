@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from .files import CONFIG_FILES, read_config, token_text
 from .fingerprint import fingerprint_of, fingerprint_of_json, vocab_text
 from .json_file import parse_tokenizer
@@ -221,7 +221,7 @@ class SentencePieceReference:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
-            raise UserError(f"{file}: a .model file needs sentencepiece: pip install sentencepiece") from error
+            raise UserError(f"{file}: a .model file needs sentencepiece: {install_command('sentencepiece')}") from error
 
         self._name = name
         self.changes = 0

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from .backends import DOCUMENT_END, MAX_ID, FlatIds, one_line
 from .fingerprint import fingerprint_of
 from .probes import PROBES
@@ -97,7 +97,7 @@ class TiktokenReference:
         try:
             import tiktoken
         except ImportError as error:
-            raise UserError(f"{file}: a .tiktoken file needs tiktoken: pip install tiktoken") from error
+            raise UserError(f"{file}: a .tiktoken file needs tiktoken: {install_command('tiktoken')}") from error
 
         self._name = name
         self.changes = 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import os
 from collections.abc import Mapping
 
 from ..errors import UserError
+from ..system import usable_cores
 
 MAX_WORKERS = 8
 """Maximum of the default number of workers: more do not speed up a disk."""
@@ -18,7 +18,7 @@ class WorkerStopped(Exception):
 
 def default_workers() -> int:
     """Return one worker for each usable CPU, up to :data:`MAX_WORKERS`."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     return min(usable, MAX_WORKERS)
 
 

@@ -326,7 +326,7 @@ def test_every_setting_that_is_text_is_declared_a_path_or_known_to_be_none():
 
     found = set(plain_texts(RunConfig, ""))
     of_sources = {f"data.{x}train.{key}" for x in ("", "stages.") for key in ("name", "column", "split", "subset")}
-    assert found == {*of_sources, "checkpoint.push_to_hub", "allow_changes"}
+    assert found == {*of_sources, "checkpoint.push_to_hub", "checkpoint.hub_message", "allow_changes"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A Hub on this machine: as much of its interface as uploading a folder takes, and a note of every request.
+"""A Hub on this machine: as much of its interface as uploading and downloading takes, and a note of every request.
 
 The paths and bodies are those of the Hub's HTTP interface (https://huggingface.co/docs/hub/api) and of Git LFS
 (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), for which huggingface_hub is the client.
@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 
 TOKEN = "hf_oNlyForThisTest"
+COMMIT = "4" * 40
+"""The only commit of every repository that is read."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class FakeHub:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Files of each, by name."""
     private: bool = False
+    gated: set[str] = field(default_factory=set)
+    """Repositories that may not be downloaded."""
     read_only: bool = False
     """Whether the token may only read."""
     refusals: dict[str, int] = field(default_factory=dict)
@@ -43,6 +47,8 @@ class FakeHub:
     large: dict[str, bytes] = field(default_factory=dict)
     """Files sent through LFS, by the sha256 that they have."""
     commits: int = 0
+    messages: list[str] = field(default_factory=list)
+    """Of the commits."""
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -59,8 +65,8 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, request: Request) -> tuple[int, object]:
-        """Status and content of the answer to ``request``."""
+    def answer(self, request: Request) -> tuple[int, object] | tuple[int, object, dict[str, str]]:
+        """Status, content (bytes, or plain values for JSON) and headers of the answer to ``request``."""
         said = f"{request.method} {request.path}"
         for pattern, status in self.refusals.items():
             if re.search(pattern, said):
@@ -68,9 +74,39 @@ class FakeHub:
         if re.match(r"PUT /upload/", said):
             self.large[hashlib.sha256(request.body).hexdigest()] = request.body
             return 200, {}
+        if found := re.fullmatch(r"(GET|HEAD) /([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", said):
+            return self._file(*found.groups()[1:])
+        if found := re.fullmatch(r"GET /api/models/([\w.-]+/[\w.-]+)/revision/([^/]+)", said):
+            return self._listing(*found.groups())
+        if found := re.fullmatch(rf"GET /api/models/([\w.-]+/[\w.-]+)/tree/{COMMIT}", said):
+            return 200, _tree(self.repositories[found[1]])
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}
         return self._answer_to_user(request, said)
+
+    def _file(self, name: str, revision: str, path: str) -> tuple[int, object, dict[str, str]]:
+        if (lack := self._lack(name, revision)) is not None:
+            return lack
+        content = self.repositories[name].get(path)
+        if content is None:
+            return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        return 200, content, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+
+    def _listing(self, name: str, revision: str) -> tuple[int, object, dict[str, str]]:
+        if (lack := self._lack(name, revision)) is not None:
+            return lack
+        files = [{"rfilename": file} for file in self.repositories[name]]
+        return 200, {"id": name, "private": self.private, "sha": COMMIT, "siblings": files}, {}
+
+    def _lack(self, name: str, revision: str) -> tuple[int, object, dict[str, str]] | None:
+        if name in self.gated:
+            return 403, {"error": "Access is restricted"}, {"X-Error-Code": "GatedRepo"}
+        if name not in self.repositories:
+            return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+        if revision not in ("main", COMMIT):
+            return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
+        return None
 
     def _answer_to_user(self, request: Request, said: str) -> tuple[int, object]:
         if said == "GET /api/whoami-v2":
@@ -128,6 +164,7 @@ class FakeHub:
                 if item["key"] == "deletedFile":
                     del files[item["value"]["path"]]
             self.commits += 1
+            self.messages += [item["value"]["summary"] for item in items if item["key"] == "header"]
             return 200, {"commitUrl": f"{self.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
         return 404, {"error": f"not known to this Hub: {rest}"}
 
@@ -155,13 +192,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path.split("?")[0], headers, self._body(headers))
         self.server_hub.requests.append(request)
-        status, content = self.server_hub.answer(request)
-        body = json.dumps(content).encode()
+        status, content, *more = self.server_hub.answer(request)
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        for name, value in (more[0] if more else {}).items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _body(self, headers: dict[str, str]) -> bytes:
         if headers.get("transfer-encoding") != "chunked":

@@ -68,11 +68,11 @@ def preprocess_arguments(tokenizer: Path, prefix: str, *more: str) -> list[str]:
     return [*arguments, "--split", "train=0.8,valid=0.2", *more]
 
 
-def assert_like_one_machine(folder: Path, tokenizer: Path, prefix: str) -> None:
+def assert_like_one_machine(folder: Path, tokenizer: Path, prefix: str, *more: str) -> None:
     program = [
         sys.executable,
         ROOT / "tools" / "preprocess.py",
-        *preprocess_arguments(tokenizer, "whole", "--overwrite"),
+        *preprocess_arguments(tokenizer, "whole", "--overwrite", *more),
     ]
     done = run(folder, *program)
     assert done.returncode == 0, done.stderr
@@ -136,13 +136,19 @@ def test_datatrove_is_named_where_it_is_missing(folder, tokenizer):
     assert (done.returncode, done.stderr) == (1, "error: datatrove is not installed: pip install datatrove\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("datatrove") is None, reason="pip install datatrove")
-@pytest.mark.parametrize("at_once", ["1", "2"])
-def test_datatrove_parts_are_joined_to_what_one_machine_makes(folder, tokenizer, at_once):
+@pytest.mark.parametrize(("at_once", "dedup"), [("1", "none"), ("2", "none"), ("2", "minhash"), ("2", "exact")])
+def test_datatrove_parts_are_joined_to_what_one_machine_makes(folder, tokenizer, at_once, dedup):
+    if dedup != "none":
+        corpus = folder / "a corpus.jsonl"
+        near = corpus.read_text().replace(" ", "  ") if dedup == "minhash" else corpus.read_text()
+        corpus.write_text(corpus.read_text() + near)
     command = [sys.executable, DATATROVE, "--shards", str(NUM_SHARDS), "--at-once", at_once, "--logs", "logs", "--"]
     for _ in range(2):  # the second time there is nothing to do
-        done = run(folder, *command, *preprocess_arguments(tokenizer, "out"))
+        done = run(folder, *command, *preprocess_arguments(tokenizer, "out", "--dedup", dedup))
         assert done.returncode == 0, done.stderr
-        assert_like_one_machine(folder, tokenizer, "out")
+        assert_like_one_machine(folder, tokenizer, "out", "--dedup", dedup)
+    assert not (folder / "logs" / "dedup").exists()
     refused = run(folder, *command, *preprocess_arguments(tokenizer, "out", "--shard", "0/2"))
     assert refused.returncode == 1 and "error: this command sets --shard itself" in refused.stderr

@@ -21,7 +21,8 @@ MANIFESTS = sorted(LAUNCH.glob("kubernetes_*.yaml"))
 CONFIG = ["--config", "a run.yaml"]
 
 RECORDER = """#!/usr/bin/env bash
-# Records its name and arguments, one on a line, and the environment of what it starts.
+# Records its name and arguments, one on a line, and the environment of what it starts. No package is installed.
+[[ $1 != -c ]] || exit 1
 { echo "== ${0##*/}"; printf '%s\\n' "$@"; } >> "$RECORD"
 """
 SRUN = """

@@ -35,7 +35,7 @@ def test_off_asks_for_nothing(monkeypatch):
 
 def test_a_missing_torchao_is_said_with_its_installation(monkeypatch):
     installed(monkeypatch, False)
-    assert "pip install torchao" in refusal(CUDA)
+    assert "pip install 'retemper[fp8]'" in refusal(CUDA)
 
 
 def test_a_device_without_float8_is_refused(monkeypatch):

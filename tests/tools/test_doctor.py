@@ -286,6 +286,8 @@ def test_what_a_run_lacks(tmp_path, monkeypatch):
     path = write_config(tmp_path)
     findings = check_configuration(["--config", str(path)], ALONE, network=False)
     assert "problem" not in statuses(findings) and len([each for each in findings if each.name == "data"]) == 3
+    text = check_configuration(["--config", str(path), "--data.train.0.path", str(path)], ALONE, network=False)
+    assert [each.status for each in text if each.name == "data"] == ["note", "ok", "ok"]
     (tmp_path / "second.bin").unlink()
     findings = check_configuration(["--config", str(path), "--parallel.tensor", "3"], TWO, network=False)
     assert {each.name for each in findings if each.status == "problem"} == {"ranks", "data"}

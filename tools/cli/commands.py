@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "train": (
         Command("train", "continue the pretraining of a model on text", "tools.train"),
         Command("plan", "predict memory, traffic and time of a run, without GPUs", "tools.plan"),
+        Command("launch", "list, print or copy scripts for many nodes: Slurm, Kubernetes", "tools.launch_scripts"),
         Command("report", "show the results of a run, and write them as a page", "tools.report"),
         Command("checkpoint", "list, verify, compare, prune and upgrade checkpoints", "tools.checkpoint"),
     ),
@@ -68,7 +69,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "machine": (
         Command("doctor", "check this machine and installation", "tools.doctor"),
         Command("benchmark", "time the training step", "tools.benchmark"),
-        Command("completion", "print a script that completes commands in a shell", "tools.cli.completion"),
+        Command("completion", "print a script that completes commands in a shell", "tools.completion"),
     ),
 }
 

@@ -1,9 +1,9 @@
-"""Run ``make demo``: continued pretraining end to end, with the commands that a user would type.
+"""Run ``make demo``: continued pretraining end to end, with the command that a user would type.
 
 Nothing is downloaded. So a small base model is made first: corpora from text in every Python installation, a tokenizer,
-a short pretraining, a Hugging Face folder. Then follow the steps of a user: preprocess a domain corpus, convert,
-continue the pretraining on two ranks (killed once, and resumed), convert back, load with transformers. The results are
-printed and written to ``report.html``.
+a short pretraining, a Hugging Face folder. Then ``retemper train`` continues its pretraining on a domain corpus, on two
+ranks: once without replay, which shows what is forgotten, and once with replay of general text, killed and resumed. The
+result is loaded with transformers. The results are printed and written to ``report.html``.
 """
 
 from __future__ import annotations
@@ -25,22 +25,28 @@ from typing import Any
 import psutil
 
 from retemper.engine.config.command_line import CommandParser
+from retemper.engine.config.files import SHIPPED
 from retemper.engine.config.yaml_loader import load_yaml
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import write_report
 from retemper.engine.observe.curves import METRICS_FILE
 from retemper.engine.weights.checkpoint.manifest import read_manifest
+from retemper.engine.weights.conversion.export_run import FOLDER as EXPORTS
+from retemper.tools.cli.commands import find
 from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.corpora import build_corpora
 from retemper.tools.reports.metrics import read_curves
 from retemper.tools.reports.page import definitions, section, table
-from retemper.tools.reports.run import SAMPLES_FILE, read_run
+from retemper.tools.reports.run import SAMPLES_FILE, RecordedRun, read_run
 from retemper.tools.reports.run_page import format_run, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("def read_lines(path):\n", "class Parser:\n    def __init__(self", "The function returns")
 NEW_TOKENS = 48
-DOMAIN_RUN = Path("runs", "domain")
+BASE = "base_hf"
+WITHOUT_REPLAY, WITH_REPLAY = Path("runs", "without_replay"), Path("runs", "with_replay")
+REPLAY = 0.3
+CACHE = ("--data.cache_folder", "cache")
 
 
 @dataclass(frozen=True)
@@ -75,18 +81,14 @@ class Demo:
             raise UserError(f"'{self.typed(words)}' ended with status {status}; see its output above")
 
     def start(self, *words: str) -> subprocess.Popen:
-        """Print and start one command: ``python`` and ``torchrun`` of this environment, scripts of this repository."""
+        """Print and start one command of ``retemper``: the file of this repository that it runs."""
         print(f"$ {self.typed(words)}", flush=True)
-        program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-        return subprocess.Popen([*program, *words[1:]], cwd=self.folder)
+        module = find(words[1]).module.replace(".", "/")
+        return subprocess.Popen([sys.executable, str(ROOT / f"{module}.py"), *words[2:]], cwd=self.folder)
 
     def typed(self, words: tuple[str, ...]) -> str:
         """Return the command as text."""
         return shlex.join(words)
-
-    def script(self, path: str) -> str:
-        """Return the path of a file of the repository, relative to the demo's folder."""
-        return os.path.relpath(ROOT / path, self.folder)
 
 
 def main() -> None:
@@ -121,54 +123,47 @@ def make_base_model(demo: Demo, budget: list[str]) -> None:
     corpora = build_corpora(demo.folder / "corpora")
     for part in corpora.values():
         print(f"corpora/{part.path.name}: {part.num_documents} documents, {part.num_bytes / 1e6:.2f} MB")
-    config = demo.script("megatron_configs/demo_base.yaml")
-    vocab_size = load_yaml((demo.folder / config).read_text(encoding="utf-8"))["model"]["architecture"]["vocab_size"]
+    vocab_size = load_yaml((SHIPPED / "demo_base.yaml").read_text(encoding="utf-8"))["model"]["architecture"][
+        "vocab_size"
+    ]
     train_tokenizer(
         [corpora["general.train"].path, corpora["domain.train"].path], demo.folder / "tokenizer", vocab_size
     )
-    preprocess(demo, "general", "tokenizer")
-    preprocess(demo, "domain_validation", "tokenizer")
-    preprocess(demo, "general_validation", "tokenizer")
-    demo.run("python", demo.script("engine/pretrain.py"), "--config", config, *budget)
-    export(demo, "base", "base_hf")
+    demo.run("retemper", "train", "--config", "demo_base", *CACHE, *budget)
+    os.symlink(newest_export(demo.folder / "runs" / "base"), demo.folder / BASE)
 
 
 def continue_pretraining(demo: Demo, budget: list[str]) -> None:
-    """Continue the pretraining like a user, with one interruption."""
-    demo.say("continue the pretraining of base_hf on the domain corpus")
-    preprocess(demo, "domain", "base_hf")
-    demo.run("python", demo.script("checkpoint_convert/hf_to_dcp.py"), "--hf", "base_hf", "--output", "ckpt/base")
-    command = (
-        *("torchrun", "--nproc-per-node", "2", demo.script("engine/pretrain.py")),
-        *("--config", demo.script("megatron_configs/demo.yaml"), *budget),
-    )
+    """Continue the pretraining like a user: first without, then with replay of general text."""
+    demo.say(f"continue the pretraining of {BASE} on the domain corpus")
+    demo.run(*training_command(WITHOUT_REPLAY, *budget))
+    demo.say("the same with 30 % general text, against forgetting; interrupted once")
+    command = training_command(WITH_REPLAY, "--replay", f"corpora/general.train.jsonl:{REPLAY}", *budget)
     killed_at = run_and_kill(demo, command)
     print(f"\nkilled after {killed_at:,} tokens; the same command resumes", flush=True)
     demo.run(*command)
-    export(demo, "domain", "domain_hf")
 
 
-def preprocess(demo: Demo, name: str, tokenizer: str) -> None:
-    """Tokenize ``corpora/{name}`` into the dataset ``{name}``."""
-    file = f"{name.replace('_', '.')}.jsonl" if "_" in name else f"{name}.train.jsonl"
-    command = demo.script("tools/preprocess.py")
-    demo.run(*("python", command, "--input", f"corpora/{file}", "--tokenizer", tokenizer, "--output-prefix", name))
-
-
-def export(demo: Demo, run: str, output: str) -> None:
-    """Convert the newest checkpoint of a run to a Hugging Face folder."""
-    checkpoint = sorted((demo.folder / "runs" / run / "checkpoints").glob("step-*"))[-1]
-    demo.run(
-        *("python", demo.script("checkpoint_convert/dcp_to_hf.py")),
-        *("--checkpoint", os.path.relpath(checkpoint, demo.folder), "--output", output),
+def training_command(run: Path, *options: str) -> tuple[str, ...]:
+    """Return the command that trains on the domain corpus in the folder ``run``."""
+    return (
+        *("retemper", "train", "--config", "demo", "--ranks", "2", "--model", BASE),
+        *("--data", "corpora/domain.train.jsonl", "--validation", "0", "--output", str(run), *CACHE, *options),
+        *("--evaluate", "domain=corpora/domain.validation.jsonl", "general=corpora/general.validation.jsonl"),
     )
+
+
+def newest_export(run: Path) -> Path:
+    """Return the Hugging Face folder that a run has written, relative to the folder of the demo."""
+    folder = sorted((run / EXPORTS).glob("step-*"))[-1]
+    return folder.relative_to(run.parents[1])
 
 
 def run_and_kill(demo: Demo, command: tuple[str, ...]) -> int:
     """Kill all processes of ``command`` after it has trained past a checkpoint; return the tokens trained."""
     started = time.perf_counter()
     process = demo.start(*command)
-    folder = demo.folder / DOMAIN_RUN
+    folder = demo.folder / WITH_REPLAY
     saved = killed_at = 0
     while not 0 < saved < killed_at:
         if process.poll() is not None:
@@ -190,20 +185,37 @@ def run_and_kill(demo: Demo, command: tuple[str, ...]) -> int:
 def write_samples(demo: Demo) -> None:
     """Continue the prompts with both models, for the report of the run."""
     demo.say("load both models with transformers")
-    before, after = (generate(demo.folder / name) for name in ("base_hf", "domain_hf"))
-    with (demo.folder / DOMAIN_RUN / SAMPLES_FILE).open("w", encoding="utf-8") as file:
-        for prompt, old, new in zip(PROMPTS, before, after, strict=True):
+    after = newest_export(demo.folder / WITH_REPLAY)
+    old_texts, new_texts = (generate(demo.folder / folder) for folder in (BASE, after))
+    with (demo.folder / WITH_REPLAY / SAMPLES_FILE).open("w", encoding="utf-8") as file:
+        for prompt, old, new in zip(PROMPTS, old_texts, new_texts, strict=True):
             print(f"\n{prompt}\n  before: {old!r}\n  after:  {new!r}")
             file.write(json.dumps({"prompt": prompt, "before": old, "after": new}) + "\n")
 
 
 def write_page(demo: Demo) -> str:
-    """Write ``report.html``, the report of the domain run and all commands; return the summary for the terminal."""
-    run = read_run(demo.folder / DOMAIN_RUN)
-    sections = [section("Commands", command_table(demo.commands)), section("Environment", definitions(environment()))]
-    content = run_page(run, title="Continued pretraining, end to end", more=sections)
+    """Write ``report.html``, the reports of both runs and all commands; return the summary for the terminal."""
+    run, other = (read_run(demo.folder / folder) for folder in (WITH_REPLAY, WITHOUT_REPLAY))
+    losses = forgetting_table(run, other)
+    sections = [
+        section("Replay against forgetting", table(*losses)),
+        section("Commands", command_table(demo.commands)),
+        section("Environment", definitions(environment())),
+    ]
+    content = run_page(run, other, title="Continued pretraining, end to end", more=sections)
     write_report("report", demo.folder / "report.html", content)
-    return format_run(run)
+    rows = [losses[0], *losses[1]]
+    shown = "\n".join("".join(f"{cell:>18}" for cell in row) for row in rows)
+    return f"{format_run(run)}\n\nvalidation losses\n{shown}"
+
+
+def forgetting_table(run: RecordedRun, other: RecordedRun) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the validation losses before the training, and after the runs with and without replay."""
+    rows = []
+    for name, found in run.curves.evaluations.items():
+        without = other.curves.evaluations[name]
+        rows.append((name, *(f"{one.loss:.3f}" for one in (found[0], without[-1], found[-1]))))
+    return ("", "before", "without replay", "with replay"), rows
 
 
 def command_table(commands: Sequence[Command]) -> str:

@@ -126,9 +126,10 @@ def _data(config: RunConfig) -> list[Finding]:
 
 def _dataset(name: str, path: str) -> list[Finding]:
     from ...engine.data.indexed_dataset import IndexedDataset
+    from ...engine.data.text_sources import is_text
 
-    if not os.path.exists(f"{path}.idx") and ("://" in path or os.path.exists(path) or "*" in path):
-        return [note(GROUP, "data", f"{name}: {path} is text, which the run preprocesses at its start")]
+    if is_text(path):
+        return [note(GROUP, "data", f"{name}: {path} is text, which the run tokenizes at its start")]
     dataset = IndexedDataset(path)
     return [ok(GROUP, "data", f"{name}: {dataset.num_tokens:,} tokens in {path}")]
 

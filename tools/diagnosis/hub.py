@@ -49,7 +49,7 @@ def _owner(token: str) -> Finding:
     from huggingface_hub import HfApi
 
     from ...engine.errors import UserError
-    from ...engine.weights.hugging_face.hub_errors import call_hub
+    from ...engine.files.hub_errors import call_hub
 
     try:
         user = call_hub(lambda: HfApi().whoami(token), "token", "", "the Hub refuses the token (403)")

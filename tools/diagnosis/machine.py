@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...engine.errors import UserError
 from ...engine.files.disk_space import format_bytes, free_bytes
+from ...engine.system import usable_cores
 from .finding import Finding, note, ok, problem
 
 GROUP = "Machine"
@@ -89,7 +90,7 @@ def _memory() -> Finding:
 
 
 def _cores() -> Finding:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = usable_cores()
     quota = _cpu_quota()
     if quota is not None and quota < count:
         text = f"{count}, but the control group limits this process to {quota:g}"

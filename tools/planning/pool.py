@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 from ...engine.errors import UserError
+from ...engine.system import usable_cores
 from .dry_run import RankSpec, RankUsage, dry_run
 
 Report = Callable[[int, int], None]
@@ -20,7 +20,7 @@ class DryRunPool:
     """Processes that dry run ranks; a context manager."""
 
     def __init__(self, num_processes: int | None = None):
-        self._count = num_processes or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+        self._count = num_processes or min(8, usable_cores())
 
     def __enter__(self) -> DryRunPool:
         # Not forked: PyTorch's threads do not survive a fork.

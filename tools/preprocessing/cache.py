@@ -25,15 +25,17 @@ from ...engine.files.atomic import replace_file
 from ...engine.files.hashing import hash_file, record_file
 from ...engine.files.paths import is_url
 from ...engine.files.regular import read_regular
+from ...engine.system import usable_cores
 from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES
 from ..tokenizer.finding import find_tokenizer_file
 from .inputs.files import STDIN, InputFile, expand_inputs
+from .inputs.hub import pin_revisions
 from .merging.merge import MergeOptions, merge
+from .option_rules import check_options
 from .options import NOT_CONTENTS, PreprocessOptions
 from .pipeline import preprocess
 from .progress import ProgressReport
 from .tokenizer_choice import choose_tokenizer
-from .workers.pool import usable_cores
 
 _DATASET = "dataset"
 _COMPLETE = "complete.json"
@@ -54,6 +56,7 @@ def preprocess_into_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
     Raises:
         UserError: as :func:`preprocess`.
     """
+    options = replace(options, input=pin_revisions(options.input))
     entry = cache_entry(options)
     complete = _Completion(entry, options.shard)
     if found := complete.read():
@@ -77,7 +80,7 @@ def find_in_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
 
 def cache_entry(options: PreprocessOptions) -> Path:
     """Return the folder of the dataset that ``options`` describe, which may not exist yet."""
-    options.check()
+    check_options(options)
     if STDIN in options.input:
         raise UserError("--input -: standard input cannot be cached; write it to a file, or leave --cache-folder out")
     folder = Path(str(options.cache_folder))
@@ -158,7 +161,8 @@ def _contents(files: Sequence[InputFile], hashes: Path) -> list[str]:
 def _content(file: InputFile, hashes: Path) -> str:
     path = os.path.abspath(file.path)
     if is_url(file.path):
-        return f"{file.size} {file.version}"
+        # A version need not be a hash of the content. A commit changes the paths of files that it does not change.
+        return f"{re.sub('@[0-9a-f]{40}/', '/', file.path)} {file.size} {file.version}"
     try:
         if file.size < _REMEMBERED_BYTES:
             return hash_file(path)

@@ -10,6 +10,8 @@ from ...engine.errors import UserError
 
 BIN, MASK, METADATA, JSON, IDX = ".bin", ".mask.bin", ".metadata.jsonl", ".json", ".idx"
 """Suffixes of a dataset's files, in the order in which they are published: a dataset without .idx cannot be opened."""
+TEXT, COMPRESSED = ".jsonl", ".zst"
+"""Suffixes of the text that ``--to-jsonl`` writes. ``{prefix}.jsonl.json`` is its record."""
 REJECTS = ".rejects.jsonl"
 """Suffix of the records that the preprocess command skipped."""
 _SIDECAR = re.compile(rb'\s*\{\s*"format_version":\s*\d+,\s*"tokenizer":\s*"')
@@ -27,20 +29,27 @@ def existing_outputs(prefix: str | os.PathLike[str]) -> list[str]:
     return _existing(dataset_files(prefix))
 
 
-def refuse_existing_outputs(
-    prefix: str | os.PathLike[str], overwrite: bool = False, rejects_of: str | None = None
-) -> None:
-    """Refuse to write the dataset ``prefix`` over files of other kinds, or over any file without ``overwrite``.
+def text_files(prefix: str) -> list[str]:
+    """Return the paths of all files that a run with ``--to-jsonl`` may write."""
+    return [f"{prefix}{TEXT}{COMPRESSED}", f"{prefix}{TEXT}", f"{prefix}{TEXT}{JSON}"]
 
-    Args:
-        rejects_of: the prefix of rejects that are written with it.
+
+def refuse_existing_outputs(prefix: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Refuse to write the dataset ``prefix`` over files of other kinds, or over any file without ``overwrite``.
 
     Raises:
         UserError: names the files.
     """
-    existing = existing_outputs(prefix)
-    if rejects_of is not None:
-        existing += _existing([f"{rejects_of}{REJECTS}"])
+    refuse_existing(dataset_files(prefix), overwrite)
+
+
+def refuse_existing(paths: list[str], overwrite: bool = False) -> None:
+    """Refuse to write ``paths`` over files of other kinds, or over any file without ``overwrite``.
+
+    Raises:
+        UserError: names the files.
+    """
+    existing = _existing(paths)
     if others := [path for path in existing if not is_of_dataset(path)]:
         raise UserError(
             f"{', '.join(others)}: exists and is not recognised as part of a dataset, so it is never replaced; "
@@ -59,8 +68,8 @@ def _existing(paths: list[str]) -> list[str]:
 def is_of_dataset(path: str) -> bool:
     """Return whether the file ``path`` belongs to a dataset of this program or of Megatron-LM, by its content.
 
-    An index, a sidecar and rejects are recognised by their first bytes. Tokens, masks and metadata need the index or
-    the sidecar next to them, which records whether there are a mask and metadata.
+    An index, a sidecar and rejects are recognised by their first bytes. Tokens, masks, metadata and text need the index
+    or the sidecar next to them, which records whether there are a mask, metadata and text.
     """
     if path.endswith(IDX):
         return _head(path).startswith(MAGIC)
@@ -69,6 +78,8 @@ def is_of_dataset(path: str) -> bool:
     if path.endswith(REJECTS):
         return bool(_REJECT.match(_head(path)))
     suffix = next((end for end in (MASK, METADATA, BIN) if path.endswith(end)), None)
+    if suffix is None and path.removesuffix(COMPRESSED).endswith(TEXT):
+        return bool(_recorded(path.removesuffix(COMPRESSED), TEXT))
     if suffix is None or not os.path.isfile(path):
         return False
     prefix = path.removesuffix(suffix)
@@ -90,7 +101,11 @@ def _recorded(prefix: str, suffix: str) -> str | None:
         return None
     if sidecar is None:
         return None
-    return sidecar.mask_xxh3_128 if suffix == MASK else sidecar.metadata_xxh3_128
+    return {
+        MASK: sidecar.mask_xxh3_128,
+        METADATA: sidecar.metadata_xxh3_128,
+        TEXT: sidecar.text_xxh3_128,
+    }[suffix]
 
 
 def _head(path: str) -> bytes:

@@ -8,19 +8,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
 from .records.reading import Reader
 
 COMPRESSIONS = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz"}
 """Suffixes of compressed files, and the compression, named by its usual suffix."""
-_REQUIREMENTS = {
-    "pyarrow": "pyarrow>=16",
-    "openpyxl": "openpyxl>=3.1",
-    "pypdf": "pypdf[crypto]>=5.0",
-    "cryptography": "pypdf[crypto]>=5.0",
-    "lxml": "lxml>=6.0",
-}
-"""Libraries of formats, as in the extra ``formats`` of setup.py."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +94,5 @@ def require_library(name: str, path: str) -> ModuleType:
         raise UserError(
             f"{path}: reading it needs {package}"
             + (": " if is_missing else f", which cannot be imported ({error}): ")
-            + f"pip install '{_REQUIREMENTS.get(package, package)}'"
+            + install_command(package)
         ) from None

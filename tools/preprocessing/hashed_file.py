@@ -135,7 +135,8 @@ def _copy_range(source: int, target: int, offset: int, count: int) -> None:
         calls.append(lambda offset, count: os.sendfile(target, source, offset, count))
     calls.append(lambda offset, count: os.write(target, os.pread(source, min(count, 8 << 20), offset)))
     # Not all file systems can copy within the kernel, and macOS sends only to sockets.
-    unsupported = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EPERM)
+    unsupported = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTSOCK}
+    unsupported.add(errno.EPERM)
     while count > 0:
         try:
             copied = calls[0](offset, count)

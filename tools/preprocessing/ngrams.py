@@ -32,7 +32,7 @@ VERSION = f"1, Unicode {unicodedata.unidata_version}"
 """Of the rule above: n-grams of different versions are not comparable."""
 
 _SEPARATOR, _EXPANDED, _IGNORED = 0, 8, 255
-_HALF_WORDS = (
+HALF_WORDS = (
     *(
         (0x3005, 0x3007),
         (0x3021, 0x3029),
@@ -44,7 +44,7 @@ _HALF_WORDS = (
     ),
     *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF)),
 )
-_QUARTER_WORDS = (
+QUARTER_WORDS = (
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19DF), (0x1A20, 0x1AAF)),
     *((0xA980, 0xA9FF), (0xAA60, 0xAADF)),
 )
@@ -276,7 +276,7 @@ def _tables() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
         elif category == "Cf":
             weights[code] = _IGNORED
     weights[0x20000:0x40000] = WORD
-    for ranges, weight in ((_HALF_WORDS, 2), (_QUARTER_WORDS, 1)):
+    for ranges, weight in ((HALF_WORDS, 2), (QUARTER_WORDS, 1)):
         for first, last in ranges:
             part = weights[first : last + 1]
             part[part == WORD] = weight

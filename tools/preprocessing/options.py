@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from typing import Any
 
 from ...engine.errors import UserError
-from .formats import FORMATS
 from .inputs.files import InputOptions
 from .readers.expansion_limit import DEFAULT_EXPANSION
 from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
 
+TEXT_KEY = "text"
+"""Key of the text in what ``--to-jsonl`` writes."""
 BATCH_CHARACTERS = 512 << 10
 """Text encoded at once: large enough to make batches cheap, small enough to stay in cache with its ids."""
 
@@ -34,9 +34,14 @@ class PreprocessOptions:
     stdin_format: str = "jsonl"
     input_format: str | None = None
     """None: by name and content."""
+    hf_subset: str | None = None
+    """Subset of a dataset of the Hugging Face Hub; None: the default one."""
+    hf_split: str | None = None
+    """Split of a dataset of the Hugging Face Hub; None: the only one, or train."""
     quoting: str = "auto"
     sheet: Sequence[str] = ()
     """Empty: sheets with the text's column."""
+    pdf_pages: bool = False
     max_expansion: int = DEFAULT_EXPANSION
     chat: bool = False
     chat_template: str | None = None
@@ -57,9 +62,19 @@ class PreprocessOptions:
     overwrite: bool = False
     skip_bad_lines: bool = False
     drop_invalid_utf8: bool = False
-    normalize: str = "none"
+    fix_text: bool = False
     strip_control: bool = False
+    normalize: str = "none"
+    remove_urls: bool = False
+    collapse_whitespace: bool = False
     min_chars: int = 0
+    min_letter_ratio: float = 0.0
+    languages: Sequence[str] = ()
+    """ISO 639 codes; empty: all languages."""
+    min_language_score: float = 0.65
+    quality: str = "none"
+    to_jsonl: str | None = None
+    """Write text instead of tokens: "plain" to .jsonl, "zst" to .jsonl.zst."""
     min_tokens: int = 0
     max_tokens: int | None = None
     max_documents: int | None = None
@@ -69,11 +84,18 @@ class PreprocessOptions:
     shuffle: bool = False
     seed: int = 0
     split: str | None = None
+    bins: str | None = None
+    """Key whose values divide the documents into datasets."""
+    bin_weights: str = "balanced"
     shard: str | None = None
     cache_folder: str | None = None
     """Folder in which the dataset is named by its content, instead of ``output_prefix``."""
     report: str | None = None
     """File for the prefixes and counts of the datasets, in JSON."""
+    signatures: str | None = None
+    """Folder: write the signatures of a part's documents there, instead of the dataset."""
+    exclude_documents: str | None = None
+    """File with the duplicates of a part that were found in all parts; None: find them within the part."""
     list_inputs: bool = False
     """Print the input files instead of preprocessing them."""
     task_bytes: int | None = None
@@ -100,12 +122,26 @@ class PreprocessOptions:
     def inputs(self) -> InputOptions:
         """How the files of ``input`` are interpreted."""
         keys = None if self.chat else self.text_choice.roots
-        return InputOptions(self.txt_mode, self.stdin_format, self.input_format, keys, self.skip_bad_lines)
+        return InputOptions(
+            self.txt_mode,
+            self.stdin_format,
+            self.input_format,
+            keys,
+            self.skip_bad_lines,
+            self.hf_subset,
+            self.hf_split,
+        )
 
     @property
     def reading(self) -> ReadOptions:
         """How they are read."""
-        return ReadOptions(self.quoting, tuple(self.sheet), self.max_expansion, self.skip_bad_lines)
+        return ReadOptions(
+            quoting=self.quoting,
+            sheets=tuple(self.sheet),
+            max_expansion=self.max_expansion,
+            pdf_pages=self.pdf_pages,
+            skip_damage=self.skip_bad_lines,
+        )
 
     @property
     def minhash_threshold(self) -> float | None:
@@ -117,62 +153,15 @@ class PreprocessOptions:
         """Whether the outputs need a hash of each document."""
         return self.dedup == "exact" or self.split is not None
 
-    def check(self) -> None:
-        """Refuse meaningless values and combinations.
+    @property
+    def writes_lines(self) -> bool:
+        """Whether the outputs have a line of JSON for each document."""
+        return bool(self.metadata or self.to_jsonl)
 
-        Raises:
-            UserError: naming the flag, its value and the remedy.
-        """
-        for is_wrong, message in self._problems():
-            if is_wrong:
-                raise UserError(message)
-        _ = self.text_choice, self.shard_place
-
-    def _problems(self) -> Iterator[tuple[object, str]]:
-        """Yield (whether it is wrong, message) for each rule."""
-        yield (
-            self.tokenizer is not None and self.model is not None,
-            f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; remove one of them",
-        )
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            flag = f"--{name.replace('_', '-')}"
-            yield value is not None and value < least, f"{flag} {value}: must be at least {least}"
-        yield (
-            self.max_tokens is not None and self.max_tokens < self.min_tokens,
-            f"--max-tokens {self.max_tokens} is below --min-tokens {self.min_tokens}; no document fits",
-        )
-        threshold = self.dedup_threshold
-        yield not 0 < threshold < 1, f"--dedup-threshold {threshold}: must be between 0 and 1"
-        for name, value in (("template", self.chat_template), ("date", self.chat_date)):
-            yield (
-                value is not None and not self.chat,
-                f"--chat-{name} is for --chat; add it, or leave the {name} out",
-            )
-        day = self.chat_date
-        yield day is not None and not _is_day(day), f"--chat-date {day}: not a day; write it as in 2026-01-31"
-        yield (
-            self.chat and tuple(self.json_key) != ("text",),
-            "--json-key names a text, --chat reads conversations; remove one of them",
-        )
-        for name, given in (
-            ("normalize", self.normalize != "none"),
-            ("strip-control", self.strip_control),
-            ("min-chars", self.min_chars),
-            ("held-out", self.held_out),
-        ):
-            yield self.chat and given, f"--{name} is for texts, not for --chat; remove one of them"
-        yield (
-            self.cache_folder is not None and self.output_prefix != "dataset",
-            f"--output-prefix {self.output_prefix} and --cache-folder {self.cache_folder} both name the output; remove "
-            "one of them",
-        )
-        yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
-        for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
-            yield (
-                form is not None and form not in FORMATS,
-                f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}",
-            )
+    @property
+    def text_suffix(self) -> str:
+        """Suffix of the files of ``to_jsonl``."""
+        return {"plain": ".jsonl", "zst": ".jsonl.zst"}[self.to_jsonl or "plain"]
 
     def record(self) -> dict[str, Any]:
         """Return what the sidecar keeps: the non-default options that decide the dataset's contents."""
@@ -183,14 +172,16 @@ class PreprocessOptions:
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             if field.name not in NOT_CONTENTS and value != default:
                 kept[field.name] = value
+        if self.exclude_documents is not None:
+            kept["exclude_documents"] = True  # the file is of one part and temporary
         return kept
 
 
-_LEAST = {"workers": 1, "min_chars": 0, "min_tokens": 0, "max_tokens": 1, "max_documents": 1, "max_expansion": 0}
 NOT_CONTENTS = frozenset(
     [
         "input",
         "list_inputs",
+        "signatures",
         "cache_folder",
         "report",
         "tokenizer",
@@ -202,6 +193,7 @@ NOT_CONTENTS = frozenset(
         "encoder",
         "workers",
         "overwrite",
+        "bin_weights",
         "task_bytes",
         "batch_characters",
     ]
@@ -220,18 +212,14 @@ _NOT_IN_OUTPUTS = frozenset(
         "dedup_threshold",
         "held_out",
         "chat_template",
+        "to_jsonl",
         "encoder",
+        "hf_subset",
+        "hf_split",
+        "exclude_documents",
     ]
 )
 """Options that are applied after tokenization, that only decide whether an error ends the run, or that name files."""
-
-
-def _is_day(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
 
 
 def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any]) -> str:

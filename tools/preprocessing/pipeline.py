@@ -19,30 +19,35 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ...engine.data.index_format import dataset_prefix
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
+from ...engine.system import usable_cores
 from ...engine.tokenizer.frame import describe_tokens
 from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
+from .dedup.across_parts import write_signatures
+from .inputs.hub import pin_revisions
+from .option_rules import check_options
 from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
 from .run_setup import RunSetup
-from .workers.pool import run_here, run_tasks, shared_counters, usable_cores
-from .workers.task_output import TaskResult
+from .workers.pool import run_here, run_tasks, shared_counters
+from .workers.task_output import TaskOutput, TaskResult
 from .workers.worker import FastPathError
 
-__all__ = ["PreprocessReport", "preprocess"]
+__all__ = ["PreprocessReport", "preprocess", "write_signatures_of_part"]
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessReport:
-    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx``, ``.json``, and optional files.
+    """Tokenize a corpus to ``{output_prefix}.bin``, ``.idx``, ``.json``, and optional files; or write its text.
 
     Raises:
         UserError: wrong options, input or tokenizer, no token in the input, the output exists or cannot be written, a
@@ -50,18 +55,39 @@ def preprocess(options: PreprocessOptions) -> PreprocessReport:
             the same command finds them.
     """
     started = time.monotonic()
-    options.check()
+    with _tokenized(options) as (plan, results):
+        report = publish(plan, results)
+        remove_workspace(plan.work)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def write_signatures_of_part(options: PreprocessOptions) -> None:
+    """Tokenize a part, and write the signatures of its documents to ``options.signatures``.
+
+    The outputs are kept, and :func:`preprocess` with ``exclude_documents`` makes the dataset from them.
+
+    Raises:
+        UserError: as :func:`preprocess`.
+    """
+    assert options.signatures is not None
+    with _tokenized(options) as (plan, _):
+        outputs = [TaskOutput(plan.work, key) for key in plan.tasks]
+        index, _ = options.shard_place or (0, 1)
+        write_signatures(outputs, options, Path(options.signatures), index)
+
+
+@contextmanager
+def _tokenized(options: PreprocessOptions) -> Iterator[tuple[RunPlan, list[TaskResult]]]:
+    """Tokenize a corpus in its work folder, which is locked in the context."""
+    check_options(options)
     prefix = _checked_prefix(options)
     try:
-        setup = RunSetup(options, prefix)
+        setup = RunSetup(replace(options, input=pin_revisions(options.input)), prefix)
         setup.compare_with_serving()
         with open_workspace(prefix) as work:
-            plan, results = _tokenize_exactly(setup, work)
-            report = publish(plan, results)
-            remove_workspace(work)
+            yield _tokenize_exactly(setup, work)
     except OSError as error:
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}; no dataset was written") from error
-    return replace(report, seconds=time.monotonic() - started)
 
 
 def _tokenize_exactly(setup: RunSetup, work: Path) -> tuple[RunPlan, list[TaskResult]]:
@@ -88,7 +114,7 @@ def tokenize(plan: RunPlan) -> list[TaskResult]:
     seen = np.frombuffer(counters, dtype=np.int64).reshape(-1, 3)
     total = sum(task.num_bytes for task in plan.tasks.values())
     before = total - sum(task.num_bytes for task, _ in todo)
-    with ProgressReport("tokenizing", total, before) as progress:
+    with ProgressReport("cleaning" if plan.options.to_jsonl else "tokenizing", total, before) as progress:
 
         def show() -> None:
             done, tokens, bad = seen.sum(axis=0).tolist()
@@ -112,9 +138,15 @@ def _print_start(plan: RunPlan, workers: int, num_todo: int) -> None:
     again = len(plan.tasks) - num_todo
     for note in setup.tokenizer.notes:
         print(note, file=sys.stderr)
+    if not (setup.works_here or plan.options.to_jsonl) and setup.tokenizer.lacks_fast_package:
+        command = install_command("fastokens")
+        print(
+            f"note: fastokens, which makes the same dataset in less time, is not installed: {command}", file=sys.stderr
+        )
+    tokenizer = f"tokenizer {setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}"
     print(
-        f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; tokenizer "
-        f"{setup.tokenizer.name} ({setup.tokenizer.vocab_size:,} ids); {begin} and {end}; {workers} "
+        f"{len(plan.files)} input files, {sum(file.size for file in plan.files) / 1e6:,.1f} MB; "
+        f"{'text is not tokenized' if plan.options.to_jsonl else tokenizer}; {workers} "
         "workers" + (f"; {again} of {len(plan.tasks)} parts are finished already" if again else ""),
         file=sys.stderr,
         flush=True,

@@ -8,10 +8,12 @@ from datetime import date
 from pathlib import Path
 
 from ... import __version__
+from ...engine.files.paths import is_url
 from ...engine.tokenizer.frame import ids_of
 from .chat.conversation import ChatBos
 from .cleaning.cleaner import Cleaner
 from .cleaning.held_out import read_held_out
+from .cleaning.libraries import cleaning_libraries
 from .dedup.minhash import MinHasher
 from .inputs.files import with_stdin_copied
 from .options import PreprocessOptions, contents_of, task_key
@@ -51,6 +53,7 @@ class RunPlan:
             chat=chat,
             held_out=self._prepare_held_out(),
             minhash=_minhash_fingerprint(self.options),
+            cleaning=cleaning_libraries(self.options),
         )
         self.tasks = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
         """By the key of their output."""
@@ -61,7 +64,7 @@ class RunPlan:
         setup = self.setup
         return WorkerSettings(
             self._dated_options,
-            setup.tokenizer.spec,
+            setup.spec,
             setup.tokenizer.sha256,
             setup.dtype.str,
             self.work,
@@ -96,7 +99,8 @@ class RunPlan:
         options = self.options
         if not options.held_out:
             return None
-        cleaner = Cleaner(replace(options, min_chars=0))
+        # What is left out of the corpus, such as short texts, is held out nevertheless.
+        cleaner = Cleaner(replace(options, min_chars=0, min_letter_ratio=0.0, languages=(), quality="none"))
         ngrams = read_held_out(self.setup.held_out_files, options.text_choice, cleaner, self.work, options.reading)
         self._held_out = self.work / "held-out.npz"
         ngrams.save(self._held_out)
@@ -112,7 +116,7 @@ def _facts(span: Span) -> dict[str, object]:
     """Return what decides the contents of a span."""
     file = span.file
     return {
-        "path": os.path.abspath(file.path),
+        "path": file.path if is_url(file.path) else os.path.abspath(file.path),
         "size": file.size,
         "version": file.version,
         "format": file.format,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from ...engine.errors import UserError
 from ...engine.tokenizer.frame import Token, TokenizerFrame, ids_of
@@ -12,11 +15,13 @@ from ..tokenizer.document_frame import DocumentFrame
 from ..tokenizer.finding import find_tokenizer_file
 from ..tokenizer.handle import TokenizerHandle, TokenizerSpec
 from .cleaning.held_out import held_out_files
-from .dataset.checks import output_prefixes, require_free, what_is_read
+from .cleaning.languages import check_languages
+from .dataset.checks import output_files, require_free, what_is_read
 from .dataset_writer import best_dtype
 from .inputs.files import expand_inputs
 from .options import PreprocessOptions
 from .tokenizer_choice import check_vocabulary, choose_tokenizer
+from .workers.no_tokenizer import NoTokenizer
 from .workers.pool import may_fork, start_early
 from .workers.shared_tokenizer import use_one_thread
 from .workers.tasks import are_small
@@ -31,18 +36,40 @@ class RunSetup:
 
     def __init__(self, options: PreprocessOptions, prefix: str) -> None:
         self.options, self.prefix = options, prefix
+        if options.languages:
+            check_languages(options.languages)
         self.files = expand_inputs(options.input, options.inputs)
+        self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
+        self.eod: Token | None = None
+        self.begin: tuple[Token, ...] = ()
+        """Tokens that documents begin with. Of conversations known when the chat template has been read."""
+        self.end: tuple[Token, ...] = ()
+        """Tokens that documents end with; the end-of-document token is the last."""
+        self.named_bos: tuple[Token, ...] = ()
+        use_one_thread()
+        if options.to_jsonl:
+            self._check_outputs(None)
+            self.tokenizer: TokenizerHandle = NoTokenizer()
+            self.dtype = np.dtype(np.uint16)
+        else:
+            self._open_tokenizer()
+
+    def _check_outputs(self, tokenizer_file: Path | None) -> None:
+        """Check that the outputs replace no input, before any file is written or process started."""
+        options = self.options
+        self.works_here = options.encoder != "fast" and are_small(self.files, tokenizer_file)
+        """Whether tasks run in this process."""
+        self.reads = what_is_read(options, self.files, self.held_out_files, tokenizer_file)
+        """All files that the run reads."""
+        require_free({self.prefix: output_files(options, self.prefix)}, self.reads, options.overwrite, rejects=True)
+
+    def _open_tokenizer(self) -> None:
+        options = self.options
         choice = choose_tokenizer(options)
         print_notes(choice.notes)
         file = find_tokenizer_file(choice.name)
-        self.works_here = options.encoder != "fast" and are_small(self.files, file)
-        """Whether tasks run in this process."""
-        self.held_out_files = held_out_files(options.held_out, options.text_choice) if options.held_out else []
-        # Before any file is written or process started: an output may have the name of an input.
-        reads = what_is_read(options, self.files, self.held_out_files, file)
-        require_free({prefix: output_prefixes(options, prefix)}, reads, options.overwrite, rejects=True)
+        self._check_outputs(file)
         spec = TokenizerSpec(choice.name, file, options.allow_special_tokens, self._backend, options.eod_token)
-        use_one_thread()
         # The templates of conversations need transformers, which starts threads.
         if not self.works_here and (options.chat or not may_fork()):
             start_early(spec)
@@ -52,13 +79,16 @@ class RunSetup:
         self.dtype = best_dtype(self.tokenizer.vocab_size)
         frame = self.tokenizer.frame(choice.model_config)
         self.begin = frame.documents_begin_with(options.bos)
-        """Tokens that documents begin with. Of conversations known when the chat template has been read."""
         self.end = self._document_end(frame)
-        """Tokens that documents end with; the end-of-document token is the last."""
         self.named_bos = frame.prefix or ((frame.bos,) if frame.bos else ())
         print_notes(check_vocabulary(self.tokenizer, choice, (*self.begin, *self.end)))
         if frame.remark and options.bos == "auto" and not options.chat:
             print_notes([frame.remark])
+
+    @property
+    def spec(self) -> TokenizerSpec | None:
+        """How worker processes load the tokenizer; None if the run writes text."""
+        return None if self.options.to_jsonl else self.tokenizer.spec
 
     def compare_with_serving(self) -> None:
         """Print a note if transformers would serve the model with other ids.

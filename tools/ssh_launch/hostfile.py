@@ -9,7 +9,7 @@ from pathlib import Path
 from ...engine.errors import UserError
 from ...engine.files.regular import read_regular
 
-_LINE = re.compile(r"(?P<host>[\w.@-]+)(?::(?P<colon>[0-9]+))?(?P<options>(?:\s+[\w-]+\s*=\s*\S+)*)\s*", re.ASCII)
+_LINE = re.compile(r"(?P<host>\w[\w.@-]*)(?::(?P<colon>[0-9]+))?(?P<options>(?:\s+[\w-]+\s*=\s*\S+)*)\s*", re.ASCII)
 _SLOTS = re.compile(r"(?<![\w-])slots\s*=\s*(\S+)")
 _MOST_BYTES = 1 << 20
 

@@ -1,6 +1,6 @@
 """Encode with fastokens, the fast path for ``tokenizer.json``: 10 to 20 times the speed of ``tokenizers``, same ids.
 
-It is an optional package (``pip install fastokens``), and used only for the configurations in :data:`EXACT`. These were
+It is an optional package (the extra ``fast``), and used only for the configurations in :data:`EXACT`. These were
 compared with ``tokenizers`` over every code point, alone and next to letters, digits, spaces and punctuation, and
 fuzzed. tests/tools/tokenizer/test_tokenizer_fast_code_points.py repeats the comparison. fastokens also accepts other
 configurations, but gives other ids for some: ``add_prefix_space``, word classes in regular expressions, or
@@ -14,10 +14,12 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from ...engine.errors import install_command
 from ...engine.tokenizer.backends import FlatIds, TokenizersReference, is_panic, one_line
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,7 +63,7 @@ class FastEncoder:
         try:
             from fastokens import Tokenizer
         except ImportError as error:
-            raise NotFast("fastokens is not installed: pip install fastokens") from error
+            raise NotFast(f"fastokens is not installed: {install_command('fastokens')}") from error
         reason = why_not_exact(reference.outline(_byte_characters()))
         if reason is not None:
             raise NotFast(f"fastokens is not used: {reason}")
@@ -88,6 +90,11 @@ class FastEncoder:
                 raise RuntimeError(one_line(error)) from error
             raise
         return np.frombuffer(ids, "<i4"), np.diff(np.frombuffer(offsets, "<i8"))
+
+
+def is_missing_for(reference: TokenizersReference) -> bool:
+    """Return whether fastokens is not installed, and would be used for this tokenizer if it were."""
+    return find_spec("fastokens") is None and why_not_exact(reference.outline(_byte_characters())) is None
 
 
 def why_not_exact(config: dict[str, Any]) -> str | None:

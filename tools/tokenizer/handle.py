@@ -25,7 +25,7 @@ from ...engine.tokenizer.frame import TokenizerFrame, read_tokenizer_frame
 from ...engine.tokenizer.reference import open_reference
 from ...engine.tokenizer.tiktoken_reference import TiktokenReference
 from .document_frame import DocumentFrame
-from .fast import FastEncoder, NotFast
+from .fast import FastEncoder, NotFast, is_missing_for
 from .finding import find_tokenizer_file
 from .serving_check import is_known_alike, serving_note
 
@@ -168,6 +168,12 @@ class TokenizerHandle:
         """
         self._fast_path()
         return self._fallback_reason
+
+    @property
+    def lacks_fast_package(self) -> bool:
+        """Return whether the fast path is not used only because its package is not installed."""
+        reference = self._reference
+        return self._backend == "auto" and isinstance(reference, TokenizersReference) and is_missing_for(reference)
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """Return the ids of all ``texts``, concatenated, int32[T], possibly read-only, and their numbers, int64[texts].

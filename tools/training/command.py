@@ -29,6 +29,8 @@ from .sources import SizedSource, Sizing, with_shares
 
 RUN_FILE = "run.yaml"
 REPORT_FILE = "report.html"
+_MOST_EPOCHS = 4
+"""Repeated text is nearly as good as new text up to here (Muennighoff et al., 2023, https://arxiv.org/abs/2305.16264)."""
 _DATA_LISTS = ("train", "stages", "validation", "validation_fraction")
 
 
@@ -80,7 +82,8 @@ def plan_training(
     ]
     data, replay = sized[: len(options.data)], sized[len(options.data) :]
     shares = [share for _, share in options.replay]
-    _fill(given, "data", {"train": with_shares(data, list(zip(replay, shares, strict=True)))})
+    train = with_shares(data, list(zip(replay, shares, strict=True)))
+    _fill(given, "data", {"train": train, **({"validation": dict(options.evaluate)} if options.evaluate else {})})
     situation = Situation(
         train_tokens=_budget(options, given, data),
         smallest_source=min(source.tokens for source in sized),
@@ -193,8 +196,13 @@ def _describe(
                 f"{kind:<12}{source.entry['name']}: {source.shown_size}{held_out}; {share:.0%} of the run, "
                 f"{epochs:.2f} epochs"
             )
+            if epochs > _MOST_EPOCHS:
+                lines.append(
+                    f"            note: more than {_MOST_EPOCHS} epochs help little; add text or lower --tokens"
+                )
     if not replay:
-        lines.append("            no --replay: what the model forgets is neither prevented nor measured")
+        measured = "not prevented" if options.evaluate else "neither prevented nor measured"
+        lines.append(f"{'':12}note: without --replay, what the model forgets is {measured}")
     lines += [
         f"budget      {training.train_tokens:,} tokens = {-(-training.train_tokens // per_step):,} steps of "
         f"{training.global_batch_size:,} x {training.sequence_length:,} tokens; learning rate "

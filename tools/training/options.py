@@ -29,6 +29,8 @@ class TrainOptions:
     """Entries of ``data.train``, at least with ``path``."""
     replay: tuple[tuple[dict[str, Any], float], ...] = ()
     """The same of general text, each with its share of the training tokens."""
+    evaluate: tuple[tuple[str, str], ...] = ()
+    """Name and path of more texts or datasets that are evaluated."""
     tokens: int | None = None
     epochs: float = 1.0
     """Without ``tokens``: the number of times that ``data`` is seen."""
@@ -109,6 +111,14 @@ def parse_replay(text: str) -> tuple[dict[str, Any], float]:
             f"--replay {text}: write PATH:SHARE with the share of the training tokens, as in general.jsonl:0.1"
         )
     return parse_source("--replay", path), value
+
+
+def parse_evaluation(text: str) -> tuple[str, str]:
+    """Return name and path of ``NAME=PATH`` or ``PATH``."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        name, path = name_of(text), text
+    return name, expand_path(path, "--evaluate", urls=True)
 
 
 def parse_tokens(text: str) -> int:

@@ -59,7 +59,7 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
     repository = config.push_to_hub
     if repository is None:
         return []
-    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD))
+    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD, config.hub_private))
     return [f"upload      at the end, to {place}"]
 
 
@@ -119,7 +119,8 @@ def export_run(
     repository = config.push_to_hub
     if repository is not None:
         say(f"uploading   {output} to {repository}")
-        upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE])  # noqa: E731
+        message = config.hub_message
+        upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE], message)  # noqa: E731
         say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
 
 

@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ...errors import UserError
+from ...files.hub_errors import call_hub
 from .folder import INDEX_FILE, WEIGHTS_FILE
-from .hub_errors import call_hub
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _DIGITS = "[0-9]" * 5
@@ -36,39 +36,47 @@ def require_repository_name(name: str, key: str) -> None:
         raise UserError(f"{key} {name!r}: expected a repository on the Hub, such as my-organization/my-model")
 
 
-def open_repository(name: str, key: str) -> str:
+def open_repository(name: str, key: str, private: bool = True, only_private: bool = False) -> str:
     """Check that the repository ``name`` exists and can be written to, before long work is done for it.
 
-    If it does not exist, it is created as a private repository.
+    If it does not exist, it is created. The visibility of an existing repository is never changed.
 
     Args:
         name: of a model repository.
         key: the option or setting that gives the name, for errors.
+        private: whether a new repository is private.
+        only_private: refuse an existing repository that is public.
 
     Returns:
         Its address, its visibility, and the user whose token is used.
 
     Raises:
-        UserError: there is no token, it may not write there, or the Hub cannot be reached.
+        UserError: there is no token, it may not write there, the Hub cannot be reached, or the repository is public.
     """
     from huggingface_hub import HfApi
 
     def open_() -> str:
         api = HfApi()
         user = api.whoami()
-        # A private repository can be made public later, but a publication cannot be undone.
-        url = api.create_repo(name, exist_ok=True, private=True)
+        url = api.create_repo(name, exist_ok=True, private=private)
         # Creating an existing repository again needs no permission to write. Older versions cannot check it.
         if "write" in inspect.signature(api.auth_check).parameters:
             api.auth_check(name, write=True)
-        visible = "private" if api.model_info(name).private else "public"
-        return f"{url} ({visible}), as {user.get('name')}"
+        is_private = bool(api.model_info(name).private)
+        if only_private and not is_private:
+            raise UserError(
+                f"{key} {name}: this repository is public, and --private is given; make it private in its settings on "
+                "the Hub, or name another repository"
+            )
+        visible = "private" if is_private else "public"
+        kept = "" if is_private == private else ", which it was before: its settings on the Hub change that"
+        return f"{url} ({visible}{kept}), as {user.get('name')}"
 
     require_repository_name(name, key)
     return call_hub(open_, f"{key} {name}", "", _FORBIDDEN)
 
 
-def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = ()) -> str:
+def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = (), message: str | None = None) -> str:
     """Upload the files in ``folder`` in one commit; files that are already there are not sent again.
 
     The same commit deletes weights in the repository that ``folder`` does not have, such as shards replaced by one
@@ -79,6 +87,7 @@ def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = 
         name: of an existing repository.
         key: the option or setting that gives the name, for errors.
         leave_out: names of files that are not uploaded.
+        message: of the commit; None: the name of the folder.
 
     Returns:
         The address of the commit, and the number of files that it has deleted, if any.
@@ -104,11 +113,12 @@ def upload_folder(folder: Path, name: str, key: str, leave_out: Sequence[str] = 
                 *(CommitOperationDelete(file, is_folder=False) for file in stale),
                 *(CommitOperationAdd(file, path) for file, path in files.items()),
             ],
-            commit_message=f"Upload {folder.name}",
+            commit_message=message or f"Upload {folder.name}",
         )
         return f"{commit.commit_url}{_describe_deleted(stale)}"
 
     command = ["hf", "upload", name, str(folder), "."]
+    command += [] if message is None else ["--commit-message", message]
     for file in leave_out:
         command += ["--exclude", file]
     for pattern in _WEIGHTS:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from retemper.tools.cli import commands
-from retemper.tools.cli.completion import SHELLS, completion_script
+from retemper.tools.completion import SHELLS, completion_script
 
 ASK = """
 source retemper.bash

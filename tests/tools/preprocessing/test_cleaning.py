@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from retemper.tools.preprocessing import ngrams
-from retemper.tools.preprocessing.cleaning.cleaner import Cleaner, strip_control
+from retemper.tools.preprocessing.cleaning.cleaner import Cleaner
 from retemper.tools.preprocessing.cleaning.decontamination import NgramFilter
 from retemper.tools.preprocessing.cleaning.normalization import _BOUNDARY, PieceNormalizer
+from retemper.tools.preprocessing.cleaning.steps import strip_control
 from retemper.tools.preprocessing.options import PreprocessOptions
 
 ALPHABETS = {

@@ -86,6 +86,31 @@ def test_the_files_are_the_same_whatever_encodes(tmp_path, tiny_tokenizer, monke
     assert ("takes longer" in found["auto"].encoder) and "takes longer" not in found["reference"].encoder
 
 
+WITHOUT_FASTOKENS = """
+import sys
+sys.modules["fastokens"] = None
+from retemper.engine.errors import run_command
+from retemper.tools.preprocess import main
+run_command(main)
+"""
+
+
+def test_without_fastokens_the_dataset_is_the_same_after_one_note(tmp_path, tiny_tokenizer, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    report(tiny_tokenizer, tmp_path / "with", tmp_path / "a.jsonl", encoder="fast")
+    assert "fastokens" not in capsys.readouterr().err
+    # In a process of its own, because workers inherit what is imported.
+    options = (
+        f"--input {tmp_path}/a.jsonl --tokenizer {tiny_tokenizer} --output-prefix {tmp_path}/without/out --encoder fast"
+    )
+    (tmp_path / "without").mkdir()
+    command = [sys.executable, "-c", WITHOUT_FASTOKENS, *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.count("pip install 'retemper[fast]'") == 1
+    assert "encoder          tokenizers " in done.stdout
+    assert written(tmp_path / "with") == written(tmp_path / "without")
+
+
 def test_small_is_what_is_text_and_less_than_repays_the_fast_tokenizer(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_bytes(b" " * 10_000)

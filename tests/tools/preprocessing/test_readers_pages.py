@@ -39,6 +39,16 @@ def test_a_pdf_is_the_lines_that_its_pages_draw(tmp_path, pypdf, compressed):
     assert (reading.places, reading.refused) == (["a.pdf"], [])
 
 
+def test_pages_with_text_are_documents_on_request(tmp_path, pypdf):
+    path = tmp_path / "a.pdf"
+    path.write_bytes(tiny_pdf(PAGES))
+    reading = read_file(path, pdf_pages=True)
+    assert reading.values == ["The first line,\na (second) line \\ of it.", "On page three."]
+    assert (reading.places, reading.refused) == (["a.pdf: page 1", "a.pdf: page 3"], [])
+    path.write_bytes(tiny_pdf([[], []]))
+    assert read_file(path, pdf_pages=True).refused == ["a.pdf: no text: a scan? run OCR first [malformed]"]
+
+
 def encrypted(pypdf: object, user_password: str, algorithm: str) -> bytes:
     writer = pypdf.PdfWriter(clone_from=io.BytesIO(tiny_pdf(PAGES)))  # type: ignore[attr-defined]
     writer.encrypt(user_password=user_password, owner_password="owner", algorithm=algorithm)
@@ -242,7 +252,7 @@ def test_what_html_needs_is_said(tmp_path, lxml, monkeypatch):
         with pytest.raises(UserError, match=r"a\.html: reading it needs libxml2 2\.14 or newer.*pip install"):
             read_file(path)
     monkeypatch.setitem(sys.modules, "lxml.etree", None)
-    with pytest.raises(UserError, match=r"a\.html: reading it needs lxml.*pip install 'lxml>=6.0'"):
+    with pytest.raises(UserError, match=r"a\.html: reading it needs lxml.*pip install 'retemper\[formats\]'"):
         read_file(path)
     (tmp_path / "a.md").write_bytes(b"<p>a")
     assert read_file(tmp_path / "a.md").values == ["<p>a"]

@@ -361,13 +361,8 @@ def test_what_is_no_workbook_is_refused(tmp_path, openpyxl):
 # Libraries that are not installed
 
 
-@pytest.mark.parametrize(
-    ("suffix", "requirement"),
-    [(".parquet", "pyarrow>=16"), (".xlsx", "openpyxl>=3.1"), (".pdf", "pypdf[crypto]>=5.0")],
-)
-def test_a_missing_library_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, suffix, requirement):
-    assert f'"{requirement}"' in (Path(__file__).parents[3] / "setup.py").read_text(encoding="utf-8")
-    library = re.split(r"\W", requirement)[0]
+@pytest.mark.parametrize(("suffix", "library"), [(".parquet", "pyarrow"), (".xlsx", "openpyxl"), (".pdf", "pypdf")])
+def test_a_missing_library_is_named_with_the_line_that_installs_it(tmp_path, monkeypatch, suffix, library):
     real = importlib.import_module
 
     def without(name: str, package: str | None = None) -> object:
@@ -378,9 +373,7 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(tmp_path, mon
     monkeypatch.setattr(formats.importlib, "import_module", without)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"x")
-    with pytest.raises(
-        UserError, match=f"a{suffix}: reading it needs {library}: pip install '{re.escape(requirement)}'$"
-    ):
+    with pytest.raises(UserError, match=rf"a{suffix}: reading it needs {library}: pip install 'retemper\[formats\]'$"):
         read_file(path)
 
 

@@ -80,8 +80,30 @@ def test_what_arrives_are_the_folders_bytes_in_one_commit(hub, folder):
 
 def test_a_repository_that_is_there_is_used(hub):
     hub.repositories[NAME] = {}
-    assert open_repository(NAME, KEY) == f"{hub.url}/{NAME} (public), as somebody"
+    where = open_repository(NAME, KEY)
+    assert where.startswith(f"{hub.url}/{NAME} (public, which it was before") and where.endswith(", as somebody")
     assert hub.repositories[NAME] == {}
+
+
+def test_only_a_new_repository_gets_the_visibility_that_is_asked_for(hub):
+    assert "(public), as" in open_repository(NAME, KEY, private=False)
+    assert "(public, which it was before" in open_repository(NAME, KEY)
+    assert "this repository is public" in refused(lambda: open_repository(NAME, KEY, only_private=True))
+    hub.private = True
+    assert "(private, which it was before" in open_repository(NAME, KEY, private=False) and hub.private
+    assert "(private), as" in open_repository(NAME, KEY, only_private=True)
+    changes = [request for request in hub.requests if request.method == "PUT"]
+    assert not changes
+
+
+def test_the_message_of_a_commit(hub, folder):
+    open_repository(NAME, KEY)
+    upload_folder(folder, NAME, KEY)
+    upload_folder(folder, NAME, KEY, message="Trained on \u00e9t\u00e9")
+    assert hub.messages == [f"Upload {folder.name}", "Trained on \u00e9t\u00e9"]
+    hub.refusals["/commit/main"] = 501
+    words = shlex.split(refused(lambda: upload_folder(folder, NAME, KEY, message="it's new")))
+    assert words[words.index("--commit-message") + 1] == "it's new"
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -250,11 +272,10 @@ def command(monkeypatch, tmp_path):
     """``dcp_to_hf.py --push-to-hub`` of a converted checkpoint, with other options."""
     hf_to_dcp.convert(str(hf_starts.save_model(tmp_path / "hf")), tmp_path / "checkpoint", say=lambda line: None)
 
-    def run(**changes: str) -> None:
+    def run(**changes: str | None) -> None:
         options = {"checkpoint": tmp_path / "checkpoint", "output": tmp_path / "output", "push-to-hub": NAME, **changes}
-        arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["dcp_to_hf.py", *arguments])
-        dcp_to_hf.main()
+        arguments = [word for name, value in options.items() for word in (f"--{name}", value) if word]
+        dcp_to_hf.main([*map(str, arguments)])
 
     return run
 
@@ -267,6 +288,7 @@ def command(monkeypatch, tmp_path):
         ({"output": "checkpoint/x"}, "it is inside --checkpoint"),
         ({"vocab-size": "0"}, "--vocab-size"),
         ({"workers": "0"}, "--workers 0"),
+        ({"workers": "1", "public": None, "private": None}, "--private"),
     ],
 )
 def test_no_repository_is_made_for_what_cannot_be_converted(hub, command, monkeypatch, tmp_path, options, said):
@@ -286,3 +308,14 @@ def test_a_token_is_looked_for_before_anything_is_converted(hub, command, tmp_pa
     assert contents(tmp_path / "output") == hub.repositories[NAME] | {
         "conversion.json": (tmp_path / "output/conversion.json").read_bytes()
     }
+
+
+def test_visibility_and_message_of_the_command(hub, command):
+    command(public=None, **{"commit-message": "First"})
+    assert not hub.private and hub.messages == ["First"]
+
+
+@pytest.mark.parametrize("option", ["--private", "--public", "--commit-message=x"])
+def test_options_of_an_upload_need_one(option, tmp_path):
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]} has no effect without --push-to-hub"):
+        dcp_to_hf.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "new"), option])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import re
+import resource
 import signal
 import threading
 import time
@@ -23,11 +24,6 @@ from types import FrameType
 from typing import TypeVar
 
 from ....engine.errors import UserError
-
-try:
-    import resource
-except ImportError:  # not a POSIX system: no limit on memory
-    resource = None  # type: ignore[assignment]
 
 MAX_SECONDS = 5.0
 """Processor time of one rendering. A conversation of a hundred megabytes takes about one second."""
@@ -160,14 +156,13 @@ class _MemoryLimit:
 
     def measure(self) -> None:
         """Set the limit from the current size of the process, which may have grown for other reasons."""
-        if resource is None:
+        try:
+            size = int(_STATM.read_bytes().split()[0]) * resource.getpagesize()
+        except OSError:  # macOS, which also refuses to set this limit
             return
         if self._before is None:
             self._before = resource.getrlimit(resource.RLIMIT_AS)
-        try:
-            self._limit = int(_STATM.read_bytes().split()[0]) * resource.getpagesize() + MAX_BYTES
-        except OSError:  # not Linux
-            self._limit = self._before[0]
+        self._limit = size + MAX_BYTES
         if self._before[0] != resource.RLIM_INFINITY:
             self._limit = min(self._limit, self._before[0])
         if self._depth:

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
 
-from ....engine.errors import UserError
+from ....engine.errors import UserError, install_command
 from ..records.errors import MalformedError
 from .conversation import Conversation, all_strings
 from .render_limits import FREE_OUTPUT, MAX_FAILURES, TooCostlyError, check_output, check_source, render_within_limits
@@ -164,7 +164,7 @@ class ChatTemplate:
                 ) from None
             raise MalformedError(f"the chat template cannot be used for the conversation: {error}") from None
         except ImportError as error:
-            raise UserError(f"--chat needs jinja2: pip install 'jinja2>=3.1.6' ({error})") from None
+            raise UserError(f"--chat needs jinja2: {install_command('jinja2')} ({error})") from None
         except RecursionError:
             raise
         except Exception as error:  # a template is a program, which may raise anything

@@ -5,105 +5,136 @@ It runs in the workers over the whole corpus; disabled steps cost nothing. Dupli
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import xxhash
+
 from ..options import PreprocessOptions
-from .decontamination import NgramFilter
-from .normalization import PieceNormalizer
+from .filters import Watch, text_filters
+from .steps import TextStep, text_steps
 
-_CONTROL_BYTES = bytes(code for code in (*range(0x20), 0x7F) if code not in b"\t\n\r")
-"""In UTF-8: Unicode's category Cc (C0, DEL and C1) but for tab, line feed and carriage return; and those of C1."""
-_C1 = re.compile(b"\xc2[\x80-\x9f]")
 
-_SHORT, _CONTAMINATED = "below --min-chars", "shares an n-gram with --held-out"
+def _ignore(name: str) -> None:
+    pass
 
 
 class Cleaner:
     """Cleans texts, and returns the reason to leave a text out.
 
-    The order: remove control characters; normalize (afterwards, because a control character may separate a letter and
-    its accent); check the length; check the n-grams.
+    The steps that change a text (steps.py) come first, then the filters (filters.py), each in the order of its module.
 
     Args:
-        options: ``normalize`` "nfc": convert texts to Unicode's normalization form C. ``strip_control``: remove
-            category Cc except tab, line feed and carriage return. Nothing replaces them, because a line feed usually
-            accompanies form feed and next line (U+0085). ``min_chars``: leave out texts with fewer code points.
-        held_out: file of a :class:`NgramFilter`: leave out texts that share an n-gram with it.
+        options: those of the steps and filters.
+        held_out: file of an :class:`NgramFilter`: leave out texts that share an n-gram with it.
     """
 
     def __init__(self, options: PreprocessOptions, held_out: Path | None = None) -> None:
-        self._normalize_nfc = options.normalize == "nfc"
-        self._strip_control = options.strip_control
-        self._min_chars = options.min_chars
-        self._filter = None if held_out is None else NgramFilter.load(held_out)
+        self._steps, self._filters = text_steps(options), text_filters(options, held_out)
 
     @property
     def active(self) -> bool:
         """Whether there is anything to do."""
-        return self._normalize_nfc or self._strip_control or self._min_chars > 0 or self._filter is not None
+        return bool(self._steps or self._filters)
+
+    def cleaned(self, text: str) -> str:
+        """Return the text after the steps that change it, whether or not it is left out."""
+        for step in self._steps:
+            text = step.whole(text)
+        return text
 
     def clean(self, text: str) -> tuple[str, str | None]:
         """Return the cleaned text, and the reason to leave it out or None. :meth:`clean_batch` is faster."""
         return self.clean_batch([text])[0]
 
-    def clean_batch(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
-        """Return for each text the cleaned text, and the reason to leave it out or None."""
-        cleaned = [self._cleaned(text) for text in texts] if self._normalize_nfc or self._strip_control else texts
-        reasons: list[str | None] = [None] * len(cleaned)
-        if self._filter is not None:
-            found = self._filter.contaminated_batch(cleaned).tolist()
-            reasons = [_CONTAMINATED if hit else None for hit in found]
-        if self._min_chars > 0:
-            reasons = [
-                _SHORT if len(text) < self._min_chars else reason for text, reason in zip(cleaned, reasons, strict=True)
-            ]
-        return list(zip(cleaned, reasons, strict=True))
+    def clean_batch(
+        self, texts: Sequence[str], on_change: Callable[[str], None] = _ignore
+    ) -> list[tuple[str, str | None]]:
+        """Return for each text the cleaned text, and the reason to leave it out or None.
 
-    def clean_pieces(self, pieces: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        Args:
+            on_change: called with the option of each step that changed a text, for each text that is not left out.
+        """
+        changed: list[list[str]] = [[] for _ in texts]
+        for step in self._steps:
+            after = list(map(step.whole, texts))
+            for names, old, new in zip(changed, texts, after, strict=True):
+                if old is not new and old != new:
+                    names.append(step.name)
+            texts = after
+        reasons = self._reasons(texts)
+        for names, reason in zip(changed, reasons, strict=True):
+            for name in names if reason is None else ():
+                on_change(name)
+        return list(zip(texts, reasons, strict=True))
+
+    def _reasons(self, texts: Sequence[str]) -> list[str | None]:
+        """Return for each text the reason of the first filter that leaves it out, or None."""
+        reasons: list[str | None] = [None] * len(texts)
+        for rule in self._filters:
+            kept = [place for place, reason in enumerate(reasons) if reason is None]
+            found = rule.reasons([texts[place] for place in kept])
+            for place, reason in zip(kept, found, strict=True):
+                reasons[place] = reason
+        return reasons
+
+    def clean_pieces(
+        self, pieces: Iterable[str], on_change: Callable[[str], None] = _ignore
+    ) -> Iterator[tuple[str, str | None]]:
         """Clean one long text that comes in pieces, cut anywhere, in memory of a few pieces.
 
-        The joined pieces are the cleaned text, and n-grams across cuts are checked. The iteration ends at a reason.
+        The joined pieces are the cleaned text, and the filters see it as a whole. The iteration ends at a reason.
         """
-        size = 0
-        watch = None if self._filter is None else self._filter.watch()
-        found = False
-        for piece in self._cleaned_pieces(pieces):
-            size += len(piece)
-            found = found or (watch is not None and watch.add(piece))
-            # A text that is too short and contaminated counts as too short.
-            if found and size >= self._min_chars:
-                yield piece, _CONTAMINATED
+        comparisons = [_Comparison(step) for step in self._steps]
+        for comparison in comparisons:
+            pieces = comparison.pieces(pieces)
+        watches = [rule.watch() for rule in self._filters]
+        for piece in pieces:
+            for watch in watches:
+                watch.add(piece)
+            if reason := _certain_reason(watches):
+                yield piece, reason
                 return
             yield piece, None
-        if size < self._min_chars:
-            yield "", _SHORT
-        elif watch is not None and watch.end():
-            yield "", _CONTAMINATED
-
-    def _cleaned(self, text: str) -> str:
-        if self._strip_control:
-            text = strip_control(text)
-        # Fast, and returns the same object, if there is nothing to do.
-        return unicodedata.normalize("NFC", text) if self._normalize_nfc else text
-
-    def _cleaned_pieces(self, pieces: Iterable[str]) -> Iterator[str]:
-        if self._strip_control:
-            pieces = map(strip_control, pieces)
-        if not self._normalize_nfc:
-            yield from pieces
+        for watch in watches:
+            watch.end()
+        if reason := next((watch.reason for watch in watches if watch.reason), None):
+            yield "", reason
             return
-        normalizer = PieceNormalizer()
-        for piece in pieces:
-            yield normalizer.add(piece)
-        yield normalizer.end()
+        for comparison in comparisons:
+            if comparison.has_changed:
+                on_change(comparison.name)
 
 
-def strip_control(text: str) -> str:
-    """Remove control characters; return the same object if there are none."""
-    # Searching bytes is several times as fast as characters.
-    content = text.encode("utf-8", "surrogatepass")
-    cleaned = _C1.sub(b"", content.translate(None, _CONTROL_BYTES))
-    return text if len(cleaned) == len(content) else cleaned.decode("utf-8", "surrogatepass")
+def _certain_reason(watches: Sequence[Watch]) -> str | None:
+    """Return the reason of the first watch that has one, if those before it cannot get one any more."""
+    for watch in watches:
+        if watch.reason or not watch.is_settled:
+            return watch.reason
+    return None
+
+
+class _Comparison:
+    """Notices whether a step changes a long text, by hashes of the text before and after it."""
+
+    def __init__(self, step: TextStep) -> None:
+        self.name = step.name
+        self._step = step
+        self._before, self._after = xxhash.xxh3_128(), xxhash.xxh3_128()
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the step has changed the text, when all of it is read."""
+        return self._before.digest() != self._after.digest()
+
+    def pieces(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Yield the changed text."""
+        for piece in self._step.pieces(_hashed(pieces, self._before)):
+            self._after.update(piece.encode("utf-8", "surrogatepass"))
+            yield piece
+
+
+def _hashed(pieces: Iterable[str], digest: xxhash.xxh3_128) -> Iterator[str]:
+    for piece in pieces:
+        digest.update(piece.encode("utf-8", "surrogatepass"))
+        yield piece

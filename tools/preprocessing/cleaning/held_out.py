@@ -61,7 +61,7 @@ def _texts(
             except MalformedError:
                 texts = list(_strings(record.value))
             for text in texts:
-                yield cleaner.clean(text if isinstance(text, str) else "".join(text.pieces()))[0]
+                yield cleaner.cleaned(text if isinstance(text, str) else "".join(text.pieces()))
 
 
 def _strings(value: Any) -> Iterator[str | LongText]:

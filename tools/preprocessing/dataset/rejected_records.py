@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ....engine.files.outputs import open_new
+from ....engine.files.paths import is_url
 from ..dataset_files import REJECTS
 from ..records.errors import Where, count_newlines
 from ..workers.task_output import TaskOutput
@@ -43,7 +44,7 @@ class _LineCounter:
         self._path, self._offset, self._lines = "", 0, 0
 
     def describe(self, where: Where) -> str:
-        if where.unit != "line":
+        if where.unit != "line" or is_url(where.path):
             return where.describe()
         if where.path != self._path or where.offset < self._offset:
             self._path, self._offset, self._lines = where.path, 0, 0

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....engine.data.splitmix import GOLDEN, mix64
-from ....engine.errors import UserError
+from ....engine.errors import UserError, install_command
 from ..ngrams import BLOCK, VERSION, LongUnits, Units, units_of
 
 _RENSA_ALGORITHM = 2
@@ -127,7 +127,7 @@ def _load_rensa() -> Any:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise UserError("--dedup minhash needs rensa: pip install 'rensa>=0.5,<0.6'") from None
+        raise UserError(f"--dedup minhash needs rensa: {install_command('rensa')}") from None
     version = getattr(RMinHash, "ALGORITHM_VERSION", None)
     if version != _RENSA_ALGORITHM:
         raise UserError(

@@ -21,6 +21,7 @@ import zstandard
 
 from ....engine.errors import UserError
 from ..formats import split_compression
+from ..storage import read_start
 
 _HEAD_BYTES = 64 << 10
 _LONG_HEAD_BYTES = 4 << 20
@@ -109,8 +110,7 @@ def _is_json(line: bytes, kind: type, keys: Sequence[str] | None = None) -> bool
 
 def _first_bytes(path: str, size: int) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(size) or b""
+        return read_start(path, size)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"

@@ -6,12 +6,15 @@ file that is named twice is refused: to repeat data, give its dataset a larger w
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import shutil
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,13 +22,18 @@ from typing import NamedTuple, NoReturn
 
 from ....engine.errors import UserError
 from ....engine.files.outputs import open_new
+from ....engine.files.paths import is_url
 from ..formats import FORMATS, format_of, known_formats, split_compression
 from ..records.errors import DamagedError
+from ..storage import FileFacts, facts, same_path
 from .detection import detect
 from .folders import choose_files, hub_snapshot
+from .remote import expand_url
 from .unsupported import remedy
 
 STDIN = "-"
+_REQUESTS = 16
+"""Remote files that are opened at the same time."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class InputFile:
     """One file of the corpus."""
 
     path: str
+    """A local path or a URL."""
     source: int
     """Index of the ``--input`` argument that named it."""
     format: str
@@ -40,9 +49,10 @@ class InputFile:
     compression: str
     """A value of ``COMPRESSIONS``, or ""."""
     size: int
-    """Bytes on disk."""
+    """Bytes as stored."""
     version: str
-    """What changes with the contents: of local files the time of the last change, in nanoseconds."""
+    """What changes with the contents: of local files the time of the last change, in nanoseconds; of remote files a
+    checksum where there is one."""
     units: int = 1
     """Number of units of formats that are divided between units."""
 
@@ -61,6 +71,10 @@ class InputOptions:
     """Keys of the text, which identify lines of JSON in a .txt file; None: any."""
     skip_damage: bool = False
     """Let the reader report damaged files."""
+    hf_subset: str | None = None
+    """Subset of datasets of the Hugging Face Hub; None: the default one."""
+    hf_split: str | None = None
+    """Split of datasets of the Hugging Face Hub; None: the only one, or train."""
 
 
 class InputFacts(NamedTuple):
@@ -93,17 +107,22 @@ def expand_inputs(arguments: Sequence[str], options: InputOptions, flag: str = "
     A folder means its documents at any depth, which ``folders.py`` selects; notes name the files that are left out.
     Symbolic links are followed; a file reached twice within a folder counts once. A pattern (``*``, ``?``, ``[...]``,
     ``**``) means the files and folders that it matches; one that ends in ``*`` or ``**`` is treated like a folder.
-    ``-`` is standard input; :func:`with_stdin_copied` turns it into a file.
+    A URL means the same as a path, in a file system that fsspec knows. ``-`` is standard input;
+    :func:`with_stdin_copied` turns it into a file.
 
     Raises:
         UserError: an argument names nothing, a file of unknown format, an unreadable file, or a file named before.
     """
-    files = [
-        InputFile(STDIN, source, _in_mode(options.stdin_format, options), "", 0, "")
-        if path == STDIN
-        else _input_file(path, source, options, flag)
-        for source, path in _named_files(arguments, options, flag)
-    ]
+    named = _named_files(arguments, options, flag)
+
+    def describe(source: int, path: str) -> InputFile:
+        if path == STDIN:
+            return InputFile(STDIN, source, _in_mode(options.stdin_format, options), "", 0, "")
+        return _input_file(path, source, options, flag)
+
+    # Remote files are opened at the same time, because each request takes as long as reading megabytes.
+    with ThreadPoolExecutor(_REQUESTS) if any(is_url(path) for _, path in named) else nullcontext() as pool:
+        files = list((pool.map if pool else map)(describe, *zip(*named, strict=True)))
     _print_notes(files, options)
     return files
 
@@ -115,7 +134,7 @@ def _named_files(arguments: Sequence[str], options: InputOptions, flag: str) -> 
     for source, argument in enumerate(arguments):
         name = f"{flag} {argument}"
         for path in [argument] if argument == STDIN else _expand(argument, name, options):
-            identity = STDIN if path == STDIN else os.path.realpath(path)
+            identity = STDIN if path == STDIN else same_path(path)
             if identity in seen:
                 raise UserError(
                     f"{name}: {path} is already an input, as {seen[identity]}; name each file once (to repeat data, "
@@ -146,6 +165,9 @@ def with_stdin_copied(files: Sequence[InputFile], copy: Path) -> list[InputFile]
 
 def _expand(argument: str, name: str, options: InputOptions) -> list[str]:
     """Return the files of one argument, by path."""
+    if is_url(argument):
+        choose = functools.partial(_chosen, options=options)
+        return expand_url(argument, name, choose, options.hf_subset, options.hf_split)
     if os.path.isdir(argument):
         return _chosen(name, _files_below(argument), options)
     if os.path.exists(argument):
@@ -266,12 +288,8 @@ def _input_file(path: str, source: int, options: InputOptions, flag: str) -> Inp
     found = format_of(path)
     if options.input_format is None and found is None and (known := remedy(path)):
         raise UserError(f"{name}: {known}")
-    if not os.path.exists(path):
-        raise UserError(f"{name}: a broken symbolic link")
-    if not os.path.isfile(path):
-        raise UserError(f"{name}: not a regular file; write the text to a file first, or pipe it to --input -")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{name}: no permission to read it")
+    if not is_url(path):
+        _require_readable(path, name)
     named = found[0].name if found else None
     compression = found[1] if found else split_compression(path.lower())[1]
     detected = detect(path, options.input_format or named, compression, options.input_format is not None, options.keys)
@@ -287,12 +305,20 @@ def _input_file(path: str, source: int, options: InputOptions, flag: str) -> Inp
     return InputFile(path, source, form, detected.compression, size, version, _units(form, path, options.skip_damage))
 
 
-def _size_and_version(path: str, flag: str) -> tuple[int, str]:
+def _require_readable(path: str, name: str) -> None:
+    if not os.path.exists(path):
+        raise UserError(f"{name}: a broken symbolic link")
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: not a regular file; write the text to a file first, or pipe it to --input -")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{name}: no permission to read it")
+
+
+def _size_and_version(path: str, flag: str) -> FileFacts:
     try:
-        status = os.stat(path)
+        return facts(path)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
-    return status.st_size, str(status.st_mtime_ns)
 
 
 def _print_notes(files: Sequence[InputFile], options: InputOptions) -> None:

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ....engine.errors import UserError
+from ....engine.files.paths import is_url
 from ....engine.files.regular import read_regular
+from ..dataset_files import JSON, METADATA, REJECTS, is_of_dataset
 from ..formats import FORMATS, format_of, known_formats, split_compression
+from ..storage import is_file, read_start
 from .detection import detect, has_no_suffix
 from .unsupported import most_common_remedy
 
@@ -92,6 +95,7 @@ def choose_files(
     data = drop(data, CACHES, _not_in_saved_dataset(data))
     data = drop(data, OTHERS, lambda path: formats[path] is None)
     data = drop(data, DESCRIBES, lambda path: _name(path) in _DESCRIPTIONS)
+    data = drop(data, DESCRIBES, _is_record_of_preprocess)
     data = drop(data, SPLITS, _evaluation_splits(paths, data))
     others = {formats[path] for path in data if not _is_about(path)}
     if others:
@@ -129,6 +133,11 @@ def hub_snapshot(folder: str, folders: Sequence[str]) -> str | None:
     return os.path.join(folder, "snapshots", revision)
 
 
+def _is_record_of_preprocess(path: str) -> bool:
+    """Return whether ``path`` is a sidecar, rejects or metadata that the preprocess command wrote."""
+    return path.endswith((JSON, REJECTS, METADATA)) and is_of_dataset(path)
+
+
 def _name(path: str) -> str:
     return os.path.basename(path).lower()
 
@@ -148,7 +157,7 @@ def _format_name(path: str, keys: Sequence[str] | None) -> str | None:
     """Return the format of a file in a folder by its name or, without a suffix, its content."""
     if found := format_of(path):
         return found[0].name
-    if not has_no_suffix(path) or _is_about(path) or not os.path.isfile(path):
+    if not has_no_suffix(path) or _is_about(path) or not is_file(path):
         return None
     detected = detect(path, None, split_compression(path)[1], keys=keys)
     form = FORMATS.get(detected.format or "")
@@ -196,7 +205,7 @@ def _not_in_saved_dataset(paths: Sequence[str]) -> Callable[[str], bool]:
             if isinstance(files, list) and all(isinstance(file, dict) for file in files):
                 names = frozenset(str(file.get("filename")) for file in files)
                 folder = os.path.dirname(path)
-                absent = sorted(name for name in names if not os.path.exists(os.path.join(folder, name)))
+                absent = sorted(name for name in names if not is_file(os.path.join(folder, name)))
                 if absent:
                     raise UserError(f"{path}: names {absent[0]}, which is not there; copy the folder again")
                 listed[folder] = names
@@ -254,7 +263,7 @@ def _split_name(path: str) -> str | None:
 
 def _read_json(path: str) -> object:
     try:
-        return json.loads(read_regular(path, _MOST_BYTES))
+        return json.loads(read_start(path, _MOST_BYTES) if is_url(path) else read_regular(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
 

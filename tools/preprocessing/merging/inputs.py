@@ -18,7 +18,7 @@ from ....engine.errors import UserError
 from ....engine.files.outputs import Use
 from ....engine.tokenizer.fingerprint import same_tokenizer
 from ..dataset.checks import require_free
-from ..dataset_files import BIN, IDX, JSON, MASK, METADATA, existing_outputs
+from ..dataset_files import BIN, IDX, JSON, MASK, METADATA, dataset_files, existing_outputs
 
 _SHARD_NAME = re.compile(r"(?P<stem>.*)\.shard-(?P<index>\d+)-of-(?P<count>\d+)(?P<side>(\.[^./]+)?)")
 
@@ -163,7 +163,7 @@ def check_paths(parts: Sequence[MergeInput], output: str, overwrite: bool) -> No
             )
         seen[identity] = part.prefix
     reads = [Use("--inputs", path) for part in parts for path in existing_outputs(part.prefix)]
-    require_free({output: [output]}, reads, overwrite)
+    require_free({output: dataset_files(output)}, reads, overwrite)
 
 
 def check_alike(parts: Sequence[MergeInput]) -> None:

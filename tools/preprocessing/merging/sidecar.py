@@ -74,6 +74,7 @@ def _joined(before: InputSource, source: InputSource, part: MergeInput) -> Input
         characters=before.characters + source.characters,
         text_bytes=before.text_bytes + source.text_bytes,
         left_out=dict(Counter(before.left_out) + Counter(source.left_out)),
+        changed=dict(Counter(before.changed) + Counter(source.changed)),
     )
 
 
@@ -95,4 +96,6 @@ def _options_of_run(members: Sequence[tuple[MergeInput, Sidecar]]) -> dict[str, 
                     f"{members[0][0].prefix} with {shared.get(name, 'its default')}: shards of one run have the same "
                     "options; preprocess them again"
                 )
-    return {**shared, "shards": len(members)} if any(name in shared for name in _WITHIN_A_SHARD) else shared
+    # Duplicates that were found in all parts are those of one machine.
+    within = set(_WITHIN_A_SHARD) - ({"dedup"} if shared.pop("exclude_documents", False) else set())
+    return {**shared, "shards": len(members)} if not within.isdisjoint(shared) else shared

@@ -6,17 +6,20 @@ Each row is a record, with the needed columns only. Files are memory-mapped, so 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ....engine.errors import UserError
+from ....engine.files.paths import is_url
 from ..formats import require_library
+from ..inputs.files import InputFile
 from ..records.errors import DamagedError, Where
 from ..records.reading import ReadContext, Record
 from ..workers.tasks import Span
 from .arrow_rows import batch_records, decoded_bytes, longest_entry
 from .columns import usable_columns
 from .expansion_limit import ExpansionLimit
-from .streams import check_unchanged, damage_is_user_error, iterate_checked
+from .streams import check_unchanged, damage_is_user_error, iterate_checked, open_unchanged
 
 _FILE_MAGIC = b"ARROW1"
 _FEATHER_1_MAGIC = b"FEA1"
@@ -30,8 +33,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
     file, path = span.file, span.file.path
     arrow = require_library("pyarrow", path)
     require_library("pyarrow.ipc", path)
-    with _map(arrow, path) as source:
-        check_unchanged(file, source.size())
+    with _source(arrow, file) as source:
         if not file.size:
             raise DamagedError(f"{path}: an empty file, not a valid Arrow file; copy it again")
         schema, batches = _batches(arrow, source, path)
@@ -57,11 +59,20 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
         context.consumed = file.size
 
 
-def _map(arrow: Any, path: str) -> Any:
+@contextmanager
+def _source(arrow: Any, file: InputFile) -> Iterator[Any]:
+    """Open a file for pyarrow; a local one is mapped."""
+    if is_url(file.path):
+        with open_unchanged(file) as raw, arrow.PythonFile(raw, "r") as source:
+            yield source
+        return
     try:
-        return arrow.memory_map(path, "r")
+        mapped = arrow.memory_map(file.path, "r")
     except (OSError, arrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
+        raise UserError(f"{file.path}: cannot be read ({error}); check the file and its permissions") from error
+    with mapped as source:
+        check_unchanged(file, source.size())
+        yield source
 
 
 def _batches(arrow: Any, source: Any, path: str) -> tuple[Any, Iterator[Any]]:

@@ -12,6 +12,7 @@ from ....engine.errors import UserError
 from ..formats import require_library
 from ..records.errors import UNREADABLE, DamagedError, Where
 from ..records.reading import ReadContext, Record
+from ..storage import open_file
 from ..workers.tasks import Span
 from .arrow_rows import batch_records, decoded_bytes
 from .columns import usable_columns
@@ -28,7 +29,7 @@ _MAX_REPEATED_BYTES = 64 << 20
 
 def count_units(path: str) -> int:
     """Return the number of row groups. Raise UserError if it is not a readable Parquet file."""
-    with damage_is_user_error(path, "Parquet"), open(path, "rb") as file:
+    with damage_is_user_error(path, "Parquet"), open_file(path, whole=False) as file:
         return _open(file, path).metadata.num_row_groups
 
 

@@ -1,6 +1,7 @@
 """PDF: a file is one document, the text of its pages in drawing order, with an empty line between pages.
 
-Not supported: OCR of scanned pages, columns and tables, and removing headers and page numbers.
+With ``pdf_pages`` each page with text is a document. Not supported: OCR of scanned pages, columns and tables, and
+removing headers and page numbers.
 """
 
 from __future__ import annotations
@@ -20,31 +21,36 @@ _BETWEEN_PAGES = "\n\n"
 
 
 def read(span: Span, context: ReadContext) -> Iterator[Record]:
-    """Yield the file as one record."""
+    """Yield the file, or each page with text, as one record."""
     path = span.file.path
     pypdf = require_library("pypdf", path)
     # It warns about every oddity that it can handle.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL + 1)
     with open_stream(span.file, context) as stream:
+        pages: dict[int, str] = {}
         try:
-            text = _text(pypdf, stream, path)
+            pages = _pages(pypdf, stream, path)
         except MalformedError as error:
-            text = None
             context.refuse(Where(path), str(error), error.kind, None)
         context.consumed = span.file.size
-    if text is not None:
-        yield Record(text, Where(path))
+    if context.options.pdf_pages:
+        for number, text in pages.items():
+            yield Record(text, Where(path, "page", number))
+    elif pages:
+        yield Record(_BETWEEN_PAGES.join(pages.values()), Where(path))
 
 
-def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
+def _pages(pypdf: Any, stream: BinaryIO, path: str) -> dict[int, str]:
+    """Return the texts of the pages with text by their numbers, from 1. Raise MalformedError if there are none."""
     page = 0
     try:
         reader = pypdf.PdfReader(stream)
         if reader.is_encrypted and not reader.decrypt(""):
             raise MalformedError("locked with a password; save it without one")
-        pages = []
+        pages = {}
         for page in range(1, len(reader.pages) + 1):
-            pages.append(reader.pages[page - 1].extract_text().strip())
+            if text := reader.pages[page - 1].extract_text().strip():
+                pages[page] = text
     except (UserError, MalformedError, MemoryError):
         raise
     except pypdf.errors.DependencyError:
@@ -53,11 +59,10 @@ def _text(pypdf: Any, stream: BinaryIO, path: str) -> str:
     except Exception as error:  # pypdf may raise anything for a damaged file
         where = f"page {page}: " if page else ""
         raise MalformedError(f"{where}truncated, damaged or not a PDF ({short_reason(error)})") from None
-    text = _BETWEEN_PAGES.join(filter(None, pages))
-    if not text:
+    if not pages:
         raise MalformedError("no text: a scan? run OCR first")
     try:
-        text.encode("utf-8")
+        "".join(pages.values()).encode("utf-8")
     except UnicodeEncodeError:
         raise MalformedError("text with half a character (a lone surrogate)") from None
-    return text
+    return pages

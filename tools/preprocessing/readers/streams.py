@@ -20,6 +20,7 @@ from ....engine.errors import UserError
 from ..inputs.files import InputFile
 from ..records.errors import DamagedError
 from ..records.reading import ReadContext
+from ..storage import open_file, short_reason
 from .expansion_limit import READ_AHEAD_BYTES, ExpansionLimit
 
 _GzipFile: Any = gzip.GzipFile
@@ -34,7 +35,6 @@ _BUFFER_BYTES = 1 << 20
 _ZSTD_MAX_WINDOW = 1 << 31
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RLE_BLOCK = 1
-_MAX_REASON = 200
 _END: Any = object()
 
 _Item = TypeVar("_Item")
@@ -56,15 +56,23 @@ def open_unbuffered(file: InputFile, context: ReadContext) -> Iterator[io.RawIOB
     Raises:
         UserError: the file does not exist anymore, has changed since planning, or is empty but compressed.
     """
-    try:
-        raw = open(file.path, "rb", buffering=0)
-    except OSError as error:
-        raise UserError(f"{file.path}: cannot be read ({error.strerror})") from error
-    with raw:
-        check_unchanged(file, os.fstat(raw.fileno()).st_size)
+    with open_unchanged(file) as raw:
         if file.compression and file.size == 0:
             raise DamagedError(f"{file.path}: an empty file, not a valid compressed file; copy it again")
         yield _CheckedStream(file, raw, context)
+
+
+@contextmanager
+def open_unchanged(file: InputFile) -> Iterator[io.RawIOBase]:
+    """Open a file as it is stored. Raise UserError if it cannot be, or has changed since the tasks were planned."""
+    try:
+        raw = open_file(file.path)
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read ({error.strerror})") from error
+    with raw:
+        check_unchanged(file, raw.seek(0, os.SEEK_END))
+        raw.seek(0)
+        yield raw
 
 
 def check_unchanged(file: InputFile, size: int) -> None:
@@ -121,19 +129,14 @@ def iterate_checked(items: Iterable[_Item], path: str, kind: str) -> Iterator[_I
         yield item
 
 
-def short_reason(error: Exception) -> str:
-    """Return a library's message in one line of moderate length."""
-    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
-
-
 class _CheckedStream(io.RawIOBase):
     """The decompressed bytes of a file; damage raises UserError, after everything before it has been read."""
 
-    def __init__(self, file: InputFile, raw: io.FileIO, context: ReadContext) -> None:
+    def __init__(self, file: InputFile, raw: io.RawIOBase, context: ReadContext) -> None:
         self._path, self._raw, self._context = file.path, raw, context
         self._bytes: Any = _decompressed(file.compression, raw) if file.compression else raw
         self._readinto: Callable[[memoryview], int | None] = (
-            cast(Any, self._bytes).readinto1 if file.compression else raw.readinto
+            cast(Any, self._bytes).readinto1 if file.compression else cast(Any, raw).readinto
         )
         self._is_isal = file.compression == ".gz" and _GzipFile is not gzip.GzipFile
         self._expansion = ExpansionLimit(file.path, file.size, context.options.max_expansion)
@@ -197,7 +200,7 @@ class _CheckedStream(io.RawIOBase):
         return DamagedError(f"{self._path}: truncated or damaged ({error}); copy or compress it again")
 
 
-def _decompressed(compression: str, raw: io.FileIO) -> Any:
+def _decompressed(compression: str, raw: io.RawIOBase) -> Any:
     """Return a reader of the decompressed bytes, with ``readinto``."""
     if compression == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
@@ -211,7 +214,7 @@ def _decompressed(compression: str, raw: io.FileIO) -> Any:
 class _SmallReads(io.RawIOBase):
     """A file that returns few bytes per read, however many a decompressor asks for."""
 
-    def __init__(self, raw: io.FileIO) -> None:
+    def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
 
     def readable(self) -> bool:
@@ -233,7 +236,7 @@ class _ZstdFrames:
     ``zstandard.stream_reader`` silently stops there, and the output of its ``decompressobj`` is not bounded.
     """
 
-    def __init__(self, raw: io.FileIO) -> None:
+    def __init__(self, raw: io.RawIOBase) -> None:
         self._file = io.BufferedReader(raw, READ_AHEAD_BYTES)
         self._pieces = self._walk()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 
+from ....engine.files.paths import is_url
 from ..records.errors import MalformedError, Where
 from ..records.json_values import invalid_utf8
 from ..records.long_text import LONG_BYTES, LongText
@@ -32,7 +33,7 @@ def read(span: Span, context: ReadContext) -> Iterator[Record]:
                 context.refuse(where, str(wrong), wrong.kind, None)
                 return
             yield Record(text, where)
-        elif not file.compression:
+        elif not file.compression and not is_url(file.path):
             yield from _checked(LongText(file.path, bom, file.size, False, where), context)
             context.consumed = file.size
         else:

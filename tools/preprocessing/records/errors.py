@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ....engine.errors import UserError
+from ....engine.files.paths import is_url
 
 _BLOCK_BYTES = 1 << 20
 
@@ -21,11 +22,15 @@ class Where(NamedTuple):
     """Byte offset from which lines are counted."""
 
     def describe(self) -> str:
-        """Return ``file:17`` for lines, ``file: row 17`` for other units."""
+        """Return ``file:17`` for lines, ``file: row 17`` for other units; in remote files the byte of a line."""
         if not self.unit:
             return self.path
+        if self.unit == "line" and is_url(self.path) and self.offset:
+            # Counting lines would read the file again.
+            return f"{self.path}: line at byte {self.offset}"
         if self.unit == "line":
-            return f"{self.path}:{count_newlines(self.path, 0, self.offset) + self.number}"
+            before = count_newlines(self.path, 0, self.offset) if self.offset else 0
+            return f"{self.path}:{before + self.number}"
         return f"{self.path}: {self.unit} {self.number}"
 
 

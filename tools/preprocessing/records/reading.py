@@ -31,6 +31,8 @@ class ReadOptions:
     """Sheets of a workbook to read; empty: those with the wanted columns."""
     max_expansion: int = 300
     """Maximum bytes that a compressed file may give per byte on disk; 0: no limit."""
+    pdf_pages: bool = False
+    """Each page of a PDF is a record; else the file."""
     skip_damage: bool = False
     """Report damage through ``ReadContext.refuse`` and continue after it, if possible."""
 

@@ -23,11 +23,6 @@ from .worker import TaskRunner, WorkerSettings, run_task, start_worker
 _TICK_SECONDS = 0.2
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def may_fork() -> bool:
     """Return whether this process is known to have only one thread.
 
@@ -139,7 +134,8 @@ def run_tasks(
 def _pool(workers: int, tokenizer: TokenizerHandle, settings: WorkerSettings, progress: Any) -> ProcessPoolExecutor:
     """Return a pool of workers: forked from this process with its tokenizer if it has one thread, the cheapest way."""
     if not may_fork():
-        start_early(settings.tokenizer)
+        if settings.tokenizer is not None:
+            start_early(settings.tokenizer)
         return ProcessPoolExecutor(workers, worker_context(), start_worker, (settings, progress))
     _ = tokenizer.encoder  # loads the fast path, for all workers
     gc.freeze()  # a collection in a worker would write to all inherited objects, and so copy them

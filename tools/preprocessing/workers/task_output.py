@@ -22,6 +22,7 @@ DOCUMENT = np.dtype(
         ("text_bytes", "<i8"),  # in UTF-8
         ("metadata_bytes", "<i8"),  # of its line in {key}.metadata, line feed included; 0 without metadata
         ("source", "<i4"),  # index of the --input argument
+        ("bin", "<i4"),  # index in TaskResult.bins; 0 without --bins
         ("digest", "<u8", (2,)),  # xxh3-128 of the text; zeros if no option needs it
     ]
 )
@@ -68,6 +69,10 @@ class TaskResult:
     tokens: int = 0
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     """Counts by source (its number as a string) and reason."""
+    changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Documents that cleaning changed and did not leave out, by source (as above) and option."""
+    bins: list[str] = field(default_factory=list)
+    """Values of the key of ``--bins``, in the order in which they came."""
     first_bad: str | None = None
     """``file:line: reason`` of the first skipped record."""
     notes: list[str] = field(default_factory=list)
@@ -84,6 +89,11 @@ class TaskResult:
         """Count ``number`` documents that are left out."""
         reasons = self.left_out.setdefault(str(source), {})
         reasons[reason] = reasons.get(reason, 0) + number
+
+    def count_change(self, source: int, option: str) -> None:
+        """Count a document that a cleaning step changed."""
+        options = self.changed.setdefault(str(source), {})
+        options[option] = options.get(option, 0) + 1
 
     def count_note(self, source: int, note: str, number: int) -> None:
         """Count a part of kept documents that is not trained on. Rare names share one count."""

@@ -41,7 +41,7 @@ class TaskWriter:
         self._files = ExitStack()
         self._tokens = self._open("tokens")
         self._mask = self._open("mask") if self._options.chat else None
-        self._metadata = self._open("metadata") if self._options.metadata else None
+        self._metadata = self._open("metadata") if self._options.writes_lines else None
         self._rejects: BinaryIO | None = None
         return self
 
@@ -53,7 +53,7 @@ class TaskWriter:
 
     def add(self, source: int, documents: Documents) -> None:
         """Write the documents with an accepted number of tokens; count the others."""
-        keep = self._accepted(source, documents.lengths)
+        keep = self._accepted(source, documents.lengths, documents.is_empty)
         if not keep.any():
             return
         if not keep.all():
@@ -66,8 +66,10 @@ class TaskWriter:
         if self._hasher is not None:
             self._bands.append(documents.bands(self._hasher))
         if self._metadata is not None:
-            table["metadata_bytes"] = list(map(len, documents.metadata))
-            self._metadata.write(b"".join(documents.metadata))
+            table["metadata_bytes"] = documents.line_sizes()
+            self._metadata.write(b"".join(documents.lines))
+        if self._options.bins:
+            table["bin"] = documents.bins
         if self._mask is not None:
             assert documents.mask is not None
             self._mask.write(documents.mask.tobytes())
@@ -77,8 +79,9 @@ class TaskWriter:
 
     @contextmanager
     def undone_unless_added(self) -> Iterator[None]:
-        """Remove the tokens written in this context, unless their document is added in it."""
+        """Remove the tokens and lines written in this context, unless their document is added in it."""
         start, digest, tokens = self._tokens.tell(), self._digest.copy(), self._result.tokens
+        start_of_line = 0 if self._metadata is None else self._metadata.tell()
         documents = self._result.documents
         try:
             yield
@@ -87,6 +90,9 @@ class TaskWriter:
                 self._tokens.seek(start)
                 self._tokens.truncate()
                 self._digest, self._result.tokens = digest, tokens
+                if self._metadata is not None:
+                    self._metadata.seek(start_of_line)
+                    self._metadata.truncate()
 
     def write_tokens(self, ids: npt.NDArray[np.integer]) -> None:
         """Write ids of a document that is added later."""
@@ -95,10 +101,17 @@ class TaskWriter:
         self._digest.update(content)
         self._result.tokens += len(ids)
 
-    def _accepted(self, source: int, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def write_line(self, content: bytes) -> None:
+        """Write a part of the line of a document that is added later."""
+        assert self._metadata is not None
+        self._metadata.write(content)
+
+    def _accepted(
+        self, source: int, lengths: npt.NDArray[np.int64], empty: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
         """Return which documents are kept by their number of tokens; count the others."""
         options = self._options
-        empty, short = lengths == 0, lengths < options.min_tokens
+        short = lengths < options.min_tokens
         if options.min_tokens <= 1 and options.max_tokens is None and not empty.any():
             return ~empty
         long = lengths > (options.max_tokens if options.max_tokens is not None else np.iinfo(np.int64).max)

@@ -67,17 +67,18 @@ def choose_task_bytes(files: Sequence[InputFile], num_shards: int = 1) -> int:
     return max(min(share, _MAX_TASK_BYTES), least, 1)
 
 
-def are_small(files: Sequence[InputFile], tokenizer: Path) -> bool:
+def are_small(files: Sequence[InputFile], tokenizer: Path | None) -> bool:
     """Return whether the reference tokenizer in this process is faster than workers with the fast one.
 
     True only for one task of text of known size: not compressed, and not in a format that packs it.
 
     Args:
-        tokenizer: its file; its size determines how long the fast one takes to load.
+        tokenizer: its file; its size determines how long the fast one takes to load. None: text is not tokenized.
     """
     if any(file.compression or not FORMATS[file.format].compressible or file.path == STDIN for file in files):
         return False
-    return sum(file.size for file in files) < min(tokenizer.stat().st_size * _REPAID_SHARE, _MIN_TASK_BYTES)
+    repaid = _MIN_TASK_BYTES if tokenizer is None else tokenizer.stat().st_size * _REPAID_SHARE
+    return sum(file.size for file in files) < min(repaid, _MIN_TASK_BYTES)
 
 
 def plan_tasks(files: Sequence[InputFile], task_bytes: int) -> list[Task]:

@@ -50,9 +50,20 @@ def _add_commands(parser: argparse.ArgumentParser, commands: Sequence[Command]) 
         if command.subcommands:
             _add_commands(subparsers.add_parser(command.name, help=command.summary), command.subcommands)
         else:
-            options = command.load().build_parser()
-            _complete_values(options)
-            subparsers.add_parser(command.name, help=command.summary, parents=[options], add_help=False)
+            completed = subparsers.add_parser(command.name, help=command.summary, add_help=False)
+            _add_options(completed, command.load().build_parser())
+
+
+def _add_options(completed: argparse.ArgumentParser, parser: Any) -> None:
+    """Add the options of a command, and of the settings that it takes, except those of the same name."""
+    build_settings = getattr(parser, "build_settings_parser", None)
+    known: set[str] = set()
+    for each in (parser, *([build_settings()] if build_settings else [])):
+        _complete_values(each)
+        for action in each._actions:
+            if known.isdisjoint(action.option_strings):
+                completed._add_action(action)
+                known.update(action.option_strings)
 
 
 def _complete_values(parser: Any) -> None:

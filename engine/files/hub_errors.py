@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from ...errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

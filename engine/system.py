@@ -1,0 +1,46 @@
+"""Return facts about this machine that Linux and macOS report in different ways, or not at all.
+
+Code that needs one of these systems asks here, or looks for the function that it calls (``hasattr(os, ...)``).
+Windows is refused when the package is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+from .errors import UserError
+
+
+def require_linux(what: str) -> None:
+    """Refuse what reads the files of Linux in /proc.
+
+    Raises:
+        UserError: this is another system.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"{what} needs Linux; this is {sys.platform}")
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use; macOS does not restrict processes to some cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that no process uses; None where the system does not report them, as on macOS."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process in bytes. Linux counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
