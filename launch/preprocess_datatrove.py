@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retemper.engine.config.command_line import CommandParser
-from retemper.engine.errors import UserError, run_command
+from retemper.engine.errors import UserError, install_command, run_command
 from retemper.tools import preprocess
 from retemper.tools.preprocessing.dataset.checks import require_free_shards
 from retemper.tools.preprocessing.dedup.across_parts import signature_shape
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options, theirs = parse_arguments(arguments)
     if PipelineStep is object:
-        raise UserError("datatrove is not installed: pip install datatrove")
+        raise UserError(f"datatrove is not installed: {install_command('datatrove')}")
     wanted = preprocess.parse_arguments(theirs)
     if wanted.shard is not None or "-" in wanted.input:
         raise UserError(

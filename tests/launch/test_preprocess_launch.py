@@ -133,7 +133,10 @@ def test_datatrove_is_named_where_it_is_missing(folder, tokenizer):
     command = [sys.executable, "-c", "import sys, runpy; sys.modules['datatrove'] = None; sys.argv.pop(0)\n"]
     command[-1] += "runpy.run_path(sys.argv[0], run_name='__main__')"
     done = run(folder, *command, DATATROVE, "--shards", "2", "--logs", "logs", "--", "--input", "x")
-    assert (done.returncode, done.stderr) == (1, "error: datatrove is not installed: pip install datatrove\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: datatrove is not installed: pip install 'retemper[datatrove]'\n",
+    )
 
 
 @pytest.mark.slow

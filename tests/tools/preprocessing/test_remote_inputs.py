@@ -236,4 +236,4 @@ def test_wrong_urls_are_one_line(refused, memory, server, tmp_path, monkeypatch)
     twice = refused("--input", "memory://a.jsonl", "memory:///a.jsonl", *out)
     assert "is already an input" in twice
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert "pip install s3fs" in refused("--input", "s3://bucket/a.jsonl", *out)
+    assert "pip install 'retemper[cloud]'" in refused("--input", "s3://bucket/a.jsonl", *out)
