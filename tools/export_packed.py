@@ -49,7 +49,7 @@ def build_parser() -> CommandParser:
         "--tokens-per-file", type=int, default=1 << 26, metavar="N", help="size of the files (default: %(default)s)"
     )
     parser.add_argument(
-        PUSH,
+        "--push-to-hub",
         metavar="NAME",
         help="also upload the folder to this dataset repository (namespace/name) on the Hub; a new repository is "
         "created as a private one; the token comes from HF_TOKEN or `hf auth login`",
