@@ -109,11 +109,14 @@ class KeepFirst(PipelineStep):
     def __init__(self, clusters: str, exclusions: str, num_parts: int) -> None:
         super().__init__()
         self.clusters, self.exclusions, self.num_parts = clusters, exclusions, num_parts
+        self.package = str(Path(__file__).parent)
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Write the numbers of the documents."""
+        import sys
         from pathlib import Path
 
+        sys.path.insert(0, self.package)  # with retemper.py, for a checkout that is not installed
         from retemper.tools.preprocessing.dedup.across_parts import write_exclusions
 
         write_exclusions(Path(self.clusters), Path(self.exclusions), self.num_parts)
