@@ -35,7 +35,8 @@ def notebook_as_markdown(notebook: dict) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace links to files outside of docs/ by their addresses in the repository."""
+    """Replace links to files outside of docs/ by their addresses in the repository, and those to notebooks by pages."""
+    markdown = markdown.replace(".ipynb)", ".md)")
     return LINK.sub(lambda match: absolute_link(match, page.file.src_uri, config), markdown)
 
 

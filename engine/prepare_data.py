@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from .config.settings import ModelConfig, RunConfig
-from .data.text_sources import cache_folder, text_sources, with_datasets
+from .data.text_sources import TextSource, cache_folder, text_sources, with_datasets
 from .data.tokenizing import CachedDataset, TokenizingJob
 from .errors import UserError
 from .guards.background import run_in_background
@@ -31,23 +32,29 @@ def prepare_data(config: RunConfig, ranks: Ranks, stop: StopRequest, say: Callab
         if config.data.cache_folder is not None:
             say("note: data.cache_folder has no effect: no source is text")
         return config
-    cache = cache_folder(config.data)
-    nodes = [rank for rank, local in enumerate(ranks.all_gather(read_launcher().local_rank)) if local == 0]
-    datasets = {}
+    datasets = {text.key: _tokenize(text, config, ranks, stop) for text in texts}
     for text in texts:
-        job = ranks.fail_together(lambda text=text: TokenizingJob(text, tokenizer_of(config.model, text.key), cache))
-        if len(nodes) > 1 and text.is_divisible:
-            part = f"{nodes.index(ranks.rank)}/{len(nodes)}" if ranks.rank in nodes else None
-            run_in_background(ranks, part and (lambda job=job, part=part: job.run(part)), stop.agreed, job.stop)
-            stop.exit_if_agreed()
-        made = run_in_background(ranks, job.run if ranks.is_main else None, stop.agreed, job.stop)
-        stop.exit_if_agreed()
-        datasets[text.key] = made = ranks.broadcast(made)
-        for one in made.values():
+        for one in datasets[text.key].values():
             say(f"data        {text.path}: {one.documents:,} documents, {one.tokens:,} tokens in {one.prefix}")
     ranks.fail_together(lambda: _require_visible([one for made in datasets.values() for one in made.values()]))
     prefixes = {key: {side: one.prefix for side, one in made.items()} for key, made in datasets.items()}
     return replace(config, data=with_datasets(config.data, prefixes))
+
+
+def _tokenize(text: TextSource, config: RunConfig, ranks: Ranks, stop: StopRequest) -> dict[str, CachedDataset]:
+    """Return the datasets of ``text`` by side. With several nodes, each makes a part, and rank 0 joins them."""
+    cache = cache_folder(config.data)
+    job = ranks.fail_together(lambda: TokenizingJob(text, tokenizer_of(config.model, text.key), cache))
+    nodes = [rank for rank, local in enumerate(ranks.all_gather(read_launcher().local_rank)) if local == 0]
+    if len(nodes) > 1 and text.is_divisible:
+        place = nodes.index(ranks.rank) if ranks.rank in nodes else None
+        make_part = None if place is None else partial(job.run, f"{place}/{len(nodes)}")
+        run_in_background(ranks, make_part, stop.agreed, job.stop)
+        stop.exit_if_agreed()
+    made = run_in_background(ranks, job.run if ranks.is_main else None, stop.agreed, job.stop)
+    stop.exit_if_agreed()
+    found: dict[str, CachedDataset] = ranks.broadcast(made)
+    return found
 
 
 def prepare_data_here(config: RunConfig) -> RunConfig:

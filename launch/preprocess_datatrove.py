@@ -31,6 +31,7 @@ from retemper.tools import preprocess
 from retemper.tools.preprocessing.dataset.checks import require_free_shards
 from retemper.tools.preprocessing.dedup.across_parts import signature_shape
 from retemper.tools.preprocessing.inputs.hub import pin_revisions
+from retemper.tools.preprocessing.option_rules import check_options
 from retemper.tools.preprocessing.options import PreprocessOptions
 
 try:
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if wanted.to_jsonl:
         raise UserError("--to-jsonl: this command joins datasets; run tools/preprocess.py --shard, and join its files")
-    wanted.check()
+    check_options(wanted)
     # All parts read the same commit of a dataset of the Hub.
     theirs += ["--input", *pin_revisions(wanted.input)]
     require_free_shards(wanted, options.shards)

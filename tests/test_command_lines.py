@@ -23,8 +23,8 @@ COMMANDS = sorted(
 )
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
-    *("--data", "--replay", "--tokens"),
-    *("--languages", "--bins", "--bin-weights", "--hf-split", "--hf-subset"),
+    *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset"),
+    *("--languages", "--bins", "--bin-weights"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
         "--kernels",

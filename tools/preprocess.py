@@ -327,6 +327,19 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="train=0.98,valid=0.02 writes {prefix}.train and {prefix}.valid; a hash of the document decides its side",
     )
     group.add_argument(
+        "--bins",
+        metavar="KEY",
+        help="write a dataset {prefix}.VALUE for each value of this key of the records, such as a category, and print "
+        "the data section of a run that mixes them",
+    )
+    group.add_argument(
+        "--bin-weights",
+        default="balanced",
+        metavar="WEIGHTS",
+        help="weights of the printed mixture: balanced (the default), proportional to the tokens, or alpha=A, "
+        "proportional to tokens ** A",
+    )
+    group.add_argument(
         "--shard",
         metavar="I/N",
         help="process part I (from 0) of N, as {prefix}.shard-I-of-N; tools/merge.py joins them. Limits, deduplication "

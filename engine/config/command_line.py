@@ -130,7 +130,10 @@ def _asks_for_help(action: argparse.Action) -> bool:
 
 
 def names_path(action: argparse.Action) -> bool:
-    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar."""
+    """Return whether an option's value is a path, or a name that can be one, by its type or its metavar.
+
+    With the word URL in the metavar, the value may also be a URL, which is not changed.
+    """
     return action.type is Path or not _words(action).isdisjoint(_PATH_WORDS)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.files import find_config
-from retemper.engine.config.parser import build_config, read_settings
+from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import UserError
 from retemper.tools.cli import commands as table
 
@@ -33,7 +33,7 @@ data: {train: [{path: dataset}], validation_fraction: 0.01}
 training: {train_tokens: 1_000_000_000, warmup_tokens: 10_000_000}
 """
 """Stands for a configuration that a page names without showing it."""
-TAKE_SETTINGS = ("engine.pretrain", "tools.train", "tools.plan", "tools.benchmark")
+TAKE_SETTINGS = ("engine.pretrain", "tools.train", "tools.plan", "tools.benchmark", "tools.doctor", "launch.over_ssh")
 """Modules that pass the options that they do not know to the configuration of a run."""
 
 
@@ -89,7 +89,7 @@ def check(words: list[str]) -> None:
         assert rest[0] in targets, rest[0]
     elif program == "pip":
         extras = re.search(r"\[([\w,]+)\]", " ".join(rest))
-        declared = re.findall(r'^ {8}"(\w+)": ', (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
+        declared = re.findall(r'^ {4}"(\w+)": ', (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
         assert extras is None or set(extras[1].split(",")) <= set(declared), extras[1]
     elif program == "kubectl":
         assert (ROOT / rest[-1]).is_file(), rest[-1]
@@ -155,7 +155,7 @@ def check_settings(arguments: list[str]) -> None:
         if word == "--config" and not known_config(words[number + 1]):
             Path(words[number + 1]).parent.mkdir(parents=True, exist_ok=True)
             Path(words[number + 1]).write_text(CONFIG, "utf-8")
-    build_config(read_settings(words))
+    parse_config(words)
 
 
 def known_config(name: str) -> bool:

@@ -31,6 +31,7 @@ from ..tokenizer.finding import find_tokenizer_file
 from .inputs.files import STDIN, InputFile, expand_inputs
 from .inputs.hub import pin_revisions
 from .merging.merge import MergeOptions, merge
+from .option_rules import check_options
 from .options import NOT_CONTENTS, PreprocessOptions
 from .pipeline import preprocess
 from .progress import ProgressReport
@@ -79,7 +80,7 @@ def find_in_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
 
 def cache_entry(options: PreprocessOptions) -> Path:
     """Return the folder of the dataset that ``options`` describe, which may not exist yet."""
-    options.check()
+    check_options(options)
     if STDIN in options.input:
         raise UserError("--input -: standard input cannot be cached; write it to a file, or leave --cache-folder out")
     folder = Path(str(options.cache_folder))

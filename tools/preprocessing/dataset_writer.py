@@ -69,6 +69,7 @@ class IndexedDatasetWriter:
         self._scratch = scratch
         self._with_mask, self._with_metadata = mask, metadata
         self._renames: list[tuple[Path, str]] | None = None
+        self._is_discarded = False
 
     def __enter__(self) -> IndexedDatasetWriter:
         refuse_existing_outputs(self.prefix, self.overwrite)
@@ -100,7 +101,7 @@ class IndexedDatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._is_discarded:
                 self.prepare()
                 self._publish()
         finally:
@@ -250,6 +251,10 @@ class IndexedDatasetWriter:
 
     def _count_block(self, block: memoryview) -> None:
         self.max_token_id = max(self.max_token_id, int(np.frombuffer(block, dtype=self.dtype).max()))
+
+    def discard(self) -> None:
+        """Publish nothing when the block ends."""
+        self._is_discarded = True
 
     def prepare(self) -> None:
         """Write the index and the sidecar and flush everything to disk, so that only renames remain.

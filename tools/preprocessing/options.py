@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from typing import Any
 
 from ...engine.errors import UserError
-from .formats import FORMATS
 from .inputs.files import InputOptions
-from .inputs.hub import parse_hub_dataset
 from .readers.expansion_limit import DEFAULT_EXPANSION
 from .records.reading import ReadOptions
 from .records.text_choice import TextChoice
@@ -87,6 +84,9 @@ class PreprocessOptions:
     shuffle: bool = False
     seed: int = 0
     split: str | None = None
+    bins: str | None = None
+    """Key whose values divide the documents into datasets."""
+    bin_weights: str = "balanced"
     shard: str | None = None
     cache_folder: str | None = None
     """Folder in which the dataset is named by its content, instead of ``output_prefix``."""
@@ -163,110 +163,6 @@ class PreprocessOptions:
         """Suffix of the files of ``to_jsonl``."""
         return {"plain": ".jsonl", "zst": ".jsonl.zst"}[self.to_jsonl or "plain"]
 
-    def check(self) -> None:
-        """Refuse meaningless values and combinations.
-
-        Raises:
-            UserError: naming the flag, its value and the remedy.
-        """
-        for is_wrong, message in self._problems():
-            if is_wrong:
-                raise UserError(message)
-        _ = self.text_choice, self.shard_place
-
-    def _problems(self) -> Iterator[tuple[object, str]]:
-        """Yield (whether it is wrong, message) for each rule."""
-        yield (
-            self.tokenizer is not None and self.model is not None,
-            f"--tokenizer {self.tokenizer} and --model {self.model} both name a tokenizer; remove one of them",
-        )
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            flag = f"--{name.replace('_', '-')}"
-            yield value is not None and value < least, f"{flag} {value}: must be at least {least}"
-        yield (
-            self.max_tokens is not None and self.max_tokens < self.min_tokens,
-            f"--max-tokens {self.max_tokens} is below --min-tokens {self.min_tokens}; no document fits",
-        )
-        threshold = self.dedup_threshold
-        yield not 0 < threshold < 1, f"--dedup-threshold {threshold}: must be between 0 and 1"
-        for name, value in (("template", self.chat_template), ("date", self.chat_date)):
-            yield (
-                value is not None and not self.chat,
-                f"--chat-{name} is for --chat; add it, or leave the {name} out",
-            )
-        day = self.chat_date
-        yield day is not None and not _is_day(day), f"--chat-date {day}: not a day; write it as in 2026-01-31"
-        yield (
-            self.chat and tuple(self.json_key) != ("text",),
-            "--json-key names a text, --chat reads conversations; remove one of them",
-        )
-        for name, share in (
-            ("min-letter-ratio", self.min_letter_ratio),
-            ("min-language-score", self.min_language_score),
-        ):
-            yield not 0 <= share <= 1, f"--{name} {share}: must be between 0 and 1"
-        for name, given in (
-            ("fix-text", self.fix_text),
-            ("strip-control", self.strip_control),
-            ("normalize", self.normalize != "none"),
-            ("remove-urls", self.remove_urls),
-            ("collapse-whitespace", self.collapse_whitespace),
-            ("min-chars", self.min_chars),
-            ("min-letter-ratio", self.min_letter_ratio),
-            ("languages", self.languages),
-            ("quality", self.quality != "none"),
-            ("held-out", self.held_out),
-        ):
-            yield self.chat and given, f"--{name} is for texts, not for --chat; remove one of them"
-        yield (
-            self.cache_folder is not None and self.output_prefix != "dataset",
-            f"--output-prefix {self.output_prefix} and --cache-folder {self.cache_folder} both name the output; remove "
-            "one of them",
-        )
-        yield from self._problems_of_text()
-        yield from self._problems_of_parts()
-        yield list(self.input).count("-") > 1, "--input -: standard input can be read only once"
-        for name, form in (("stdin", self.stdin_format), ("input", self.input_format)):
-            yield (
-                form is not None and form not in FORMATS,
-                f"--{name}-format {form}: unknown; choose from {', '.join(FORMATS)}",
-            )
-
-    def _problems_of_text(self) -> Iterator[tuple[object, str]]:
-        """Yield the rules of ``--to-jsonl``, which needs no tokenizer."""
-        for name, given in (
-            ("tokenizer", self.tokenizer),
-            ("model", self.model),
-            ("chat", self.chat),
-            ("no-append-eod", not self.append_eod),
-            ("eod-token", self.eod_token),
-            ("bos", self.bos != "auto"),
-            ("allow-special-tokens", self.allow_special_tokens),
-            ("min-tokens", self.min_tokens),
-            ("max-tokens", self.max_tokens),
-            ("cache-folder", self.cache_folder),
-        ):
-            yield self.to_jsonl and given, f"--{name} is for tokens, --to-jsonl writes text; remove one of them"
-        yield (
-            self.to_jsonl and TEXT_KEY in self.metadata,
-            f"--metadata {TEXT_KEY}: --to-jsonl writes the text under this key; leave it out",
-        )
-
-    def _problems_of_parts(self) -> Iterator[tuple[object, str]]:
-        """Yield the rules of options for datasets of the Hub, and for the parts of a run."""
-        whole = [dataset for each in self.input if (dataset := parse_hub_dataset(each)) and not dataset.path]
-        for name, part in (("subset", self.hf_subset), ("split", self.hf_split)):
-            yield (
-                part is not None and not whole,
-                f"--hf-{name} {part}: is for --input hf://namespace/name, and no input is one; leave it out",
-            )
-        for name, given in (("signatures", self.signatures), ("exclude-documents", self.exclude_documents)):
-            yield (
-                given is not None and (self.dedup == "none" or self.shard is None),
-                f"--{name} {given}: is for the parts of a deduplicated corpus; add --shard and --dedup",
-            )
-
     def record(self) -> dict[str, Any]:
         """Return what the sidecar keeps: the non-default options that decide the dataset's contents."""
         kept = {}
@@ -281,7 +177,6 @@ class PreprocessOptions:
         return kept
 
 
-_LEAST = {"workers": 1, "min_chars": 0, "min_tokens": 0, "max_tokens": 1, "max_documents": 1, "max_expansion": 0}
 NOT_CONTENTS = frozenset(
     [
         "input",
@@ -298,6 +193,7 @@ NOT_CONTENTS = frozenset(
         "encoder",
         "workers",
         "overwrite",
+        "bin_weights",
         "task_bytes",
         "batch_characters",
     ]
@@ -324,14 +220,6 @@ _NOT_IN_OUTPUTS = frozenset(
     ]
 )
 """Options that are applied after tokenization, that only decide whether an error ends the run, or that name files."""
-
-
-def _is_day(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
 
 
 def task_key(span_facts: Sequence[Mapping[str, Any]], contents: Mapping[str, Any]) -> str:

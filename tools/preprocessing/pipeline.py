@@ -34,6 +34,7 @@ from .dataset.publishing import PreprocessReport, publish
 from .dataset.workspace import finished_results, open_workspace, remove_workspace
 from .dedup.across_parts import write_signatures
 from .inputs.hub import pin_revisions
+from .option_rules import check_options
 from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
@@ -78,7 +79,7 @@ def write_signatures_of_part(options: PreprocessOptions) -> None:
 @contextmanager
 def _tokenized(options: PreprocessOptions) -> Iterator[tuple[RunPlan, list[TaskResult]]]:
     """Tokenize a corpus in its work folder, which is locked in the context."""
-    options.check()
+    check_options(options)
     prefix = _checked_prefix(options)
     try:
         pinned = pin_revisions(options.input)

@@ -59,7 +59,8 @@ def format_report(report: PreprocessReport) -> str:
     rows["speed"] = f"{text_bytes / 1e6 / report.seconds:,.1f} MB of text/s, {speed}{report.seconds:,.1f} s"
     rows["files"] = " ".join(report.files)
     width = max(len(name) for name in rows if not name.startswith("  ")) + 1
-    return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())
+    table = "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())
+    return f"{table}\n\n{report.mixture}" if report.mixture else table
 
 
 def _token_rows(report: PreprocessReport, sidecar: Sidecar, bytes_per_token: float) -> dict[str, str]:

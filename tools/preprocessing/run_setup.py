@@ -59,8 +59,9 @@ class RunSetup:
         options = self.options
         self.works_here = options.encoder != "fast" and are_small(self.files, tokenizer_file)
         """Whether tasks run in this process."""
-        reads = what_is_read(options, self.files, self.held_out_files, tokenizer_file)
-        require_free({self.prefix: output_files(options, self.prefix)}, reads, options.overwrite, rejects=True)
+        self.reads = what_is_read(options, self.files, self.held_out_files, tokenizer_file)
+        """All files that the run reads."""
+        require_free({self.prefix: output_files(options, self.prefix)}, self.reads, options.overwrite, rejects=True)
 
     def _open_tokenizer(self) -> None:
         options = self.options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -124,7 +124,12 @@ def _smaller(config: RunConfig) -> Iterator[RunConfig]:
     least = replace(config, training=replace(config.training, micro_batch_size=1))
     if config.training.micro_batch_size > 1:
         yield least
-    for recompute, cpu_offload in (("selective", False), ("full", False), ("full", True)):
+    ladder: tuple[tuple[Literal["selective", "full"], bool], ...] = (
+        ("selective", False),
+        ("full", False),
+        ("full", True),
+    )
+    for recompute, cpu_offload in ladder:
         parallel = replace(config.parallel, recompute=recompute, cpu_offload=cpu_offload)
         if parallel != config.parallel:
             yield replace(least, parallel=parallel)

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ....engine.errors import UserError
 from ..dataset_writer import FileRange, IndexedDatasetWriter
 from ..dedup.across_parts import kept_documents
 from ..dedup.duplicates import first_occurrences, near_duplicates
 from ..options import PreprocessOptions
 from ..workers.task_output import TaskOutput
+from .bins import name_bins
 from .shuffle import ExternalShuffle
 from .split import DocumentSplit, within_limit
 from .text_writer import TextWriter
@@ -28,9 +30,22 @@ from .text_writer import TextWriter
 DocumentWriter = IndexedDatasetWriter | TextWriter
 """What writes a dataset, or the text of its documents."""
 
+_MAX_DATASETS = 128
+"""Several files are open for each."""
 _SHORT_RUN = 256 << 10  # bytes: shorter runs of kept documents are gathered in memory, not copied one by one
 
 _SHUFFLE_BYTES = 256 << 20  # memory of all shuffles together
+
+
+class DatasetName(NamedTuple):
+    """The parts of a dataset's name after the prefix; empty ones are left out."""
+
+    bin: str
+    split: str
+
+    def prefix(self, prefix: str) -> str:
+        """Return the prefix of the dataset."""
+        return ".".join(part for part in (prefix, *self) if part)
 
 
 @dataclass
@@ -71,17 +86,24 @@ class Assembly:
     options: PreprocessOptions
     folder: Path
     num_sources: int
+    bins: Sequence[Sequence[str]] = ()
+    """Of each output, the values of the key of ``--bins`` by number."""
     left_out: list[Counter[str]] = field(init=False)
     """Documents left out here, by source and reason."""
 
     def __post_init__(self) -> None:
         self.left_out = [Counter() for _ in range(self.num_sources)]
         self.split = None if self.options.split is None else DocumentSplit.parse(self.options.split)
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        """Names of the datasets; an empty name without ``--split``."""
-        return ("",) if self.split is None else self.split.names
+        splits = ("",) if self.split is None else self.split.names
+        key = self.options.bins
+        self._bin_names = {"": ""} if key is None else name_bins((value for bins in self.bins for value in bins), key)
+        self.sides = tuple(DatasetName(name, split) for name in self._bin_names.values() for split in splits)
+        """Names of the datasets: a part for ``--bins``, and one for ``--split``."""
+        if len(self.sides) > _MAX_DATASETS:
+            raise UserError(
+                f"--bins {key} and --split make {len(self.sides)} datasets, more than {_MAX_DATASETS}; use fewer of "
+                "them"
+            )
 
     def write(self, writers: Sequence[DocumentWriter], on_bytes: Callable[[int], None]) -> list[SourceTotals]:
         """Write all datasets, with a writer for each of ``sides``; report the bytes of tokens to ``on_bytes``."""
@@ -138,10 +160,10 @@ class Assembly:
                     )
                     on_bytes(tokens.nbytes)
 
-    def _decided(self) -> Iterator[tuple[TaskOutput, np.ndarray, npt.NDArray[np.int8]]]:
+    def _decided(self) -> Iterator[tuple[TaskOutput, np.ndarray, npt.NDArray[np.int16]]]:
         """Yield each output with its table and the side of each document, -1 if it is left out."""
         kept_before = np.zeros(self.num_sources, np.int64)
-        for output, unique in zip(self.outputs, self._unique(), strict=True):
+        for number, (output, unique) in enumerate(zip(self.outputs, self._unique(), strict=True)):
             table = np.load(output.documents)
             keep = np.ones(len(table), np.bool_) if unique is None else unique
             self._note(table, ~keep, "duplicate" if self.options.dedup == "exact" else "near-duplicate")
@@ -149,9 +171,18 @@ class Assembly:
                 within = within_limit(table["source"], keep, self.options.max_documents, kept_before)
                 self._note(table, keep & ~within, "beyond --max-documents")
                 keep = within
-            side = np.zeros(len(table), np.int8) if self.split is None else self.split.side(table["digest"])
-            side[~keep] = -1
-            yield output, table, side
+            yield output, table, np.where(keep, self._side(number, table), -1).astype(np.int16)
+
+    def _side(self, number: int, table: np.ndarray) -> npt.NDArray[np.integer]:
+        """Return the index in ``sides`` of each document of output ``number``."""
+        side = (
+            np.zeros(len(table), np.int64) if self.split is None else self.split.side(table["digest"]).astype(np.int64)
+        )
+        if self.options.bins is None:
+            return side
+        names = list(self._bin_names)
+        places = np.array([names.index(value) for value in self.bins[number]], np.int64)
+        return side + places[table["bin"]] * (1 if self.split is None else len(self.split.names))
 
     def _unique(self) -> Iterator[npt.NDArray[np.bool_] | None]:
         if self.options.exclude_documents is not None:

@@ -24,9 +24,17 @@ def output_prefixes(options: PreprocessOptions, prefix: str) -> list[str]:
 
 
 def output_files(options: PreprocessOptions, prefix: str) -> list[str]:
-    """Return the paths of all files that a run may write, except rejects."""
-    files_of = text_files if options.to_jsonl else dataset_files
-    return [path for each in output_prefixes(options, prefix) for path in files_of(each)]
+    """Return the paths of all files that a run may write, except rejects, and datasets of ``--bins``.
+
+    The names of bins are known when the input has been read.
+    """
+    prefixes = [] if options.bins else output_prefixes(options, prefix)
+    return [path for each in prefixes for path in files_of(options, each)]
+
+
+def files_of(options: PreprocessOptions, prefix: str) -> list[str]:
+    """Return the paths of all files that a run may write for one dataset."""
+    return text_files(prefix) if options.to_jsonl else dataset_files(prefix)
 
 
 def what_is_read(

@@ -13,12 +13,14 @@ from ....engine.errors import UserError
 from ....engine.tokenizer.frame import ids_of, name_of
 from ..dataset_files import TEXT
 from ..dataset_writer import IndexedDatasetWriter
+from ..options import PreprocessOptions
 from ..progress import ProgressReport
 from ..run_plan import RunPlan
 from ..run_setup import print_notes
 from ..workers.task_output import TaskOutput, TaskResult
-from .assembly import Assembly, DocumentWriter, SourceTotals
-from .checks import output_files
+from .assembly import Assembly, DatasetName, DocumentWriter, SourceTotals
+from .bins import mixture_yaml, parse_weights
+from .checks import files_of, require_free
 from .rejected_records import write_rejects
 from .text_writer import TextWriter
 from .workspace import remove_workspace
@@ -39,6 +41,8 @@ class PreprocessReport:
     seconds: float
     files: tuple[str, ...]
     """The files written."""
+    mixture: str = ""
+    """With ``--bins``, the ``data`` section of a run that mixes them."""
 
 
 def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
@@ -50,26 +54,50 @@ def publish(plan: RunPlan, results: Sequence[TaskResult]) -> PreprocessReport:
     _print_notes_of_readers([note for result in results for note in result.notes])
     prefix, options = plan.setup.prefix, plan.options
     outputs = [TaskOutput(plan.work, key) for key in plan.tasks]
-    assembly = Assembly(outputs, options, plan.work, len(options.input))
+    assembly = Assembly(outputs, options, plan.work, len(options.input), [result.bins for result in results])
     if options.shard_place is None and not any(result.documents for result in results):
         remove_workspace(plan.work)  # a restart cannot use it
         raise UserError(_nothing_found(plan, results))
-    prefixes = [f"{prefix}.{side}" if side else prefix for side in assembly.sides]
+    prefixes = [side.prefix(prefix) for side in assembly.sides]
+    files = [path for each in prefixes for path in sorted(files_of(options, each))]
+    if options.bins:
+        require_free({prefix: files}, plan.setup.reads, options.overwrite, rejects=True)
     with contextlib.ExitStack() as stack:
         writers = [_writer(plan, each) for each in prefixes]
         for writer in writers:
             stack.enter_context(writer)
         _write(plan, assembly, writers, results)
         rejects = write_rejects(outputs, prefix, plan.work)
-    files = sorted(output_files(options, prefix))
-    sidecars = {each: Sidecar.read(f"{each}{TEXT}" if options.to_jsonl else each) for each in prefixes}
+    written = {
+        side: writer.prefix
+        for side, writer in zip(assembly.sides, writers, strict=True)
+        if writer.num_documents or not options.bins
+    }
+    sidecars = {side: Sidecar.read(f"{each}{TEXT}" if options.to_jsonl else each) for side, each in written.items()}
     return PreprocessReport(
-        {each: sidecar for each, sidecar in sidecars.items() if sidecar is not None},
+        {written[side]: sidecar for side, sidecar in sidecars.items() if sidecar is not None},
         _first_bad(results),
         _encoder(plan, results),
         0.0,
         (*(path for path in files if os.path.exists(path)), *rejects),
+        _mixture(options, sidecars, written) if options.bins else "",
     )
+
+
+def _mixture(
+    options: PreprocessOptions, sidecars: Mapping[DatasetName, Sidecar | None], written: Mapping[DatasetName, str]
+) -> str:
+    """Return the ``data`` section of a run: the side "train", or the first one, is trained on."""
+    splits = list(dict.fromkeys(side.split for side in sidecars))
+    train = "train" if "train" in splits else splits[0]
+    paths = {side: f"{prefix}{options.text_suffix if options.to_jsonl else ''}" for side, prefix in written.items()}
+    sizes = {
+        paths[side]: sidecar.tokens or sidecar.text_bytes
+        for side, sidecar in sidecars.items()
+        if side.split == train and sidecar is not None
+    }
+    validation = {".".join(side) if len(splits) > 2 else side.bin: paths[side] for side in paths if side.split != train}
+    return mixture_yaml(sizes, validation, parse_weights(options.bin_weights))
 
 
 def _writer(plan: RunPlan, prefix: str) -> DocumentWriter:
@@ -102,10 +130,14 @@ def _write(plan: RunPlan, assembly: Assembly, writers: Sequence[DocumentWriter],
     changed = _by_source((result.changed for result in results), [Counter() for _ in assembly.left_out])
     fingerprint = plan.setup.tokenizer.fingerprint
     for side, writer, total in zip(assembly.sides, writers, totals, strict=True):
+        if writer.num_documents == 0 and plan.options.bins and any(other.num_documents for other in writers):
+            print_notes([f"{writer.prefix}: not written, because it would have no documents"])
+            writer.discard()
+            continue
         if writer.num_documents == 0 and plan.options.shard_place is None:
             raise UserError(
-                f"--split: no document was assigned to {side!r}; give it a larger share, or use a larger corpus"
-                if side
+                f"--split: no document was assigned to {side.split!r}; give it a larger share, or use a larger corpus"
+                if side.split
                 else _nothing_found(plan, results)
             )
         writer.sidecar = _sidecar(plan, total, left_out, changed, fingerprint)

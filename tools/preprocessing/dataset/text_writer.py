@@ -46,7 +46,7 @@ class TextWriter:
         self.num_documents = 0
         self.sidecar: Sidecar | None = None
         """Set it inside the block; the count of documents and the hash are filled in at the end."""
-        self._is_complete = False
+        self._is_complete = self._is_discarded = False
 
     def __enter__(self) -> TextWriter:
         folder = os.path.dirname(os.path.abspath(self.prefix))
@@ -65,7 +65,7 @@ class TextWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._is_discarded:
                 self.prepare()
                 self._publish()
         finally:
@@ -116,6 +116,10 @@ class TextWriter:
         block = bytes(self._waiting[:size])
         del self._waiting[:size]
         self._file.write(block if self._compressor is None else self._compressor.compress(block))
+
+    def discard(self) -> None:
+        """Publish nothing when the block ends."""
+        self._is_discarded = True
 
     def prepare(self) -> None:
         """Write everything to disk, so that only renames remain. Leaving the block calls it too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,22 @@ from ..dedup.minhash import MinHasher
 from ..options import TEXT_KEY
 
 
+class Extra(NamedTuple):
+    """What is kept of a record besides its text."""
+
+    line: bytes
+    """Its metadata as a line of JSON; empty without ``--metadata``."""
+    bin: int
+    """Number of its bin in the task; 0 without ``--bins``."""
+
+
 class Documents:
     """A batch of texts of one source.
 
     Args:
         ids: [T], those of all texts end to end.
         lengths: [documents], in tokens.
-        metadata: a line per document, or empty.
+        extras: one per document, or empty.
     """
 
     mask: npt.NDArray[np.uint8] | None = None
@@ -32,9 +42,19 @@ class Documents:
         texts: Sequence[str],
         ids: npt.NDArray[np.int32],
         lengths: npt.NDArray[np.int64],
-        metadata: Sequence[bytes],
+        extras: Sequence[Extra],
     ) -> None:
-        self._texts, self.ids, self.lengths, self.metadata = texts, ids, lengths, metadata
+        self._texts, self.ids, self.lengths, self._extras = texts, ids, lengths, extras
+
+    @property
+    def bins(self) -> list[int]:
+        """Return the number of the bin of each document, or nothing."""
+        return [extra.bin for extra in self._extras]
+
+    @property
+    def lines(self) -> list[bytes]:
+        """Return the line of each document, or nothing."""
+        return [extra.line for extra in self._extras]
 
     def only(self, keep: npt.NDArray[np.bool_]) -> Documents:
         """Return the documents selected by ``keep`` [documents]."""
@@ -43,7 +63,7 @@ class Documents:
             [self._texts[place] for place in places],
             self.ids[np.repeat(keep, self.lengths)],
             self.lengths[keep],
-            [self.metadata[place] for place in places] if self.metadata else (),
+            [self._extras[place] for place in places] if self._extras else (),
         )
 
     @property
@@ -52,8 +72,8 @@ class Documents:
         return self.lengths == 0
 
     def line_sizes(self) -> list[int]:
-        """Return the number of bytes of each line of ``metadata``."""
-        return list(map(len, self.metadata))
+        """Return the number of bytes of each line."""
+        return list(map(len, self.lines))
 
     def sizes(self) -> tuple[Sequence[int], Sequence[int]]:
         """Return the number of characters of each document, and of bytes in UTF-8."""
@@ -72,8 +92,8 @@ class Documents:
 class ChatDocument(Documents):
     """A conversation. Its content, for deduplication, is its ids."""
 
-    def __init__(self, encoded: EncodedChat, metadata: Sequence[bytes]) -> None:
-        super().__init__((), encoded.ids, np.array([len(encoded.ids)]), metadata)
+    def __init__(self, encoded: EncodedChat, extras: Sequence[Extra]) -> None:
+        super().__init__((), encoded.ids, np.array([len(encoded.ids)]), extras)
         self.mask = encoded.mask
         self._sizes = (encoded.characters,), (encoded.text_bytes,)
 
@@ -98,8 +118,8 @@ class LongDocument(Documents):
         pieces: returns the text again, for MinHash.
     """
 
-    def __init__(self, frame: DocumentFrame, metadata: Sequence[bytes], pieces: Callable[[], Iterable[str]]) -> None:
-        super().__init__((), np.empty(0, np.int32), np.zeros(1, np.int64), metadata)
+    def __init__(self, frame: DocumentFrame, extras: Sequence[Extra], pieces: Callable[[], Iterable[str]]) -> None:
+        super().__init__((), np.empty(0, np.int32), np.zeros(1, np.int64), extras)
         self._frame, self._pieces = frame, pieces
         self._characters = self._text_bytes = 0
         self._last_ids = self.ids
@@ -142,20 +162,24 @@ class TextLines(Documents):
     """A batch of texts that are not tokenized. Their lines are those of ``--to-jsonl``: the text and its metadata.
 
     Args:
-        metadata: a line per document, perhaps of an empty object.
+        extras: one per document, with a line of JSON, perhaps of an empty object.
     """
 
-    def __init__(self, texts: Sequence[str], metadata: Sequence[bytes]) -> None:
-        super().__init__(texts, np.empty(0, np.int32), np.zeros(len(texts), np.int64), ())
-        self._kept = metadata
-        self.metadata = [
-            _LINE_BEGIN + orjson.dumps(text) + _line_end(line) for text, line in zip(texts, metadata, strict=True)
+    def __init__(self, texts: Sequence[str], extras: Sequence[Extra]) -> None:
+        super().__init__(texts, np.empty(0, np.int32), np.zeros(len(texts), np.int64), extras)
+
+    @property
+    def lines(self) -> list[bytes]:
+        """See :class:`Documents`."""
+        return [
+            _LINE_BEGIN + orjson.dumps(text) + _line_end(extra.line)
+            for text, extra in zip(self._texts, self._extras, strict=True)
         ]
 
     def only(self, keep: npt.NDArray[np.bool_]) -> TextLines:
         """See :class:`Documents`."""
         places = np.flatnonzero(keep).tolist()
-        return TextLines([self._texts[place] for place in places], [self._kept[place] for place in places])
+        return TextLines([self._texts[place] for place in places], [self._extras[place] for place in places])
 
     @property
     def is_empty(self) -> npt.NDArray[np.bool_]:
@@ -166,9 +190,9 @@ class TextLines(Documents):
 class LongTextLine(LongDocument):
     """A text that comes in pieces and is not tokenized. Its line is written as they come, but for the end."""
 
-    def __init__(self, metadata: bytes, pieces: Callable[[], Iterable[str]]) -> None:
-        super().__init__(DocumentFrame((), ()), [b'"' + _line_end(metadata)], pieces)
-        self._line_bytes = len(self.metadata[0])
+    def __init__(self, extra: Extra, pieces: Callable[[], Iterable[str]]) -> None:
+        super().__init__(DocumentFrame((), ()), [extra._replace(line=b'"' + _line_end(extra.line))], pieces)
+        self._line_bytes = len(self.lines[0])
 
     @property
     def is_empty(self) -> npt.NDArray[np.bool_]:

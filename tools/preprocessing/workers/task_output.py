@@ -22,6 +22,7 @@ DOCUMENT = np.dtype(
         ("text_bytes", "<i8"),  # in UTF-8
         ("metadata_bytes", "<i8"),  # of its line in {key}.metadata, line feed included; 0 without metadata
         ("source", "<i4"),  # index of the --input argument
+        ("bin", "<i4"),  # index in TaskResult.bins; 0 without --bins
         ("digest", "<u8", (2,)),  # xxh3-128 of the text; zeros if no option needs it
     ]
 )
@@ -70,6 +71,8 @@ class TaskResult:
     """Counts by source (its number as a string) and reason."""
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
     """Documents that cleaning changed and did not leave out, by source (as above) and option."""
+    bins: list[str] = field(default_factory=list)
+    """Values of the key of ``--bins``, in the order in which they came."""
     first_bad: str | None = None
     """``file:line: reason`` of the first skipped record."""
     notes: list[str] = field(default_factory=list)

@@ -67,7 +67,9 @@ class TaskWriter:
             self._bands.append(documents.bands(self._hasher))
         if self._metadata is not None:
             table["metadata_bytes"] = documents.line_sizes()
-            self._metadata.write(b"".join(documents.metadata))
+            self._metadata.write(b"".join(documents.lines))
+        if self._options.bins:
+            table["bin"] = documents.bins
         if self._mask is not None:
             assert documents.mask is not None
             self._mask.write(documents.mask.tobytes())

@@ -26,13 +26,14 @@ from ...tokenizer.document_frame import DocumentFrame
 from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 from ..chat.conversation import ChatBos, EncodedChat
 from ..cleaning.cleaner import Cleaner
+from ..dataset.bins import bin_of, require_few
 from ..formats import FORMATS
 from ..options import PreprocessOptions
 from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedError, Where
 from ..records.long_text import LongText, encode_in_pieces
 from ..records.reading import ReadContext, Record, readable_part
 from ..records.text_choice import metadata_line
-from .encoded import ChatDocument, Documents, LongDocument, LongTextLine, TextLines
+from .encoded import ChatDocument, Documents, Extra, LongDocument, LongTextLine, TextLines
 from .no_tokenizer import NoTokenizer
 from .shared_tokenizer import load_tokenizer_once
 from .task_output import DROPPED_TURNS, TaskOutput, TaskResult
@@ -73,7 +74,7 @@ class WorkerSettings:
 @dataclass
 class _Batch:
     texts: list[str] = field(default_factory=list)
-    metadata: list[bytes] = field(default_factory=list)
+    extras: list[Extra] = field(default_factory=list)
     characters: int = 0
 
 
@@ -109,6 +110,7 @@ class TaskRunner:
         self._result = TaskResult(key, encoder=self._tokenizer.encoder + (f" ({reason})" if reason else ""))
         failures = self._tokenizer.fast_path_failures
         self._task = task
+        self._bins: dict[str, int] = {}
         self._unchecked = _CHECKED_AT_START if task.index == 0 else max(_MIN_CHECKED, task.num_bytes // _CHECKED_SHARE)
         folder = self._settings.folder
         done = 0
@@ -140,18 +142,19 @@ class TaskRunner:
     def _columns(self) -> tuple[str, ...] | None:
         if self._options.chat:
             return None
-        roots = (name for key in self._options.metadata for name in (key, key.partition(".")[0]))
+        bins = () if self._options.bins is None else (self._options.bins,)
+        roots = (name for key in (*self._options.metadata, *bins) for name in (key, key.partition(".")[0]))
         return tuple(dict.fromkeys((*self._options.text_choice.roots, *roots)))
 
     def _run_span(self, span: Span, context: ReadContext) -> Iterator[None]:
         """Write the documents of ``span``; yield after each batch."""
         batch = _Batch()
-        choose, limit, keys = self._choose, self._options.batch_characters, self._options.metadata
-        writes_lines = self._options.writes_lines
+        choose, limit = self._choose, self._options.batch_characters
+        keeps_extras = self._options.writes_lines or self._options.bins is not None
         with closing(_records(span, context)) as records:
             for value, where, raw in records:
                 try:
-                    line = [metadata_line(value, keys)] if writes_lines else []
+                    extras = [self._extra(value)] if keeps_extras else []
                     content = choose(value)
                 except MalformedError as error:
                     context.refuse(where, str(error), error.kind, None if raw is None else bytes(raw))
@@ -161,19 +164,32 @@ class TaskRunner:
                     continue
                 if type(content) is str:
                     batch.texts.append(content)
-                    batch.metadata += line
+                    batch.extras += extras
                     batch.characters += len(content) + 1  # + 1: a batch of empty texts must end too
                     if batch.characters <= limit:
                         continue
                 self._write(batch)
                 batch = _Batch()
                 if isinstance(content, LongText):
-                    self._write_long(content, line)
+                    self._write_long(content, extras)
                 elif isinstance(content, EncodedChat):
-                    self._output.add(self._source, ChatDocument(content, line))
+                    self._output.add(self._source, ChatDocument(content, extras))
                 yield
         self._write(batch)
         yield
+
+    def _extra(self, value: Any) -> Extra:
+        """Return what is kept of a record besides its text. Raise MalformedError."""
+        options = self._options
+        line = metadata_line(value, options.metadata) if options.writes_lines else b""
+        return Extra(line, 0 if options.bins is None else self._number_of_bin(bin_of(value, options.bins)))
+
+    def _number_of_bin(self, value: str) -> int:
+        number = self._bins.setdefault(value, len(self._bins))
+        if number == len(self._result.bins):
+            self._result.bins.append(value)
+            require_few(len(self._bins), self._options.bins or "")
+        return number
 
     def _encode_chat(self, value: Any) -> EncodedChat:
         """Encode the conversation in a record."""
@@ -205,23 +221,23 @@ class TaskRunner:
 
     def _write(self, batch: _Batch) -> None:
         """Clean, encode and write a batch."""
-        texts, metadata = batch.texts, batch.metadata
+        texts, extras = batch.texts, batch.extras
         if self._cleaner.active:
             cleaned = self._cleaner.clean_batch(texts, self._count_change)
             for _, reason in cleaned:
                 if reason is not None:
                     self._result.count(self._source, reason)
-            metadata = list(itertools.compress(metadata, [reason is None for _, reason in cleaned]))
+            extras = list(itertools.compress(extras, [reason is None for _, reason in cleaned]))
             texts = [text for text, reason in cleaned if reason is None]
         if texts:
-            self._encode(texts, metadata)
+            self._encode(texts, extras)
 
     def _count_change(self, step: str) -> None:
         self._result.count_change(self._source, step)
 
-    def _encode(self, texts: list[str], metadata: list[bytes]) -> None:
+    def _encode(self, texts: list[str], extras: list[Extra]) -> None:
         if self._options.to_jsonl:
-            self._output.add(self._source, TextLines(texts, metadata))
+            self._output.add(self._source, TextLines(texts, extras))
             return
         try:
             self._compare(texts)
@@ -232,9 +248,9 @@ class TaskRunner:
                 self._refuse(Where(self._path), str(error), "malformed", texts[0][:_SHOWN_CHARACTERS])
                 return
             for number, text in enumerate(texts):
-                self._encode([text], metadata[number : number + 1])
+                self._encode([text], extras[number : number + 1])
             return
-        self._output.add(self._source, Documents(texts, ids, lengths, metadata))
+        self._output.add(self._source, Documents(texts, ids, lengths, extras))
 
     def _compare(self, texts: list[str]) -> None:
         """Compare the fast tokenizer with the reference on a sample."""
@@ -249,7 +265,7 @@ class TaskRunner:
         if difference := self._tokenizer.check_fast_path(sample):
             raise FastPathError(difference)
 
-    def _write_long(self, text: LongText, metadata: list[bytes]) -> None:
+    def _write_long(self, text: LongText, extras: list[Extra]) -> None:
         """Clean, encode and write one document in pieces."""
         changes: Counter[str] = Counter()
 
@@ -263,9 +279,9 @@ class TaskRunner:
         try:
             with self._output.undone_unless_added():
                 if self._options.to_jsonl:
-                    self._write_long_line(LongTextLine(metadata[0], cleaned), cleaned())
+                    self._write_long_line(LongTextLine(extras[0], cleaned), cleaned())
                 else:
-                    self._encode_long(LongDocument(self._settings.frame, metadata, cleaned), cleaned())
+                    self._encode_long(LongDocument(self._settings.frame, extras, cleaned), cleaned())
             for step in changes:
                 self._count_change(step)
         except MalformedError as error:
