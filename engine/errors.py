@@ -22,6 +22,7 @@ EXTRA_OF = {
     **dict.fromkeys(("pyarrow", "openpyxl", "pypdf", "cryptography", "lxml"), "formats"),
     **{"jinja2": "chat", "rensa": "dedup", "tiktoken": "tiktoken", "fastokens": "fast", "torchao": "fp8"},
     **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
+    **{"s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud", "datasets": "hub", "datatrove": "datatrove"},
 }
 """Modules of optional packages, and the extra of setup.py that installs each."""
 _MOST_PROBLEMS = 20

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
 from ...engine.files.paths import is_url
 
 _BLOCK_BYTES = 4 << 20
@@ -286,12 +286,12 @@ def _explain(url: str, error: Exception) -> str:
     scheme = _scheme(url)
     if isinstance(error, ImportError):
         library = _LIBRARIES.get(scheme)
-        return f"reading it needs {library}: pip install {library}" if library else short_reason(error)
+        return f"reading it needs {library}: {install_command(library)}" if library else short_reason(error)
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
         return f"{scheme}:// is not a file system that fsspec knows; use s3://, gs://, hf:// or https://"
     if _NOT_ALLOWED.search(_message(error)):
         remedy = _CREDENTIALS.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme))
         return f"no permission to read it ({_message(error)})" + (f"; {remedy}" if remedy else "")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and not _may_pass(error):
         return f"no such file or folder ({_message(error)})"
     return f"cannot be read ({_message(error)})"

@@ -164,6 +164,34 @@ def test_a_dataset_of_a_web_server_is_that_of_the_disk(tmp_path, tiny_tokenizer,
     assert not list(tmp_path.glob("remote/*.jsonl*"))
 
 
+def test_an_interrupted_run_continues(tmp_path, tiny_tokenizer, server):
+    server.files.update({"/a.jsonl": LINES * 30, "/b.jsonl": LINES * 30})
+    urls = [f"{server.url}/a.jsonl", f"{server.url}/b.jsonl"]
+    settings = {"workers": 1, "task_bytes": 10_000}
+    heads = 1
+
+    def fail(method: str, path: str, number: int) -> int:
+        """Refuse what workers read of b.jsonl; the first request detects its format."""
+        nonlocal heads
+        heads -= (method, path) == ("GET", "/b.jsonl")
+        return 503 if path == "/b.jsonl" and heads < 0 else 0
+
+    server.fail = fail
+    with pytest.raises(UserError, match=r"b\.jsonl: cannot be read .*503"):
+        run(tiny_tokenizer, tmp_path, *urls, **settings)
+    assert not (tmp_path / "out.idx").exists()
+    server.fail = lambda method, path, number: 0
+    server.requests.clear()
+    run(tiny_tokenizer, tmp_path, *urls, **settings)
+    gets = [path for method, path, _ in server.requests if method == "GET"]
+    assert gets.count("/a.jsonl") < gets.count("/b.jsonl")
+    (tmp_path / "local").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "local" / name).write_bytes(LINES * 30)
+    run(tiny_tokenizer, tmp_path, tmp_path / "local", output_prefix=str(tmp_path / "whole"))
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
 def test_a_remote_file_is_read_in_blocks(server, monkeypatch):
     monkeypatch.setattr(storage, "_BLOCK_BYTES", 1000)
     server.files["/a"] = bytes(range(256)) * 100
@@ -236,4 +264,4 @@ def test_wrong_urls_are_one_line(refused, memory, server, tmp_path, monkeypatch)
     twice = refused("--input", "memory://a.jsonl", "memory:///a.jsonl", *out)
     assert "is already an input" in twice
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert "pip install s3fs" in refused("--input", "s3://bucket/a.jsonl", *out)
+    assert "reading it needs s3fs: pip install" in refused("--input", "s3://bucket/a.jsonl", *out)
