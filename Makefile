@@ -78,9 +78,10 @@ types: setup
 docs: setup
 	$(BIN)/python tools/config_reference.py
 
-# Warnings are errors: links and anchors that lead nowhere are among them. The variable turns off an advertisement.
+# Warnings are errors: links and anchors that lead nowhere are among them. With --quiet, mkdocs would not count warnings.
+# The variable turns off an advertisement.
 site: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from documented_commands import ROOT, Documented, check, command_lines, documented_commands, write_configs
+from documented_commands import PAGES, ROOT, Documented, check, command_lines, documented_commands, write_configs
 
+from retemper.engine.config.spelling import known_keys
 from retemper.engine.errors import UserError
 
 COMMANDS = documented_commands()
@@ -67,3 +69,16 @@ def test_the_check_finds_mistakes(line: str, tmp_path: Path, monkeypatch: pytest
     [found] = command_lines(f"```bash\n{line}\n```")
     with pytest.raises((UserError, SystemExit, AssertionError)):
         check(Documented("", found).words)
+
+
+def test_settings_that_the_pages_name_exist() -> None:
+    known = {key for key, _ in known_keys()}
+    sections = "data|training|model|optimizer|parallel|checkpoint|logging"
+    unknown = [
+        f"{page.relative_to(ROOT)}: {name}"
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for name in re.findall(rf"`(?:--)?((?:{sections})\.[a-z_]+)\b(?![./(\[])", page.read_text("utf-8"))
+        if name not in known and name.split(".")[1] not in ("embed_tokens", "safetensors")
+    ]
+    assert not unknown

@@ -59,7 +59,7 @@ def run_blocks(text: str, folder: Path, environment: dict[str, str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_the_tutorials_run_as_written(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> None:
     folder = tmp_path_factory.mktemp("tutorials")
     ran = [
@@ -71,7 +71,7 @@ def test_the_tutorials_run_as_written(tmp_path_factory: pytest.TempPathFactory, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_notebook_runs(tmp_path: Path, environment: dict[str, str]) -> None:
     notebook = json.loads((ROOT / "docs" / "notebooks" / "first_run.ipynb").read_text("utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -89,3 +89,12 @@ def test_the_notebook_has_no_outputs() -> None:
     notebook = json.loads((ROOT / "docs" / "notebooks" / "first_run.ipynb").read_text("utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_the_check_of_tutorials_finds_what_is_not_printed(tmp_path: Path) -> None:
+    page = "```bash\necho loss fell by {}, from 7.5\n```\n\n```text\nloss fell by 1.2\n```\n"
+    assert run_blocks(page.format("3.4"), tmp_path, dict(os.environ)) == 1
+    with pytest.raises(AssertionError, match="not printed: loss fell by"):
+        run_blocks(page.format("nothing"), tmp_path, dict(os.environ))
+    with pytest.raises(AssertionError):
+        run_blocks("```bash\nfalse\n```\n", tmp_path, dict(os.environ))
