@@ -27,7 +27,9 @@ EXTRAS = {
     "tiktoken": ["tiktoken>=0.7"],
     "trackers": ["tensorboard>=2.16"],  # a run's curves; part of every installation
     "eval": ["lm-eval>=0.4.8"],
-    "hub": ["hf-xet>=1.1"],
+    "hub": ["hf-xet>=1.1", "datasets>=4"],
+    "cloud": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
+    "datatrove": ["datatrove>=0.10,<1"],
     "demo": ["psutil>=5.9"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6"],
     "benchmarks": ["matplotlib>=3.8", "psutil>=5.9"],

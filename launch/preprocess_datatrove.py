@@ -295,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(
             "this command sets --shard itself, and standard input cannot be divided; leave them out after --"
         )
+    if wanted.to_jsonl:
+        raise UserError("--to-jsonl: this command joins datasets; run tools/preprocess.py --shard, and join its files")
     check_options(wanted)
     # All parts read the same commit of a dataset of the Hub.
     theirs += ["--input", *pin_revisions(wanted.input)]

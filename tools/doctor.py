@@ -20,7 +20,7 @@ from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import Launcher, read_launcher
-from retemper.tools.diagnosis.finding import Finding, checked, format_findings
+from retemper.tools.diagnosis.finding import Finding, checked, format_findings, problem
 from retemper.tools.ssh_launch.hostfile import read_hosts
 
 
@@ -57,8 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, settings = build_parser().parse_known_args(arguments)
     if settings and not options.config:
         raise UserError(f"unexpected argument '{settings[0]}'; settings of a run need --config FILE; see --help")
-    launcher = read_launcher()
-    findings = _of_this_machine(options, settings, launcher) if launcher.local_rank == 0 else []
+    refused: list[Finding] = []
+    try:
+        launcher = read_launcher()
+    except UserError as error:  # such as tasks of srun without torchrun
+        launcher, refused = Launcher(), [problem("Launcher", "variables", str(error), "")]
+    findings = [*refused, *_of_this_machine(options, settings, launcher)] if launcher.local_rank == 0 else []
     if launcher.world_size > 1:
         findings = _of_all_ranks(options, findings)
     if launcher.rank > 0:

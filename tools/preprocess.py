@@ -360,7 +360,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--list-inputs",
         action="store_true",
         help="instead of preprocessing, print a line of JSON for each input file: path, size, and an identity that "
-        "changes with its contents (the time of the last change)",
+        "changes with its contents (the time of the last change, or a checksum that the server tells)",
     )
     group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
 

@@ -30,6 +30,17 @@ _TASKS = (
 may have SLURM_PROCID=0; only a task of srun has SLURM_STEP_NUM_TASKS above 1, or a number above 0."""
 
 
+_ACCELERATE = (
+    ("ACCELERATE_MIXED_PRECISION", "no"),
+    ("ACCELERATE_DYNAMO_BACKEND", "no"),
+    ("ACCELERATE_USE_FSDP", "false"),
+    ("ACCELERATE_USE_DEEPSPEED", "false"),
+    ("ACCELERATE_USE_MEGATRON_LM", "false"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "false"),
+)
+"""(variable that accelerate launch sets for its own library, value that asks for nothing)."""
+
+
 @dataclass(frozen=True)
 class Launcher:
     """The place of this process as numbered by its launcher; a single rank without a launcher."""
@@ -104,8 +115,31 @@ def _refuse_tasks(env: Mapping[str, str]) -> None:
 
 
 def launcher_notes(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return warnings about Slurm settings that have probably another effect than intended."""
+    """Return warnings about settings of Slurm and of accelerate that have probably another effect than intended."""
     env = os.environ if environment is None else environment
+    return _slurm_notes(env) + _accelerate_notes(env)
+
+
+def _accelerate_notes(env: Mapping[str, str]) -> list[str]:
+    """Return notes on settings of ``accelerate launch``, which sets ACCELERATE_MIXED_PRECISION in any case."""
+    if not env.get("ACCELERATE_MIXED_PRECISION"):
+        return []
+    notes = []
+    set_there = [f"{name}={env[name]}" for name, unset in _ACCELERATE if env.get(name, unset).lower() != unset]
+    if set_there:
+        notes.append(
+            f"note: {', '.join(set_there)} of accelerate launch has no effect; set training.precision, "
+            "training.compile and parallel.* in the configuration of the run"
+        )
+    if not env.get("RANK") and env.get("MASTER_ADDR"):
+        notes.append(
+            "note: accelerate launch has started a single process, although it was asked for several: it does so on "
+            "CPUs; start several ranks with torchrun (launch/one_node.sh)"
+        )
+    return notes
+
+
+def _slurm_notes(env: Mapping[str, str]) -> list[str]:
     if not env.get("RANK"):
         name = next((name for name in ("SLURM_NTASKS", "SLURM_NPROCS") if _above_one(env.get(name, ""))), None)
         if name and not env.get("SLURM_STEP_NUM_TASKS"):

@@ -97,7 +97,8 @@ def test_commands_that_need_a_cluster_have_the_options_that_are_shown():
 
 def test_the_options_that_the_text_names_exist():
     known = "".join(
-        (ROOT / "tools" / f"{name}.py").read_text("utf-8") for name in ("preprocess", "merge", "show_dataset")
+        (ROOT / f"{name}.py").read_text("utf-8")
+        for name in ("tools/preprocess", "tools/merge", "tools/show_dataset", "launch/preprocess_datatrove")
     )
     prose = re.sub(r"^```.*?^```$", "", GUIDE, flags=re.DOTALL | re.MULTILINE)
     options = set(re.findall(r"--[a-z][\w-]+", prose)) - {"--help", "--no-append-eod"}  # made by argparse

@@ -152,3 +152,24 @@ def test_datatrove_parts_are_joined_to_what_one_machine_makes(folder, tokenizer,
     assert not (folder / "logs" / "dedup").exists()
     refused = run(folder, *command, *preprocess_arguments(tokenizer, "out", "--shard", "0/2"))
     assert refused.returncode == 1 and "error: this command sets --shard itself" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("datatrove") is None, reason="pip install datatrove")
+@pytest.mark.skipif(find_spec("ray") is None, reason="pip install ray")
+def test_ray_makes_what_one_machine_makes_and_continues_after_a_failure(folder, tokenizer):
+    corpus = folder / "a corpus.jsonl"
+    good = corpus.read_text() * 2
+    corpus.write_text(good)
+    command = [sys.executable, DATATROVE, "--shards", str(NUM_SHARDS), "--logs", str(folder / "logs"), "--ray"]
+    command += ["--cpus", "1", "--memory-per-cpu", "1", "--"]
+    more = ["--input", str(corpus), "--output-prefix", str(folder / "out"), "--dedup", "exact"]
+    # As long as the good line, so that the size of the file stays the same.
+    last = good.splitlines()[-1]
+    corpus.write_text(good.removesuffix(f"{last}\n") + f"[{' ' * (len(last) - 2)}]\n")
+    failed = run(folder, *command, *preprocess_arguments(tokenizer, "out", *more))
+    assert failed.returncode == 1 and "logs/signatures/logs: task 2 failed; start again" in failed.stderr
+    corpus.write_text(good)
+    done = run(folder, *command, *preprocess_arguments(tokenizer, "out", *more))
+    assert done.returncode == 0, done.stderr
+    assert_like_one_machine(folder, tokenizer, "out", "--dedup", "exact")

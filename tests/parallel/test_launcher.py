@@ -100,7 +100,35 @@ def test_what_is_refused(env, message):
         ({**TORCHRUN, **SALLOC, "SLURM_STEP_NUM_TASKS": "4", "GROUP_WORLD_SIZE": "1"}, "srun has started 4 tasks"),
     ],
 )
-def test_what_is_noted(env, named):
+def test_what_is_noted_about_slurm(env, named):
     notes = launcher_notes(env)
     assert len(notes) == (named is not None)
     assert all(note.startswith("note: ") and named in note and "torchrun" in note for note in notes)
+
+
+# What accelerate 1.15 sets: `accelerate launch --num_processes 2`, with --cpu, and with --multi_gpu.
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({**ACCELERATE, **TORCHRUN}, []),
+        ({**ACCELERATE, "ACCELERATE_USE_CPU": "True"}, []),
+        ({**ACCELERATE, "ACCELERATE_USE_CPU": "True", **PLACE}, ["a single process"]),
+        ({**ACCELERATE, **TORCHRUN, "ACCELERATE_MIXED_PRECISION": "bf16"}, ["ACCELERATE_MIXED_PRECISION=bf16 of"]),
+        (
+            {**ACCELERATE, **TORCHRUN, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            ["ACCELERATE_USE_FSDP=true of"],
+        ),
+        (PLACE, []),
+    ],
+)
+def test_what_is_noted_about_accelerate(env, named):
+    notes = launcher_notes(env)
+    assert len(notes) == len(named) and all(part in note for part, note in zip(named, notes, strict=True))

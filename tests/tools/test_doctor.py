@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_a_finding_is_a_line_with_its_remedy():
     ]
 
 
+def test_tasks_without_torchrun_are_a_problem(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_of_this_machine", lambda *_: [])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert doctor.main([]) == 1 and "torchrun" in capsys.readouterr().out
+
+
 def test_settings_need_a_configuration():
     with pytest.raises(UserError, match="--seed"):
         doctor.main(["--seed", "3"])
@@ -80,15 +87,18 @@ def test_this_machine_can_run_the_tests(capsys):
 class Metadata:
     """A distribution."""
 
-    metadata = {"Requires-Python": ">=3.10"}  # noqa: RUF012
-
     def __init__(self, *requires: str) -> None:
         self.requires = [*requires]
+        self.metadata = Message()
+        self.metadata["Requires-Python"] = ">=3.10"
+        for extra in ("formats", "new", "dev"):
+            self.metadata["Provides-Extra"] = extra
 
 
 def test_missing_and_old_packages_come_with_the_command_that_installs_them(monkeypatch):
     needed = ["torch>=2.11", "numpy>=999", "no-such-package[x]>=2; python_version >= '3'"]
-    needed += ["not-here-either>=3; extra == 'formats'", "numpy; extra == 'formats'", "numpy; extra == 'dev'"]
+    needed += ["not-here-either>=3; extra == 'formats'", "numpy; extra == 'formats'", "none-yet; extra == 'dev'"]
+    needed += ["numpy; extra == 'new'"]
     monkeypatch.setattr(software, "distribution", lambda name: Metadata(*needed))
     findings = software.check_software()
     assert one(findings, "torch").status == "ok"
@@ -96,6 +106,7 @@ def test_missing_and_old_packages_come_with_the_command_that_installs_them(monke
     assert (old.status, missing.status, extra.status) == ("problem", "problem", "note")
     assert old.remedy == f"{sys.executable} -m pip install 'numpy>=999'"
     assert missing.remedy.endswith("'no-such-package[x]>=2'") and extra.remedy.endswith("'not-here-either>=3'")
+    assert one(findings, "extra new").status == "ok"
     assert "extra dev" not in {finding.name for finding in findings}
 
 
@@ -128,6 +139,43 @@ def test_a_build_that_does_not_suit_the_machine(build, driver, status, monkeypat
     monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
     [found] = gpus.check_gpus()
     assert found.status == status and bool(found.remedy) == (status == "problem")
+
+
+class Gpu:
+    """What PyTorch tells about a GPU."""
+
+    def __init__(self, major: int, free: float) -> None:
+        self.name, self.major, self.minor, self.free = "NVIDIA X", major, 0, free
+
+
+def test_gpus_that_are_old_busy_or_broken(monkeypatch):
+    cards = [Gpu(9, 1.0), Gpu(7, 1.0), Gpu(8, 0.5), Gpu(8, -1)]
+
+    def memory(number: int) -> tuple[float, int]:
+        if cards[number].free < 0:
+            raise RuntimeError("CUDA error: uncorrectable ECC error\nencountered")
+        return cards[number].free * 80 * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(gpus, "driver_version", lambda: "570.86.15")
+    monkeypatch.setattr(gpus, "_kernels", list)
+    findings = gpus.check_gpus()
+    assert [finding.status for finding in findings if finding.name.startswith("gpu")] == [
+        "ok",
+        "note",
+        "note",
+        "problem",
+    ]
+    assert "12.8" in one(findings, "torch").text and one(findings, "nccl").text == "2.27.3"
+    assert "80.0 of 80.0 GiB" in one(findings, "gpu 0").text and "ECC error encountered" in one(findings, "gpu 3").text
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert one(gpus.check_gpus(), "nccl").status == "problem"
 
 
 def test_a_broken_torch_is_found(monkeypatch):

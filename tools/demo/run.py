@@ -31,7 +31,7 @@ from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import write_report
 from retemper.engine.observe.curves import METRICS_FILE
 from retemper.engine.weights.checkpoint.manifest import read_manifest
-from retemper.engine.weights.conversion.export_run import FOLDER as EXPORTS
+from retemper.engine.weights.checkpoint.names import EXPORTS
 from retemper.tools.cli.commands import find
 from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.corpora import build_corpora
@@ -83,8 +83,11 @@ class Demo:
     def start(self, *words: str) -> subprocess.Popen:
         """Print and start one command of ``retemper``: the file of this repository that it runs."""
         print(f"$ {self.typed(words)}", flush=True)
-        module = find(words[1]).module.replace(".", "/")
-        return subprocess.Popen([sys.executable, str(ROOT / f"{module}.py"), *words[2:]], cwd=self.folder)
+        return subprocess.Popen([sys.executable, str(self.program(words[1])), *words[2:]], cwd=self.folder)
+
+    def program(self, name: str) -> Path:
+        """Return the file that ``retemper NAME`` runs."""
+        return ROOT / f"{find(name).module.replace('.', '/')}.py"
 
     def typed(self, words: tuple[str, ...]) -> str:
         """Return the command as text."""

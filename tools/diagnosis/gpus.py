@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-from ...engine.errors import UserError
 from .finding import Finding, note, ok, problem
 
 GROUP = "GPUs"
@@ -63,7 +62,7 @@ def _gpu(number: int) -> Finding:
     name, capability = f"gpu {number}", f"{facts.major}.{facts.minor}"
     try:
         free, total = torch.cuda.mem_get_info(number)
-    except (RuntimeError, torch.AcceleratorError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         return problem(GROUP, name, f"{facts.name} cannot be used: {reason}", "see `nvidia-smi`; reset or exclude it")
     text = f"{facts.name}, compute capability {capability}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
@@ -83,19 +82,24 @@ def _nccl() -> Finding:
 
 
 def _kernels() -> list[Finding]:
-    """Return findings on the attention backend that a usual model would get, and on Triton."""
+    """Return findings on the attention backend that a usual model would get, and on packages with kernels."""
     import torch
 
-    from ...kernels.attention.choice import choose_attention_backend
+    from ...kernels.attention.choice import choose_attention_backend, import_problem
     from ...kernels.triton_support import triton_refusal
 
+    findings = []
     try:
         choice = choose_attention_backend("auto", torch.device("cuda"), torch.bfloat16, 128)
-        attention = ok(GROUP, "attention", choice.reason)
-        if importlib.util.find_spec("flash_attn") is None and choice.backend == "per_document":
-            attention = note(GROUP, "attention", choice.reason, "pip install flash-attn")
-    except (ValueError, UserError) as error:
-        attention = problem(GROUP, "attention", str(error), "")
+        findings.append(ok(GROUP, "attention", choice.reason))
+    except (ValueError, RuntimeError) as error:  # its check of the kernels runs them
+        findings.append(problem(GROUP, "attention", " ".join(str(error).split())[:200], "see `nvidia-smi`"))
+    if importlib.util.find_spec("flash_attn") is not None:
+        broken = import_problem("flash_attn", "flash_attn_varlen_func")
+        remedy = "install a build for this PyTorch, or remove the package"
+        findings.append(
+            note(GROUP, "flash-attn", broken, remedy) if broken else ok(GROUP, "flash-attn", "can be imported")
+        )
     refusal = triton_refusal("cuda")
-    triton = ok(GROUP, "triton", "installed") if refusal is None else problem(GROUP, "triton", refusal, "")
-    return [attention, triton]
+    findings.append(ok(GROUP, "triton", "installed") if refusal is None else problem(GROUP, "triton", refusal, ""))
+    return findings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
 
 from packaging.requirements import Requirement
@@ -23,14 +23,17 @@ _PURPOSES = {
     "formats": "parquet, xlsx, pdf and html as input",
     "chat": "chat templates",
     "dedup": "near-duplicate removal",
+    "clean": "repair of text and language filters",
     "tiktoken": "tiktoken tokenizers",
     "fast": "faster tokenization",
-    "hub": "datasets of the Hub as input",
+    "hub": "faster downloads from the Hub",
     "cloud": "s3:// and gs:// as input",
     "trackers": "W&B, MLflow and other trackers",
-    "eval": "lm-eval",
+    "eval": "evaluation with lm-eval",
 }
-"""Extras of setup.py that are reported, and what they are for. Extras for development are not."""
+"""What the extras of setup.py are for."""
+_NOT_REPORTED = frozenset({"all", "benchmarks", "demo", "dev", "docs"})
+"""Extras that repeat others, or are for developers."""
 _GPU_EXTRAS = ("gpu", "fp8")
 """Reported only on a machine with an NVIDIA driver."""
 
@@ -46,7 +49,7 @@ def check_software() -> list[Finding]:
     return [
         _python(metadata.metadata["Requires-Python"] or ""),
         *_required(requirements),
-        *_extras(requirements),
+        *_extras(requirements, metadata.metadata.get_all("Provides-Extra") or []),
     ]
 
 
@@ -80,20 +83,20 @@ def _required(requirements: Iterable[Requirement]) -> list[Finding]:
     return [*findings, ok(GROUP, "other packages", f"{others} that are required are installed")]
 
 
-def _extras(requirements: Iterable[Requirement]) -> list[Finding]:
+def _extras(requirements: Sequence[Requirement], extras: Iterable[str]) -> list[Finding]:
     """Return a finding for each extra: a note with the command that installs what is missing."""
-    requirements = [*requirements]
     findings = []
-    for extra, purpose in _PURPOSES.items():
-        if extra in _GPU_EXTRAS and driver_version() is None:
+    for extra in extras:
+        if extra in _NOT_REPORTED or (extra in _GPU_EXTRAS and driver_version() is None):
             continue
+        purpose = f" (for {_PURPOSES[extra]})" if extra in _PURPOSES else ""
         members = [each for each in requirements if not _applies(each, "") and _applies(each, extra)]
         missing = {str(_bare(each)): lack for each in members if (lack := lack_of(each)) is not None}
         if missing:
             lacks = ", ".join(f"{Requirement(name).name} {lack}" for name, lack in missing.items())
-            findings.append(note(GROUP, f"extra {extra}", f"{lacks} (for {purpose})", install_command(missing)))
+            findings.append(note(GROUP, f"extra {extra}", f"{lacks}{purpose}", install_command(missing)))
         elif members:
-            findings.append(ok(GROUP, f"extra {extra}", f"installed (for {purpose})"))
+            findings.append(ok(GROUP, f"extra {extra}", f"installed{purpose}"))
     return findings
 
 

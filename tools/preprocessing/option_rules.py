@@ -7,6 +7,7 @@ from datetime import date
 from itertools import chain
 
 from ...engine.errors import UserError
+from .dataset.bins import parse_weights
 from .formats import FORMATS
 from .inputs.hub import parse_hub_dataset
 from .options import TEXT_KEY, PreprocessOptions
@@ -27,7 +28,7 @@ def check_options(options: PreprocessOptions) -> None:
     for is_wrong, message in chain.from_iterable(rule(options) for rule in rules):
         if is_wrong:
             raise UserError(message)
-    _ = options.text_choice, options.shard_place
+    _ = options.text_choice, options.shard_place, parse_weights(options.bin_weights)
 
 
 def _numbers(options: PreprocessOptions) -> Rules:

@@ -123,13 +123,13 @@ class PreprocessOptions:
         """How the files of ``input`` are interpreted."""
         keys = None if self.chat else self.text_choice.roots
         return InputOptions(
-            self.txt_mode,
-            self.stdin_format,
-            self.input_format,
-            keys,
-            self.skip_bad_lines,
-            self.hf_subset,
-            self.hf_split,
+            txt_mode=self.txt_mode,
+            stdin_format=self.stdin_format,
+            input_format=self.input_format,
+            keys=keys,
+            skip_damage=self.skip_bad_lines,
+            hf_subset=self.hf_subset,
+            hf_split=self.hf_split,
         )
 
     @property

@@ -38,7 +38,7 @@ from .option_rules import check_options
 from .options import PreprocessOptions
 from .progress import ProgressReport
 from .run_plan import RunPlan
-from .run_setup import RunSetup
+from .run_setup import RunSetup, print_notes
 from .workers.pool import run_here, run_tasks, shared_counters
 from .workers.task_output import TaskOutput, TaskResult
 from .workers.worker import FastPathError
@@ -82,7 +82,9 @@ def _tokenized(options: PreprocessOptions) -> Iterator[tuple[RunPlan, list[TaskR
     check_options(options)
     prefix = _checked_prefix(options)
     try:
-        setup = RunSetup(replace(options, input=pin_revisions(options.input)), prefix)
+        pinned = pin_revisions(options.input)
+        print_notes(f"{given}: reading {url}" for given, url in zip(options.input, pinned, strict=True) if url != given)
+        setup = RunSetup(replace(options, input=pinned), prefix)
         setup.compare_with_serving()
         with open_workspace(prefix) as work:
             yield _tokenize_exactly(setup, work)

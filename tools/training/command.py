@@ -19,7 +19,7 @@ from ...engine.files.outputs import write_report
 from ...engine.model.config_file import read_hf_config
 from ...engine.model.wrappers import text_config_of
 from ...engine.prepare_data import tokenizer_of
-from ...engine.weights.conversion.export_run import FOLDER as EXPORTS
+from ...engine.weights.checkpoint.names import EXPORTS
 from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
 from .fitting import Machine, find_machine, fit
 from .launch import run_training, training_command

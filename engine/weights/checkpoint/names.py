@@ -9,6 +9,8 @@ from pathlib import Path
 from ...errors import UserError
 from .manifest import MANIFEST_FILE
 
+EXPORTS = "hf"
+"""Folder in a run folder with the exports of its checkpoints."""
 DAMAGED = ".damaged"
 """Added to the name of a checkpoint that is damaged."""
 REWOUND = ".rewound"

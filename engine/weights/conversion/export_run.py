@@ -20,6 +20,7 @@ from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
+from ..checkpoint.names import EXPORTS
 from ..checkpoint.store import CheckpointStore, require_visible, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
@@ -30,14 +31,12 @@ from .pipeline import Conversion
 from .provenance import CONVERSION_FILE
 from .writing import size_of
 
-FOLDER = "hf"
-"""Folder of the exports in a run folder; they have the names of their checkpoints."""
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
 def export_folder(run_folder: Path, step: int) -> Path:
     """Return the folder to which the checkpoint of ``step`` is exported."""
-    return run_folder / FOLDER / f"step-{step:08d}"
+    return run_folder / EXPORTS / f"step-{step:08d}"
 
 
 def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:

@@ -52,8 +52,15 @@ def datatrove_stages(folder: Path, num_buckets: int, num_hashes: int) -> None:
     minhash.MinhashDedupCluster(pairs, clusters, config, save_cluster_id=True).run(None, 0, 1)
 
 
-@pytest.mark.parametrize("more", [{}, {"dedup_threshold": 0.5, "min_tokens": 3, "split": "a=0.5,b=0.5"}])
-@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+@pytest.mark.parametrize(
+    ("dedup", "more"),
+    [
+        ("exact", {}),
+        ("minhash", {"dedup_threshold": 0.5, "min_tokens": 3, "split": "a=0.5,b=0.5"}),
+        pytest.param("minhash", {}, marks=pytest.mark.slow),
+        pytest.param("exact", {"min_chars": 4, "split": "a=0.5,b=0.5"}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_parts_are_the_dataset_of_one_machine(tmp_path, tiny_tokenizer, dedup, more, monkeypatch):
     if dedup == "minhash":
         pytest.importorskip("rensa", reason="needs rensa: pip install rensa")

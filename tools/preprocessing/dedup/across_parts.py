@@ -42,7 +42,7 @@ def write_signatures(outputs: Sequence[TaskOutput], options: PreprocessOptions, 
     num_buckets, num_hashes = signature_shape(options)
     record = np.dtype([("hashes", "<u8", (num_hashes,)), ("document", _NUMBER)])
     for bucket in range(num_buckets):
-        hashes, documents = _hashes(outputs, options, bucket)
+        hashes, documents = _hashes(outputs, None if options.dedup == "exact" else bucket, num_hashes)
         order = np.lexsort(hashes.T[::-1])  # stable: equal ones remain in the order of the documents
         records = np.empty(len(order), record)
         records["hashes"], records["document"] = hashes[order], documents[order]
@@ -99,20 +99,24 @@ def kept_documents(file: str, sizes: Sequence[int]) -> Iterator[npt.NDArray[np.b
 
 
 def _hashes(
-    outputs: Sequence[TaskOutput], options: PreprocessOptions, bucket: int
+    outputs: Sequence[TaskOutput], band: int | None, num_hashes: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-    """Return the hashes uint64[n, hashes] of one bucket and their documents; of texts without a word there are none."""
-    hashes = [np.empty((0, signature_shape(options)[1]), np.uint64)]
+    """Return hashes uint64[n, num_hashes] and their documents.
+
+    Args:
+        band: of the MinHash signature, which a text without a word does not have; None: the hash of the text.
+    """
+    hashes = [np.empty((0, num_hashes), np.uint64)]
     documents = [np.empty(0, np.uint32)]
     before = 0
     for output in outputs:
-        if options.dedup == "minhash":
-            bands = np.load(output.bands, mmap_mode="r")
-            rows, size = np.flatnonzero(bands[:, bucket]), len(bands)
-            new = np.asarray(bands[rows, bucket])[:, None]
-        else:
+        if band is None:
             new = np.load(output.documents)["digest"].copy()
             rows, size = np.arange(len(new)), len(new)
+        else:
+            bands = np.load(output.bands, mmap_mode="r")
+            rows, size = np.flatnonzero(bands[:, band]), len(bands)
+            new = np.asarray(bands[rows, band])[:, None]
         new[:, 0] %= np.uint64(_MAX_HASH)
         hashes.append(new)
         documents.append((before + rows).astype(np.uint32))
