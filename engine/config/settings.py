@@ -63,7 +63,8 @@ class SourceConfig:
     """For text from the Hub (``hf://``): subset (configuration) of the dataset. Null: its default."""
     validation_fraction: float = 0.0
     """For text: fraction of its documents that is held out and evaluated as the validation set with the name of this
-    source. A hash of each document decides, so copies of a text are on the same side."""
+    source, before those of ``data.validation``. A hash of each document decides, so copies of a text are on the same
+    side."""
     preprocess: dict = field(default_factory=dict)
     """For text: more options of tools/preprocess.py, without dashes: ``{dedup: exact, min_chars: 200}``."""
 

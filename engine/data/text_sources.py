@@ -111,15 +111,13 @@ def text_sources(data: DataConfig) -> list[TextSource]:
 
 
 def with_datasets(data: DataConfig, prefixes: Mapping[str, Mapping[str, str]]) -> DataConfig:
-    """Return ``data`` with datasets in place of text.
+    """Return ``data`` with datasets in place of text. Parts of sources that are held out are the first validation sets.
 
     Args:
         prefixes: by :attr:`TextSource.key`: the prefixes by side, ``train`` and ``valid``; without a validation part
             the side is empty.
     """
-    validation = {
-        name: prefixes.get(f"data.validation.{name}", {}).get("", path) for name, path in data.validation.items()
-    }
+    held_out: dict[str, str] = {}
     by_name = {source.identity: prefixes[key] for key, source in _sources(data) if key in prefixes}
 
     def resolved(source: SourceConfig) -> SourceConfig:
@@ -127,13 +125,14 @@ def with_datasets(data: DataConfig, prefixes: Mapping[str, Mapping[str, str]]) -
         if sides is None:
             return source
         if VALID in sides:
-            validation.setdefault(source.identity, sides[VALID])
+            held_out[source.identity] = sides[VALID]
         plain: dict[str, Any] = {key: getattr(SourceConfig(""), key) for key in source.for_text}
         return replace(source, path=sides.get(TRAIN) or sides[""], name=source.identity, **plain)
 
     train = [resolved(source) for source in data.train]
     stages = [replace(stage, train=[resolved(source) for source in stage.train]) for stage in data.stages]
-    return replace(data, train=train, stages=stages, validation=validation, cache_folder=None)
+    named = {name: prefixes.get(f"data.validation.{name}", {}).get("", path) for name, path in data.validation.items()}
+    return replace(data, train=train, stages=stages, validation={**held_out, **named}, cache_folder=None)
 
 
 def cache_folder(data: DataConfig) -> Path:

@@ -57,6 +57,7 @@ def preprocess_into_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
         UserError: as :func:`preprocess`.
     """
     options = replace(options, input=pin_revisions(options.input))
+    options = replace(options, input=pin_revisions(options.input))
     entry = cache_entry(options)
     complete = _Completion(entry, options.shard)
     if found := complete.read():
