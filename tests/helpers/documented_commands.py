@@ -74,7 +74,7 @@ def command_lines(text: str) -> Iterator[str]:
         for line in re.sub(r"\s*\\\n\s*", " ", without_input).splitlines():
             command = re.sub(r"^(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*", "", line.strip()).split(" ")[0]
             if (command in PROGRAMS or re.match(r"launch/\w", command)) and not re.match(r"(\S+) -c ", line.strip()):
-                yield re.split(r" (?:[|]|&&|;|&|>) ?", line.strip())[0].removesuffix(" &")
+                yield re.split(r" (?:[|]|&&|;|&|\d?>>?|<)(?: |$)", line.strip())[0]
 
 
 def check(words: list[str]) -> None:
