@@ -13,7 +13,7 @@ With --dedup, duplicates are removed across all parts, by the MinHash stages of 
 the signatures of its documents, then duplicates are found and clustered, and the tasks that write the parts leave them
 out. The result is that of one machine (retemper.tools.preprocessing.dedup.across_parts).
 
-Needs ``pip install datatrove`` (and ray for --ray), and storage that all nodes see.
+Needs the extra datatrove (and ray for --ray), and storage that all nodes see.
 """
 
 from __future__ import annotations
@@ -110,11 +110,14 @@ class KeepFirst(PipelineStep):
     def __init__(self, clusters: str, exclusions: str, num_parts: int) -> None:
         super().__init__()
         self.clusters, self.exclusions, self.num_parts = clusters, exclusions, num_parts
+        self.package = str(Path(__file__).parent)
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Write the numbers of the documents."""
+        import sys
         from pathlib import Path
 
+        sys.path.insert(0, self.package)  # with retemper.py, for a checkout that is not installed
         from retemper.tools.preprocessing.dedup.across_parts import write_exclusions
 
         write_exclusions(Path(self.clusters), Path(self.exclusions), self.num_parts)

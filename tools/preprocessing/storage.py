@@ -13,15 +13,22 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ...engine.errors import UserError, install_command
 from ...engine.files.paths import is_url
 
-_BLOCK_BYTES = 4 << 20
-"""Of one request: large enough that its latency does not matter."""
-_NUM_BLOCKS = 8
-"""Blocks of an open file in memory. Columns of Parquet are read in turns, each from its own block."""
+_BLOCK_BYTES = 2 << 20
+"""Of one request: its latency matters little, and so does what is read after the end of a worker's part."""
+_NUM_BLOCKS = 16
+"""Blocks of a table in memory. Columns of Parquet are read in turns, each from its own block."""
+Access = Literal["stream", "table", "part"]
+"""How a file is read: "stream": from one position to another; "table": in many places; "part": little of it."""
+_CACHES: dict[Access, dict[str, Any]] = {
+    "stream": {"cache_type": "readahead"},
+    "table": {"cache_type": "blockcache", "cache_options": {"maxblocks": _NUM_BLOCKS}},
+    "part": {"cache_type": "none"},
+}
 _WAITS = (0.5, 1, 2, 4, 8)
 """Seconds before each new attempt after an error that may pass."""
 _MAX_REASON = 200
@@ -62,17 +69,17 @@ def same_path(path: str) -> str:
     return path if is_url(path) else os.path.realpath(path)
 
 
-def open_file(path: str, whole: bool = True) -> io.RawIOBase:
+def open_file(path: str, access: Access = "stream") -> io.RawIOBase:
     """Open a file for reading: unbuffered and seekable.
 
     Args:
-        whole: False: only a small part will be read, so that a remote file is not read in blocks.
+        access: decides how many bytes of a remote file one request asks for. All others work too, but cost more.
 
     Raises:
         OSError: a local file cannot be opened.
         UserError: a remote file cannot be opened. Reading it raises UserError after several attempts.
     """
-    return _RemoteFile(path, whole) if is_url(path) else io.FileIO(path, "rb")
+    return _RemoteFile(path, access) if is_url(path) else io.FileIO(path, "rb")
 
 
 def facts(path: str) -> FileFacts:
@@ -96,7 +103,7 @@ def is_file(path: str) -> bool:
 
 def read_start(path: str, count: int) -> bytes:
     """Return the first ``count`` bytes of a file, fewer if it is shorter. Errors are those of :func:`open_file`."""
-    with open_file(path, whole=False) as file:
+    with open_file(path, "part") as file:
         return file.read(count) or b""
 
 
@@ -161,15 +168,11 @@ def errors_of(url: str) -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file, read in blocks. After an error that may pass, it is opened again at the same position.
+    """A remote file, read in blocks. After an error that may pass, it is opened again at the same position."""
 
-    Args:
-        whole: see :func:`open_file`.
-    """
-
-    def __init__(self, url: str, whole: bool = True) -> None:
+    def __init__(self, url: str, access: Access) -> None:
         super().__init__()
-        self._url, self._whole, self._position = url, whole, 0
+        self._url, self._access, self._position = url, access, 0
         self._handle: Any = None
         self._size = int(self._attempt(lambda: self._open().seek(0, os.SEEK_END)))
 
@@ -202,9 +205,7 @@ class _RemoteFile(io.RawIOBase):
     def _open(self) -> Any:
         if self._handle is None:
             files, name = _file_system(self._url)
-            blocks = {"cache_type": "blockcache", "cache_options": {"maxblocks": _NUM_BLOCKS}}
-            cache = blocks if self._whole else {"cache_type": "none"}
-            self._handle = files.open(name, "rb", block_size=_BLOCK_BYTES, **cache)
+            self._handle = files.open(name, "rb", block_size=_BLOCK_BYTES, **_CACHES[self._access])
         return self._handle
 
     def _read(self, count: int) -> bytes:
@@ -292,6 +293,6 @@ def _explain(url: str, error: Exception) -> str:
     if _NOT_ALLOWED.search(_message(error)):
         remedy = _CREDENTIALS.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme))
         return f"no permission to read it ({_message(error)})" + (f"; {remedy}" if remedy else "")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and not _may_pass(error):
         return f"no such file or folder ({_message(error)})"
     return f"cannot be read ({_message(error)})"
