@@ -1,0 +1,1 @@
+../../engine/retemper.py
