@@ -49,7 +49,7 @@ def build_parser() -> CommandParser:
         "--chat",
         "--model",
         "--tokenizer",
-        "--min-chars",
+        "--quality",
         "--dedup",
         "--output-prefix",
         "--overwrite",
