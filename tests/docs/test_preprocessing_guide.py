@@ -96,10 +96,11 @@ def test_commands_that_need_a_cluster_have_the_options_that_are_shown():
 
 
 def test_the_options_that_the_text_names_exist():
-    known = "".join(
-        (ROOT / f"{name}.py").read_text("utf-8")
-        for name in ("tools/preprocess", "tools/merge", "tools/show_dataset", "launch/preprocess_datatrove")
+    commands = (
+        *("tools/preprocess", "tools/merge", "tools/show_dataset", "tools/export_packed"),
+        "launch/preprocess_datatrove",
     )
+    known = "".join((ROOT / f"{name}.py").read_text("utf-8") for name in commands)
     prose = re.sub(r"^```.*?^```$", "", GUIDE, flags=re.DOTALL | re.MULTILINE)
     options = set(re.findall(r"--[a-z][\w-]+", prose)) - {"--help", "--no-append-eod"}  # made by argparse
     assert len(options) > 20

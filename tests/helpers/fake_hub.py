@@ -111,6 +111,8 @@ class FakeHub:
     def _answer_to_user(self, request: Request, said: str) -> tuple[int, object]:
         if said == "GET /api/whoami-v2":
             return 200, {"name": "somebody", "type": "user"}
+        if said == "POST /api/validate-yaml":  # of a README.md
+            return 200, {"errors": [], "warnings": []}
         if said == "POST /api/repos/create":
             asked = json.loads(request.body)
             name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
@@ -121,7 +123,7 @@ class FakeHub:
             self.repositories[name] = {}
             self.private = asked.get("private", False) or asked.get("visibility") == "private"
             return 200, {"url": f"{self.url}/{name}"}
-        found = re.search(r"/(?:api/models/)?([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?$", request.path)
+        found = re.search(r"/(?:api/(?:models|datasets)/|datasets/)?([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?$", request.path)
         if found is None or found[1] not in self.repositories:
             return 404, {"error": "Repository not found"}
         return self._answer_about(self.repositories[found[1]], found[1], found[2] or "", request)
@@ -142,7 +144,7 @@ class FakeHub:
                 "files": [
                     {
                         "path": file["path"],
-                        "uploadMode": mode[file["path"].endswith(".safetensors")],
+                        "uploadMode": mode[file["path"].endswith((".safetensors", ".parquet"))],
                         "shouldIgnore": False,
                         "oid": None,
                     }

@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("preprocess", "tokenize text to a dataset", "tools.preprocess"),
         Command("inspect", "show and verify the contents of a dataset", "tools.show_dataset"),
         Command("merge", "join datasets, or the shards of one", "tools.merge"),
+        Command("export-packed", "write packed sequences as Parquet for other trainers", "tools.export_packed"),
     ),
     "model": (
         Command("export", "write a checkpoint as a Hugging Face folder", "checkpoint_convert.dcp_to_hf"),

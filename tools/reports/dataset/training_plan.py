@@ -23,7 +23,7 @@ from ....engine.prepare_data import prepare_data_here
 from ....engine.schedule import BatchPlan, plan_batches
 from ....engine.weights.checkpoint.assets import find_assets
 
-_ANY_VOCABULARY = 1 << 31
+ANY_VOCABULARY = 1 << 31
 _GROUPS_COUNTED = 256
 """Groups of chunks in which cut documents are counted; covers 134 million tokens in chunks of 4,096."""
 _CURVE_POINTS = 120
@@ -84,7 +84,7 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
     """
     config, role = _with_dataset(prepare_data_here(parse_config(["--config", config_file])), prefix)
     plan = plan_batches(config.training, 1)  # steps and epochs do not depend on the number of ranks
-    vocab_size, tokenizer, checked = _model_facts(config)
+    vocab_size, tokenizer, checked = model_facts(config)
     catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)
     order = catalog.sample_order(config.seed)
     steps = plan.steps_for(config.training.train_tokens)
@@ -125,10 +125,10 @@ def _same(one: str, other: str) -> bool:
     return os.path.realpath(dataset_prefix(one)) == os.path.realpath(dataset_prefix(other))
 
 
-def _model_facts(config: RunConfig) -> tuple[int, TokenizerIdentity | None, bool]:
+def model_facts(config: RunConfig) -> tuple[int, TokenizerIdentity | None, bool]:
     """Return vocabulary size, tokenizer, and whether they are known: the model may not be on this machine."""
     if config.model.initialize_from is not None and not os.path.exists(config.model.initialize_from):
-        return _ANY_VOCABULARY, None, False
+        return ANY_VOCABULARY, None, False
     assets = find_assets(config.model)
     assert assets.config is not None
     return parse_architecture(assets.config).vocab_size, assets.tokenizer, True
