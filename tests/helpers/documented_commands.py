@@ -89,7 +89,8 @@ def check(words: list[str]) -> None:
         assert rest[0] in targets, rest[0]
     elif program == "pip":
         extras = re.search(r"\[([\w,]+)\]", " ".join(rest))
-        declared = re.findall(r'^(?: {4}"|EXTRAS\[")(\w+)"(?:: |\])', (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
+        packaging = (ROOT / "setup.py").read_text("utf-8")
+        declared = re.findall(r'^(?: {4}"|EXTRAS\[")(\w+)"(?:: |\])', packaging, re.MULTILINE)
         assert extras is None or set(extras[1].split(",")) <= set(declared), extras[1]
     elif program == "kubectl":
         assert (ROOT / rest[-1]).is_file(), rest[-1]
