@@ -51,6 +51,8 @@ def change(path: Path, **data: object) -> None:
     ids=["concat", "best fit", "across documents"],
 )
 def test_the_rows_of_a_run_are_what_it_trains_on(folder, one_rank, data):
+    if "packing" in data:
+        data = {**data, "train": [{"path": str(folder / "first")}]}  # more than one epoch
     change(folder / "run.yaml", **data)
     main(["--config", str(folder / "run.yaml"), "--output", str(folder / "packed"), "--shift-labels"])
     rows = rows_of(folder / "packed")

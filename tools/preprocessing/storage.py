@@ -8,6 +8,7 @@ and from those of fsspec (``FSSPEC_S3_ANON=true``).
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import time
@@ -51,6 +52,7 @@ _PERMANENT = (
 )
 _TOO_MANY_REQUESTS, _TIMED_OUT = 429, 408
 
+_LOGGERS = ("fsspec", "s3fs", "aiobotocore", "gcsfs")
 _instances: dict[tuple[object, ...], Any] = {}
 _Result = TypeVar("_Result")
 
@@ -218,7 +220,8 @@ class _RemoteFile(io.RawIOBase):
 
     def _attempt(self, step: Callable[[], _Result]) -> _Result:
         with errors_of(self._url):
-            for wait in _WAITS:
+            # Before the work begins, a wrong address or a missing network should not take minutes to be reported.
+            for wait in _WAITS[:2] if self._access == "part" else _WAITS:
                 try:
                     return step()
                 except Exception as error:
@@ -237,6 +240,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of ``url``, and the name of the file in it."""
     from fsspec.core import url_to_fs
 
+    for library in _LOGGERS:  # they also log, with a traceback, what they raise or try again
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     files, name = url_to_fs(url)
     # fsspec has an instance for each thread, each with its own cache of listings.
     key = (os.getpid(), type(files), str(sorted(files.storage_options.items())))

@@ -71,7 +71,7 @@ class Sizing:
         if not is_text(entry["path"]):
             return _sized_dataset(option, entry)
         entry = {"validation_fraction": self._validation, **entry}
-        if entry["validation_fraction"] == self._validation and _is_small(entry["path"]):
+        if entry["validation_fraction"] == self._validation > 0 and _is_small(entry["path"]):
             if (whole := self._datasets(option, {**entry, "validation_fraction": 0.0})) is None:
                 return _estimated(option, entry)
             entry["validation_fraction"] = _fitting_fraction(self._validation, whole[""].documents)

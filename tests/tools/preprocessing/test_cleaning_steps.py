@@ -215,7 +215,7 @@ def test_a_long_text_in_pieces_is_cleaned_as_a_whole(options, monkeypatch):
 
 
 def test_a_reason_before_the_end_stops_reading():
-    cleaner = asked_for(languages=["de"])
+    cleaner = asked_for(languages=["de"], min_chars=5)
     read = []
 
     def pieces():

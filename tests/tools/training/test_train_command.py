@@ -88,6 +88,9 @@ def test_cached_texts_are_counted(planned, model, texts, capsys):
     tree, lines = planned("--epochs", 3)
     assert tree["training"]["train_tokens"] == 3 * int(counted[2].replace(",", ""))
     assert counted[0] in lines
+    words = ["--model", str(model), "--data", str(texts), "--save-config", "all.yaml", "--validation", "0"]
+    train.main(words)
+    assert "texts: 60 documents" in capsys.readouterr().err
 
 
 def test_files_and_options_win_over_what_is_chosen(planned, tmp_path):
