@@ -21,9 +21,13 @@ from typing import NoReturn
 EXTRA_OF = {
     **dict.fromkeys(("pyarrow", "openpyxl", "pypdf", "cryptography", "lxml"), "formats"),
     **{"jinja2": "chat", "rensa": "dedup", "tiktoken": "tiktoken", "fastokens": "fast", "torchao": "fp8"},
+    **{"ftfy": "clean", "py3langid": "clean", "s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud"},
+    **{"datasets": "hub", "datatrove": "datatrove", "lm_eval": "eval"},
     **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
+    **{"s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud", "datasets": "hub", "datatrove": "datatrove"},
 }
 """Modules of optional packages, and the extra of setup.py that installs each."""
+_ROOT = Path(__file__).resolve().parents[1]
 _MOST_PROBLEMS = 20
 """Maximum number of problems shown for one error. More have one cause, such as a file of another program."""
 
@@ -55,15 +59,24 @@ def install_command(module: str) -> str:
 
     In a clone that is not installed, the command names the clone.
     """
+    what = "retemper" if _is_installed() else str(_ROOT)
+    extra = EXTRA_OF.get(module.partition(".")[0])
+    return f"pip install '{what}[{extra}]'" if extra else shlex.join(["pip", "install", what])
+
+
+def command_name(name: str, script: str) -> str:
+    """Return how to start a command: as ``retemper NAME`` if the package is installed, else by its file."""
+    return f"retemper {name}" if _is_installed() else shlex.join(["python", str(_ROOT / script)])
+
+
+def _is_installed() -> bool:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         version("retemper")
-        what = "retemper"
     except PackageNotFoundError:
-        what = str(Path(__file__).resolve().parents[1])
-    extra = EXTRA_OF.get(module.partition(".")[0])
-    return f"pip install '{what}[{extra}]'" if extra else shlex.join(["pip", "install", what])
+        return False
+    return True
 
 
 def report_user_error(error: UserError) -> None:

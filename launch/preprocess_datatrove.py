@@ -13,7 +13,7 @@ With --dedup, duplicates are removed across all parts, by the MinHash stages of 
 the signatures of its documents, then duplicates are found and clustered, and the tasks that write the parts leave them
 out. The result is that of one machine (retemper.tools.preprocessing.dedup.across_parts).
 
-Needs ``pip install datatrove`` (and ray for --ray), and storage that all nodes see.
+Needs the extra datatrove (and ray for --ray), and storage that all nodes see.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retemper.engine.config.command_line import CommandParser
-from retemper.engine.errors import UserError, run_command
+from retemper.engine.errors import UserError, install_command, run_command
 from retemper.tools import preprocess
 from retemper.tools.preprocessing.dataset.checks import require_free_shards
 from retemper.tools.preprocessing.dedup.across_parts import signature_shape
@@ -110,11 +110,14 @@ class KeepFirst(PipelineStep):
     def __init__(self, clusters: str, exclusions: str, num_parts: int) -> None:
         super().__init__()
         self.clusters, self.exclusions, self.num_parts = clusters, exclusions, num_parts
+        self.package = str(Path(__file__).parent)
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Write the numbers of the documents."""
+        import sys
         from pathlib import Path
 
+        sys.path.insert(0, self.package)  # with retemper.py, for a checkout that is not installed
         from retemper.tools.preprocessing.dedup.across_parts import write_exclusions
 
         write_exclusions(Path(self.clusters), Path(self.exclusions), self.num_parts)
@@ -289,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options, theirs = parse_arguments(arguments)
     if PipelineStep is object:
-        raise UserError("datatrove is not installed: pip install datatrove")
+        raise UserError(f"datatrove is not installed: {install_command('datatrove')}")
     wanted = preprocess.parse_arguments(theirs)
     if wanted.shard is not None or "-" in wanted.input:
         raise UserError(

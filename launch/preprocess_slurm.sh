@@ -32,12 +32,13 @@ import os
 from retemper.tools.preprocessing.dataset_files import refuse_existing_outputs
 from retemper.engine.errors import UserError, run_command
 from retemper.tools.preprocessing.dataset.checks import output_prefixes, require_free_shards
+from retemper.tools.preprocessing.option_rules import check_options
 from retemper.tools.preprocess import parse_arguments
 
 
 def main():
     options = parse_arguments()
-    options.check()
+    check_options(options)
     if options.shard is not None or "-" in options.input:
         raise UserError("--shard is set by this script, and standard input cannot be divided; leave them out")
     if "RETEMPER_STAGE" not in os.environ:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import retemper
-from retemper.engine.errors import EXTRA_OF, install_command
+from retemper.engine.errors import EXTRA_OF, command_name, install_command
 from retemper.tools.cli.main import main
 
 ROOT = Path(retemper.__file__).parent
@@ -119,7 +119,7 @@ def test_the_version_is_said_once(said):
 
 
 def test_every_optional_module_is_in_the_extra_that_messages_name(said):
-    distributions = {"flash_attn": "flash-attn", "cryptography": "pypdf[crypto]"}
+    distributions = {"flash_attn": "flash-attn", "lm_eval": "lm-eval", "cryptography": "pypdf[crypto]"}
     for module, extra in EXTRA_OF.items():
         required = [re.split(r"[<>=]", requirement)[0] for requirement in said["extras_require"][extra]]
         assert {module, distributions.get(module)} & {*required, *(name.partition("[")[0] for name in required)}, module
@@ -128,12 +128,17 @@ def test_every_optional_module_is_in_the_extra_that_messages_name(said):
 def test_the_command_that_installs_a_package_names_the_clone_if_nothing_is_installed(monkeypatch):
     assert install_command("pyarrow.parquet") == "pip install 'retemper[formats]'"
     assert install_command("numpy") == "pip install retemper"
+    assert command_name("export", "checkpoint_convert/dcp_to_hf.py") == "retemper export"
 
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    assert install_command("rensa") == f"pip install '{ROOT}[dedup]'"
+    clone = Path(retemper.__file__).resolve().parent
+    assert install_command("rensa") == f"pip install '{clone}[dedup]'"
+    assert (
+        command_name("export", "checkpoint_convert/dcp_to_hf.py") == f"python {clone}/checkpoint_convert/dcp_to_hf.py"
+    )
 
 
 def test_links_of_the_description_work_outside_the_repository(said):
@@ -150,3 +155,7 @@ def test_the_command_is_an_entry_point(said):
     name, _, target = line.partition(" = ")
     module, _, function = target.partition(":")
     assert name == "retemper" and getattr(importlib.import_module(module), function) is main
+
+
+def test_the_address_of_the_project_is_the_same_everywhere(said):
+    assert f"repo_url: {said['url']}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -69,7 +69,7 @@ class TokenizingJob:
                 raise UserError(f"{self._text.key}: {reason}")
             found = json.loads(report.read_text(encoding="utf-8"))["datasets"]
         datasets = [CachedDataset(one["prefix"], one["documents"], one["tokens"]) for one in found]
-        return {_side(one.prefix): one for one in datasets}
+        return {side_of(one.prefix): one for one in datasets}
 
     def stop(self) -> None:
         """End the process soon. Its finished work is kept, and the next run continues from it."""
@@ -83,6 +83,7 @@ def _environment(problem: Path) -> dict[str, str]:
     return {**own, ERROR_FILE_VARIABLE: str(problem)}
 
 
-def _side(prefix: str) -> str:
+def side_of(prefix: str) -> str:
+    """Return ``train`` or ``valid``, with which the prefix of a side ends, or "" for a dataset that is not split."""
     ending = prefix.rpartition(".")[2]
     return ending if ending in (TRAIN, VALID) else ""

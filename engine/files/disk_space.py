@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, command_name
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk or an exceeded quota."""
@@ -68,7 +68,8 @@ def describe_pruning(run_folder: Path, removable: Collection[Path], keep_every: 
     size = sum(file.stat().st_size for folder in removable for file in folder.rglob("*") if file.is_file())
     every = f" --keep-every {keep_every}" if keep_every else ""
     number = f"{len(removable)} checkpoint{'s' if len(removable) > 1 else ''}"
-    command = f"python tools/checkpoint.py prune {shlex.quote(str(run_folder))} --keep-last 1{every}"
+    prune = f"{command_name('checkpoint', 'tools/checkpoint.py')} prune"
+    command = f"{prune} {shlex.quote(str(run_folder))} --keep-last 1{every}"
     return f"{command} removes {number} and frees {format_bytes(size)}"
 
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..config.settings import RunConfig
+from ..errors import command_name
 from ..run import Run
 from ..weights.checkpoint.names import step_of
 from ..weights.conversion.export_run import export_folder
@@ -26,7 +27,5 @@ def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> 
     if checkpoint is None or config.checkpoint.export_hf:
         return []  # the export names its folder itself
     output = export_folder(checkpoint.parent.parent, step_of(checkpoint))
-    return [
-        f"next        python checkpoint_convert/dcp_to_hf.py --checkpoint {shlex.quote(str(checkpoint))} "
-        f"--output {shlex.quote(str(output))}"
-    ]
+    export = command_name("export", "checkpoint_convert/dcp_to_hf.py")
+    return [f"next        {export} --checkpoint {shlex.quote(str(checkpoint))} --output {shlex.quote(str(output))}"]

@@ -74,7 +74,7 @@ def command_lines(text: str) -> Iterator[str]:
         for line in re.sub(r"\s*\\\n\s*", " ", without_input).splitlines():
             command = re.sub(r"^(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*", "", line.strip()).split(" ")[0]
             if (command in PROGRAMS or re.match(r"launch/\w", command)) and not re.match(r"(\S+) -c ", line.strip()):
-                yield re.split(r" (?:[|]|&&|;|&) ?", line.strip())[0].removesuffix(" &")
+                yield re.split(r" (?:[|]|&&|;|&|\d?>>?|<)(?: |$)", line.strip())[0]
 
 
 def check(words: list[str]) -> None:
@@ -89,8 +89,9 @@ def check(words: list[str]) -> None:
         assert rest[0] in targets, rest[0]
     elif program == "pip":
         extras = re.search(r"\[([\w,]+)\]", " ".join(rest))
-        declared = re.findall(r'^ {4}"(\w+)": \[', (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
-        assert extras is None or set(extras[1].split(",")) <= {"all", *declared}, extras[1]
+        packaging = (ROOT / "setup.py").read_text("utf-8")
+        declared = re.findall(r'^(?: {4}"|EXTRAS\[")(\w+)"(?:: |\])', packaging, re.MULTILINE)
+        assert extras is None or set(extras[1].split(",")) <= set(declared), extras[1]
     elif program == "kubectl":
         assert (ROOT / rest[-1]).is_file(), rest[-1]
     elif program == "accelerate":

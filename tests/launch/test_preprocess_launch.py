@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from oracles.tiny_tokenizer import sample_text, train_tiny_tokenizer
 
+from retemper.engine.errors import install_command
+
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "preprocess_slurm.sh"
 DATATROVE = ROOT / "launch" / "preprocess_datatrove.py"
@@ -133,7 +135,7 @@ def test_datatrove_is_named_where_it_is_missing(folder, tokenizer):
     command = [sys.executable, "-c", "import sys, runpy; sys.modules['datatrove'] = None; sys.argv.pop(0)\n"]
     command[-1] += "runpy.run_path(sys.argv[0], run_name='__main__')"
     done = run(folder, *command, DATATROVE, "--shards", "2", "--logs", "logs", "--", "--input", "x")
-    assert (done.returncode, done.stderr) == (1, "error: datatrove is not installed: pip install datatrove\n")
+    assert (done.returncode, done.stderr) == (1, f"error: datatrove is not installed: {install_command('datatrove')}\n")
 
 
 @pytest.mark.slow

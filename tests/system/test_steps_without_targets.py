@@ -124,7 +124,7 @@ def test_what_a_run_says_and_saves(sparse, one_rank, run_file, tmp_path, capfd):
     said = capfd.readouterr().out
     assert said.count("| no targets |") == counts.count(0) and said.count("| loss ") == STEPS - counts.count(0)
     checkpoints = [tmp_path / "run" / "checkpoints" / f"step-{step:08d}" for step in range(1, STEPS + 1)]
-    assert said.count(f"next        python checkpoint_convert/dcp_to_hf.py --checkpoint {checkpoints[-1]} ") == 1
+    assert said.count(f"next        retemper export --checkpoint {checkpoints[-1]} ") == 1
     saved = [tiny_run.tensors_of(checkpoint) for checkpoint in checkpoints]
     for before, after, count in zip(saved[:-1], saved[1:], counts[1:], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before) == (count == 0)

@@ -8,20 +8,28 @@ and from those of fsspec (``FSSPEC_S3_ANON=true``).
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from ...engine.errors import UserError
+from ...engine.errors import UserError, install_command
 from ...engine.files.paths import is_url
 
-_BLOCK_BYTES = 4 << 20
-"""Of one request: large enough that its latency does not matter."""
-_NUM_BLOCKS = 8
-"""Blocks of an open file in memory. Columns of Parquet are read in turns, each from its own block."""
+_BLOCK_BYTES = 2 << 20
+"""Of one request: its latency matters little, and so does what is read after the end of a worker's part."""
+_NUM_BLOCKS = 16
+"""Blocks of a table in memory. Columns of Parquet are read in turns, each from its own block."""
+Access = Literal["stream", "table", "part"]
+"""How a file is read: "stream": from one position to another; "table": in many places; "part": little of it."""
+_CACHES: dict[Access, dict[str, Any]] = {
+    "stream": {"cache_type": "readahead"},
+    "table": {"cache_type": "blockcache", "cache_options": {"maxblocks": _NUM_BLOCKS}},
+    "part": {"cache_type": "none"},
+}
 _WAITS = (0.5, 1, 2, 4, 8)
 """Seconds before each new attempt after an error that may pass."""
 _MAX_REASON = 200
@@ -44,6 +52,7 @@ _PERMANENT = (
 )
 _TOO_MANY_REQUESTS, _TIMED_OUT = 429, 408
 
+_LOGGERS = ("fsspec", "s3fs", "aiobotocore", "gcsfs")
 _instances: dict[tuple[object, ...], Any] = {}
 _Result = TypeVar("_Result")
 
@@ -62,17 +71,17 @@ def same_path(path: str) -> str:
     return path if is_url(path) else os.path.realpath(path)
 
 
-def open_file(path: str, whole: bool = True) -> io.RawIOBase:
+def open_file(path: str, access: Access = "stream") -> io.RawIOBase:
     """Open a file for reading: unbuffered and seekable.
 
     Args:
-        whole: False: only a small part will be read, so that a remote file is not read in blocks.
+        access: decides how many bytes of a remote file one request asks for. All others work too, but cost more.
 
     Raises:
         OSError: a local file cannot be opened.
         UserError: a remote file cannot be opened. Reading it raises UserError after several attempts.
     """
-    return _RemoteFile(path, whole) if is_url(path) else io.FileIO(path, "rb")
+    return _RemoteFile(path, access) if is_url(path) else io.FileIO(path, "rb")
 
 
 def facts(path: str) -> FileFacts:
@@ -96,7 +105,7 @@ def is_file(path: str) -> bool:
 
 def read_start(path: str, count: int) -> bytes:
     """Return the first ``count`` bytes of a file, fewer if it is shorter. Errors are those of :func:`open_file`."""
-    with open_file(path, whole=False) as file:
+    with open_file(path, "part") as file:
         return file.read(count) or b""
 
 
@@ -161,15 +170,11 @@ def errors_of(url: str) -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file, read in blocks. After an error that may pass, it is opened again at the same position.
+    """A remote file, read in blocks. After an error that may pass, it is opened again at the same position."""
 
-    Args:
-        whole: see :func:`open_file`.
-    """
-
-    def __init__(self, url: str, whole: bool = True) -> None:
+    def __init__(self, url: str, access: Access) -> None:
         super().__init__()
-        self._url, self._whole, self._position = url, whole, 0
+        self._url, self._access, self._position = url, access, 0
         self._handle: Any = None
         self._size = int(self._attempt(lambda: self._open().seek(0, os.SEEK_END)))
 
@@ -202,9 +207,7 @@ class _RemoteFile(io.RawIOBase):
     def _open(self) -> Any:
         if self._handle is None:
             files, name = _file_system(self._url)
-            blocks = {"cache_type": "blockcache", "cache_options": {"maxblocks": _NUM_BLOCKS}}
-            cache = blocks if self._whole else {"cache_type": "none"}
-            self._handle = files.open(name, "rb", block_size=_BLOCK_BYTES, **cache)
+            self._handle = files.open(name, "rb", block_size=_BLOCK_BYTES, **_CACHES[self._access])
         return self._handle
 
     def _read(self, count: int) -> bytes:
@@ -217,7 +220,8 @@ class _RemoteFile(io.RawIOBase):
 
     def _attempt(self, step: Callable[[], _Result]) -> _Result:
         with errors_of(self._url):
-            for wait in _WAITS:
+            # Before the work begins, a wrong address or a missing network should not take minutes to be reported.
+            for wait in _WAITS[:2] if self._access == "part" else _WAITS:
                 try:
                     return step()
                 except Exception as error:
@@ -236,6 +240,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of ``url``, and the name of the file in it."""
     from fsspec.core import url_to_fs
 
+    for library in _LOGGERS:  # they also log, with a traceback, what they raise or try again
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     files, name = url_to_fs(url)
     # fsspec has an instance for each thread, each with its own cache of listings.
     key = (os.getpid(), type(files), str(sorted(files.storage_options.items())))
@@ -286,12 +292,12 @@ def _explain(url: str, error: Exception) -> str:
     scheme = _scheme(url)
     if isinstance(error, ImportError):
         library = _LIBRARIES.get(scheme)
-        return f"reading it needs {library}: pip install {library}" if library else short_reason(error)
+        return f"reading it needs {library}: {install_command(library)}" if library else short_reason(error)
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
         return f"{scheme}:// is not a file system that fsspec knows; use s3://, gs://, hf:// or https://"
     if _NOT_ALLOWED.search(_message(error)):
         remedy = _CREDENTIALS.get({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme))
         return f"no permission to read it ({_message(error)})" + (f"; {remedy}" if remedy else "")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and not _may_pass(error):
         return f"no such file or folder ({_message(error)})"
     return f"cannot be read ({_message(error)})"

@@ -136,7 +136,11 @@ def parse_tokens(text: str) -> int:
 
 def name_of(path: str) -> str:
     """Return a short name for a model or a text, for folders and metrics."""
-    parts = [part for part in re.split(r"[/\\@]", path) if part.strip(".~") and not re.search(r"[*?\[:]", part)]
+    parts = [
+        part
+        for part in re.split(r"[/\\]", path.partition("@")[0])
+        if part.strip(".~") and not re.search(r"[*?\[:]", part)
+    ]
     name = re.sub(r"\.(gz|zst|bz2|xz)$", "", parts[-1] if parts else "text")
     name = re.sub(r"\.(jsonl|json|txt|md|html|csv|tsv|parquet|arrow|xlsx|pdf)$", "", name)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or "text"

@@ -9,8 +9,12 @@ from typing import Any
 
 from ...engine.config.settings import SourceConfig
 from ...engine.data.text_sources import TRAIN, VALID, TextSource, is_text
-from ...engine.data.tokenizing import TokenizingJob
+from ...engine.data.tokenizing import CachedDataset, TokenizingJob, side_of
 from ...engine.errors import UserError
+from ...engine.files.paths import is_url
+from ..preprocess import parse_arguments
+from ..preprocessing.cache import find_in_cache
+from ..preprocessing.inputs.files import describe_inputs
 
 BYTES_PER_TOKEN = 4.0
 """Of text that is not tokenized yet: typical of English with vocabularies of 100,000 tokens and more."""
@@ -59,41 +63,34 @@ class Sizing:
         self._tokenizer, self._cache, self._validation, self._dry = tokenizer, cache, validation, dry
 
     def sized(self, option: str, entry: dict[str, Any]) -> SizedSource:
-        """Return the source of ``entry`` with its size, and with the part that is held out.
+        """Return the source of ``entry`` with its size, and with the fraction that is held out.
 
         Raises:
             UserError: it does not exist, or cannot be tokenized.
         """
         if not is_text(entry["path"]):
             return _sized_dataset(option, entry)
-        held_out = entry.get("validation_fraction", self._validation)
-        if self._dry:
-            return self._estimated(option, {**entry, "validation_fraction": held_out})
-        if held_out and "validation_fraction" not in entry and _is_small(entry["path"]):
-            documents = self._tokenized(option, entry)[""].documents
-            held_out = _fitting_fraction(held_out, documents)
-        entry = {**entry, "validation_fraction": held_out} if held_out else entry
-        made = self._tokenized(option, entry)
+        entry = {"validation_fraction": self._validation, **entry}
+        if entry["validation_fraction"] == self._validation > 0 and _is_small(entry["path"]):
+            if (whole := self._datasets(option, {**entry, "validation_fraction": 0.0})) is None:
+                return _estimated(option, entry)
+            entry["validation_fraction"] = _fitting_fraction(self._validation, whole[""].documents)
+        made = self._datasets(option, entry)
+        if made is None:
+            return _estimated(option, entry)
         train = made.get(TRAIN) or made[""]
         return SizedSource(entry, train.tokens, train.documents, made[VALID].documents if VALID in made else 0)
 
-    def _tokenized(self, option: str, entry: dict[str, Any]) -> dict[str, Any]:
-        return TokenizingJob(_text(option, entry), self._tokenizer, self._cache).run()
-
-    def _estimated(self, option: str, entry: dict[str, Any]) -> SizedSource:
-        from ..preprocess import parse_arguments
-        from ..preprocessing.cache import find_in_cache
-        from ..preprocessing.inputs.files import describe_inputs
-
+    def _datasets(self, option: str, entry: dict[str, Any]) -> dict[str, CachedDataset] | None:
+        """Return the datasets of a text by side; None if they are not in the cache and this is a dry run."""
+        if not self._dry:
+            return TokenizingJob(_text(option, entry), self._tokenizer, self._cache).run()
         words = [*_text(option, entry).arguments(), *self._tokenizer, "--cache-folder", str(self._cache)]
-        options = parse_arguments(words)
-        found = {prefix.rpartition(".")[2]: sidecar for prefix, sidecar in find_in_cache(options).items()}
-        if found:
-            train = found.get(TRAIN) or next(iter(found.values()))
-            held_out = found[VALID].documents if VALID in found else 0
-            return SizedSource(entry, train.tokens, train.documents, held_out)
-        num_bytes = sum(facts.size for facts in describe_inputs(options.input, options.inputs, option))
-        return SizedSource(entry, max(1, round(num_bytes / BYTES_PER_TOKEN)), estimated=True)
+        found = find_in_cache(parse_arguments(words))
+        datasets = {
+            prefix: CachedDataset(prefix, sidecar.documents, sidecar.tokens) for prefix, sidecar in found.items()
+        }
+        return {side_of(prefix): dataset for prefix, dataset in datasets.items()} or None
 
 
 def with_shares(data: Sequence[SizedSource], replay: Sequence[tuple[SizedSource, float]]) -> list[dict[str, Any]]:
@@ -124,10 +121,16 @@ def _sized_dataset(option: str, entry: dict[str, Any]) -> SizedSource:
     return SizedSource(entry, dataset.num_tokens, dataset.num_documents)
 
 
-def _is_small(path: str) -> bool:
-    from ..preprocessing.inputs.files import describe_inputs
+def _estimated(option: str, entry: dict[str, Any]) -> SizedSource:
+    return SizedSource(entry, max(1, round(_input_bytes(entry["path"], option) / BYTES_PER_TOKEN)), estimated=True)
 
-    return sum(facts.size for facts in describe_inputs([path])) <= _FEW_BYTES
+
+def _is_small(path: str) -> bool:
+    return not is_url(path) and _input_bytes(path) <= _FEW_BYTES
+
+
+def _input_bytes(path: str, option: str = "--data") -> int:
+    return sum(facts.size for facts in describe_inputs([path], flag=option))
 
 
 def _fitting_fraction(wanted: float, documents: int) -> float:

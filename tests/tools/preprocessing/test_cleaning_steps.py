@@ -291,5 +291,5 @@ def test_wrong_options(tmp_path, tiny_tokenizer, options, message):
 
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(UserError, match=r"--fix-text needs ftfy: pip install 'ftfy"):
+    with pytest.raises(UserError, match=r"--fix-text needs ftfy: pip install 'retemper\[clean\]'"):
         libraries.cleaning_libraries(PreprocessOptions(["-"], fix_text=True))

@@ -104,7 +104,7 @@ def test_files_are_named_without_the_library(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for url in ("hf://datasets/org/names/t*.jsonl", "hf://org/names@main/t*.jsonl"):
         assert [facts.path.rpartition("/")[2] for facts in describe_inputs([url])] == ["test.jsonl", "train.jsonl"]
-    with pytest.raises(UserError, match=r"pip install 'datasets>=4'; or name the files"):
+    with pytest.raises(UserError, match=r"needs datasets: pip install '[^']*\[hub\]'; or name the files"):
         describe_inputs(["hf://org/names"])
 
 

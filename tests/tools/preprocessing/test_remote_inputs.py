@@ -24,6 +24,7 @@ from retemper.engine.errors import UserError
 from retemper.tools import preprocess
 from retemper.tools.preprocessing import storage
 from retemper.tools.preprocessing.inputs.files import InputOptions, expand_inputs
+from retemper.tools.preprocessing.readers import line_buffer
 
 TEXTS = [sample_text(seed, 6).replace("\n", " ") for seed in range(30)]
 LINES = jsonl(TEXTS)
@@ -164,17 +165,63 @@ def test_a_dataset_of_a_web_server_is_that_of_the_disk(tmp_path, tiny_tokenizer,
     assert not list(tmp_path.glob("remote/*.jsonl*"))
 
 
-def test_a_remote_file_is_read_in_blocks(server, monkeypatch):
+@pytest.mark.slow  # a worker tries for 15 seconds
+def test_an_interrupted_run_continues(tmp_path, tiny_tokenizer, server):
+    server.files.update({"/a.jsonl": LINES * 30, "/b.jsonl": LINES * 30})
+    urls = [f"{server.url}/a.jsonl", f"{server.url}/b.jsonl"]
+    settings = {"workers": 1, "task_bytes": 10_000}
+    heads = 1
+
+    def fail(method: str, path: str, number: int) -> int:
+        """Refuse what workers read of b.jsonl; the first request detects its format."""
+        nonlocal heads
+        heads -= (method, path) == ("GET", "/b.jsonl")
+        return 503 if path == "/b.jsonl" and heads < 0 else 0
+
+    server.fail = fail
+    with pytest.raises(UserError, match=r"b\.jsonl: cannot be read .*503"):
+        run(tiny_tokenizer, tmp_path, *urls, **settings)
+    assert not (tmp_path / "out.idx").exists()
+    server.fail = lambda method, path, number: 0
+    server.requests.clear()
+    run(tiny_tokenizer, tmp_path, *urls, **settings)
+    gets = [path for method, path, _ in server.requests if method == "GET"]
+    assert gets.count("/a.jsonl") < gets.count("/b.jsonl")
+    (tmp_path / "local").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "local" / name).write_bytes(LINES * 30)
+    run(tiny_tokenizer, tmp_path, tmp_path / "local", output_prefix=str(tmp_path / "whole"))
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
+REQUESTS = {
+    "stream": ["25590-25599", "12345-16344", "16345-17899"],
+    "table": ["25000-25999", "12000-12999", "13000-13999", "14000-14999", "15000-15999", "16000-16999"],
+    "part": ["25590-25599", "12345-15344", "12400-12899", "14900-16899"],
+}
+
+
+@pytest.mark.parametrize("access", REQUESTS)
+def test_a_remote_file_is_read_in_blocks(server, monkeypatch, access):
     monkeypatch.setattr(storage, "_BLOCK_BYTES", 1000)
-    server.files["/a"] = bytes(range(256)) * 100
-    url = f"{server.url}/a"
-    with storage.open_file(url) as file:
-        assert file.seek(-10, os.SEEK_END) == 25_590 and file.read(100) == server.files["/a"][-10:]
-        assert file.seek(12_345) and file.read(3_000) == server.files["/a"][12_345:15_345] and file.tell() == 15_345
-        file.seek(12_400)
-        assert file.read(500) == server.files["/a"][12_400:12_900]
-    fetched = [asked for method, _, asked in server.requests if method == "GET"]
-    assert fetched == [f"bytes={start}-{start + 999}" for start in (25_000, 12_000, 13_000, 14_000, 15_000)]
+    content = server.files["/a"] = bytes(range(256)) * 100
+    with storage.open_file(f"{server.url}/a", access) as file:
+        assert file.seek(-10, os.SEEK_END) == 25_590 and file.read(100) == content[-10:]
+        for start, size in ((12_345, 3_000), (12_400, 500), (14_900, 2_000)):
+            assert file.seek(start) and file.read(size) == content[start : start + size] and file.tell() == start + size
+    fetched = [asked.removeprefix("bytes=") for method, _, asked in server.requests if method == "GET"]
+    assert fetched == REQUESTS[access]
+
+
+def test_workers_fetch_little_more_than_their_parts(server, monkeypatch):
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 2000)
+    monkeypatch.setattr(line_buffer, "_BLOCK_BYTES", 500)
+    server.files["/a.jsonl"] = LINES * 50
+    cuts = range(10_000, len(LINES) * 50, 10_000)
+    assert len(read_file(f"{server.url}/a.jsonl", cuts).values) == len(TEXTS) * 50  # type: ignore[arg-type]
+    ranges = [asked.removeprefix("bytes=").split("-") for method, _, asked in server.requests if method == "GET"]
+    fetched = sum(int(last) - int(first) + 1 for first, last in ranges[1:])  # the first one detects the format
+    assert fetched < 1.4 * len(LINES) * 50
 
 
 @pytest.mark.parametrize("fault", [503, 429, 1, 2])
@@ -236,4 +283,4 @@ def test_wrong_urls_are_one_line(refused, memory, server, tmp_path, monkeypatch)
     twice = refused("--input", "memory://a.jsonl", "memory:///a.jsonl", *out)
     assert "is already an input" in twice
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert "pip install s3fs" in refused("--input", "s3://bucket/a.jsonl", *out)
+    assert "reading it needs s3fs: pip install" in refused("--input", "s3://bucket/a.jsonl", *out)

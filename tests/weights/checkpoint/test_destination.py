@@ -113,7 +113,7 @@ def test_a_full_disk_says_what_can_be_pruned(keep_every, one_rank, run_folder, m
     every = f" --keep-every {keep_every}" if keep_every else ""
     number = f"{len(removed)} checkpoint{'s' if len(removed) > 1 else ''}"
     assert message.endswith(
-        f"python tools/checkpoint.py prune {run_folder} --keep-last 1{every} removes {number} and frees "
+        f"retemper checkpoint prune {run_folder} --keep-last 1{every} removes {number} and frees "
         f"{sum(sizes) / 1000:.3g} kB"
     )
     assert not list((run_folder / "checkpoints").glob(".*"))

@@ -6,11 +6,8 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from ....engine.errors import UserError
+from ....engine.errors import UserError, install_command
 from ..options import PreprocessOptions
-
-_REQUIREMENTS = {"ftfy": "ftfy>=6.2,<7", "py3langid": "py3langid>=0.4,<0.5"}
-"""As in the extra ``clean`` of setup.py."""
 
 
 def import_library(name: str, option: str) -> ModuleType:
@@ -18,7 +15,7 @@ def import_library(name: str, option: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{option} needs {name}: pip install '{_REQUIREMENTS[name]}'") from None
+        raise UserError(f"{option} needs {name}: {install_command(name)}") from None
 
 
 def cleaning_libraries(options: PreprocessOptions) -> str | None:

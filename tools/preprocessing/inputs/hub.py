@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ....engine.errors import UserError
+from ....engine.errors import UserError, install_command
 from ..storage import errors_of
 
 _DATASET = re.compile(
@@ -20,7 +20,6 @@ _DATASET = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DEFAULT_SPLIT = "train"
-_REQUIREMENT = "datasets>=4"
 
 
 class HubDataset(NamedTuple):
@@ -83,8 +82,8 @@ def files_of_split(dataset: HubDataset, name: str, subset: str | None, split: st
         from datasets import load_dataset_builder
     except ImportError:
         raise UserError(
-            f"{name}: finding the files of a split needs datasets: pip install '{_REQUIREMENT}'; or name the files, as "
-            f"in {dataset.url}/data/*.parquet"
+            f"{name}: finding the files of a split needs datasets: {install_command('datasets')}; or name the files, "
+            f"as in {dataset.url}/data/*.parquet"
         ) from None
     with errors_of(name):
         try:

@@ -29,7 +29,7 @@ _MAX_REPEATED_BYTES = 64 << 20
 
 def count_units(path: str) -> int:
     """Return the number of row groups. Raise UserError if it is not a readable Parquet file."""
-    with damage_is_user_error(path, "Parquet"), open_file(path, whole=False) as file:
+    with damage_is_user_error(path, "Parquet"), open_file(path, "part") as file:
         return _open(file, path).metadata.num_row_groups
 
 

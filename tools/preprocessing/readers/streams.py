@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol, TypeVar, cast
 import zstandard
 
 from ....engine.errors import UserError
+from ..formats import FORMATS
 from ..inputs.files import InputFile
 from ..records.errors import DamagedError
 from ..records.reading import ReadContext
@@ -66,7 +67,7 @@ def open_unbuffered(file: InputFile, context: ReadContext) -> Iterator[io.RawIOB
 def open_unchanged(file: InputFile) -> Iterator[io.RawIOBase]:
     """Open a file as it is stored. Raise UserError if it cannot be, or has changed since the tasks were planned."""
     try:
-        raw = open_file(file.path)
+        raw = open_file(file.path, "stream" if FORMATS[file.format].compressible else "table")
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read ({error.strerror})") from error
     with raw:

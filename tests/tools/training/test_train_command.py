@@ -1,0 +1,235 @@
+"""``retemper train``: from a model and texts to a configuration, a run and a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from oracles.tiny_tokenizer import train_tiny_tokenizer
+
+from retemper.engine.config.parser import parse_config
+from retemper.engine.errors import UserError
+from retemper.tools import train
+from retemper.tools.planning.gpus import GPUS
+from retemper.tools.training import fitting
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A Hugging Face folder with a tiny model and its tokenizer, written by transformers."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    train_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(**shape, vocab_size=368, num_key_value_heads=2, max_position_embeddings=128)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A folder of text files, and general text next to it."""
+    folder = tmp_path_factory.mktemp("user") / "texts"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02}.txt").write_text(f"chapter {number}: " + "the domain has its own words. " * 20)
+    lines = (json.dumps({"text": f"{number} " + "general prose is different. " * 9}) for number in range(80))
+    (folder.parent / "general.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def planned(model, texts, tmp_path, capsys, monkeypatch):
+    """Run ``--dry-run`` with more options; return the YAML and the lines of the plan."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RETEMPER_CACHE", str(tmp_path / "cache"))
+
+    def run(*options: object) -> tuple[dict, str]:
+        train.main(["--model", str(model), "--data", str(texts), "--dry-run", *map(str, options)])
+        out, err = capsys.readouterr()
+        (tmp_path / "printed.yaml").write_text(out)
+        parse_config(["--config", str(tmp_path / "printed.yaml")])
+        return yaml.safe_load(out), err
+
+    return run
+
+
+def test_a_dry_run_prints_a_configuration_and_writes_nothing(planned, texts, tmp_path):
+    tree, lines = planned(
+        "--replay", f"{texts.parent / 'general.jsonl'}:0.25", "--evaluate", f"more={texts / '00.txt'}"
+    )
+    assert tree["run_folder"] == f"runs/{tree['model']['initialize_from'].rpartition('/')[2]}-texts"
+    assert [(one["name"], one["weight"]) for one in tree["data"]["train"]] == [("texts", 0.75), ("general", 0.25)]
+    assert tree["data"]["validation"] == {"more": str(texts / "00.txt")}
+    num_bytes = sum(path.stat().st_size for path in texts.iterdir())
+    assert tree["training"]["train_tokens"] == round(num_bytes / 4 / 0.75)
+    assert "estimated" in lines and "dry run" not in lines
+    assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+def test_cached_texts_are_counted(planned, model, texts, capsys):
+    train.main(["--model", str(model), "--data", str(texts), "--save-config", "saved.yaml", "--tokens", "5k"])
+    counted = re.search(r"texts: (\d+) documents, ([\d,]+) tokens; (\d+) documents held out", capsys.readouterr().err)
+    assert int(counted[1]) + int(counted[3]) == 60
+    tree, lines = planned("--epochs", 3)
+    assert tree["training"]["train_tokens"] == 3 * int(counted[2].replace(",", ""))
+    assert counted[0] in lines
+    words = ["--model", str(model), "--data", str(texts), "--save-config", "all.yaml", "--validation", "0"]
+    train.main(words)
+    assert "texts: 60 documents" in capsys.readouterr().err
+
+
+def test_files_and_options_win_over_what_is_chosen(planned, tmp_path):
+    (tmp_path / "more.yaml").write_text(
+        "run_folder: runs/mine\ndata: {train: [{path: other}], validation: {old: gone}, shuffle: documents}\n"
+        "training: {train_tokens: 5000, sequence_length: 32}\noptimizer: {learning_rate: 1e-3}\n"
+    )
+    tree, _ = planned("--config", tmp_path / "more.yaml", "--training.sequence_length", 64, "--checkpoint.keep_last", 1)
+    assert tree["run_folder"] == "runs/mine"
+    assert tree["data"]["shuffle"] == "documents" and "validation" not in tree["data"]
+    assert [one["name"] for one in tree["data"]["train"]] == ["texts"]
+    assert (tree["training"]["train_tokens"], tree["training"]["sequence_length"]) == (5000, 64)
+    assert tree["checkpoint"]["keep_last"] == 1 and tree["optimizer"]["learning_rate"] == 1e-3
+    tree, _ = planned("--config", tmp_path / "more.yaml", "--tokens", "9k", "--output", "there")
+    assert (tree["training"]["train_tokens"], tree["run_folder"]) == (9000, "there")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--validation", "1"], "--validation 1"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--replay", "general.jsonl:0.6", "--replay", "other.jsonl:0.5"], "--replay.*1.1"),
+        (["--ranks", "0"], "--ranks 0"),
+        (["--training.sequence_lenth", "3"], "sequence_length"),
+        (["--data", "missing"], "missing"),
+        (["--gpu", "unknown"], "--gpu unknown"),
+    ],
+)
+def test_impossible_requests_are_refused(planned, options, named):
+    with pytest.raises(UserError, match=named):
+        planned(*options)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data", "x"], "--model is missing"),
+        (["--model", "x"], "--data is missing"),
+        (["--model", "x", "--data", "y", "--gpu", "h200"], "--dry-run"),
+    ],
+)
+def test_incomplete_requests_are_refused(words, named):
+    with pytest.raises(UserError, match=named):
+        train.main(words)
+
+
+def test_a_rank_of_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="--save-config"):
+        train.main(["--model", "x", "--data", "y"])
+
+
+def test_saved_settings_are_those_of_the_dry_run(planned, model, texts, tmp_path, capsys):
+    tree, _ = planned("--tokens", "5k")
+    words = ["--model", str(model), "--data", str(texts), "--tokens", "5k", "--save-config", "run.yaml"]
+    train.main(words)
+    saved = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert saved["training"] == tree["training"]
+    assert saved["data"]["train"][0].pop("validation_fraction") == pytest.approx(8 / 60, abs=1e-4)  # few documents
+    with pytest.raises(UserError, match=r"run\.yaml: exists"):
+        train.main(words)
+
+
+@pytest.mark.slow
+def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
+    """Memory from a dry run of this tiny model: the reserve is most of it, so the GPU has little more than that."""
+    gpu = GPUS["a100-80gb"]
+    words = ("--gpu", "a100-80gb", "--ranks", 2, "--tokens", "100k", "--training.micro_batch_size", 4)
+    tree, lines = planned(*words)
+    assert "fits" in lines and "parallel" not in tree
+    needed = {}
+    original = fitting.plan_briefly
+
+    def note(layouts, cluster, pool):
+        [plan] = original(layouts, cluster, pool)
+        parallel = plan.config.parallel
+        needed[parallel.recompute, parallel.cpu_offload, plan.config.training.micro_batch_size] = plan.peak_bytes
+        return [plan]
+
+    monkeypatch.setattr(fitting, "plan_briefly", note)
+    monkeypatch.setattr(fitting, "find_gpu", lambda name: replace(gpu, memory=int(fitting.RESERVE)))
+    with pytest.raises(UserError, match="does not fit"):
+        planned(*words, "--auto")
+    assert needed["none", False, 4] > needed["none", False, 1] >= needed["full", False, 1] > needed["full", True, 1]
+    enough = int(fitting.RESERVE + needed["full", False, 1])
+    monkeypatch.setattr(fitting, "find_gpu", lambda name: replace(gpu, memory=enough))
+    with pytest.raises(UserError, match="--auto"):
+        planned(*words)
+    tree, _ = planned(*words, "--auto")
+    assert tree["parallel"]["recompute"] == "full" and tree["training"]["micro_batch_size"] == 1
+
+
+@pytest.mark.slow
+def test_one_command_makes_a_better_model_also_after_a_kill(model, texts, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    environment = {**os.environ, "RETEMPER_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "--model", str(model), "--data", str(texts)]
+    command += [
+        "--replay",
+        f"{texts.parent / 'general.jsonl'}:0.2",
+        "--tokens",
+        "60k",
+        "--checkpoint.save_interval",
+        "5",
+    ]
+    command += ["--optimizer.learning_rate", "1e-2"]
+
+    def run(folder: str) -> subprocess.CompletedProcess[str]:
+        line = [*command, "--output", folder]
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = subprocess.Popen(
+        [*command, "--output", "killed"],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
+    while not list((tmp_path / "killed").glob("checkpoints/step-*/manifest.json")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    resumed = run("killed")
+    assert resumed.returncode == 0 and "resumed from" in resumed.stdout, resumed.stdout
+    [first], [second] = (list((tmp_path / name / "hf").iterdir()) for name in ("whole", "killed"))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert "<svg" in (tmp_path / "killed" / "report.html").read_text()
+    assert "texts loss fell by" in resumed.stdout and "general loss fell by" in resumed.stdout
+    tokenizer = AutoTokenizer.from_pretrained(second)
+    loss = []
+    for folder in (model, second):
+        trained = AutoModelForCausalLM.from_pretrained(folder).float()
+        ids = tokenizer("the domain has its own words.", return_tensors="pt")["input_ids"]
+        loss.append(float(trained(ids, labels=ids).loss))
+    assert loss[1] < loss[0] - 1
+    again = run("killed")
+    assert again.returncode == 0, again.stderr
