@@ -26,9 +26,9 @@ _PURPOSES = {
     "clean": "repair of text and language filters",
     "tiktoken": "tiktoken tokenizers",
     "fast": "faster tokenization",
-    "hub": "faster downloads from the Hub",
+    "hub": "datasets of the Hub (hf://)",
     "cloud": "s3:// and gs:// as input",
-    "trackers": "W&B, MLflow and other trackers",
+    "trackers": "TensorBoard",
     "eval": "evaluation with lm-eval",
 }
 """What the extras of setup.py are for."""
