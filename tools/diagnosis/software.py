@@ -19,7 +19,7 @@ _DISTRIBUTION = "retemper"
 _TESTED_PYTHON = "3.10 to 3.13"
 _PURPOSES = {
     "gpu": "faster attention on NVIDIA GPUs",
-    "fp8": "training.precision fp8",
+    "fp8": "training.float8",
     "formats": "parquet, xlsx, pdf and html as input",
     "chat": "chat templates",
     "dedup": "near-duplicate removal",
