@@ -11,6 +11,7 @@ from typing import Any
 from ...engine.config.options import Settings
 from ...engine.config.parser import add_arguments, build_config
 from ...engine.config.settings import DataConfig, ModelConfig, RunConfig
+from ...engine.config.types_check import Problems, build
 from ...engine.config.yaml_loader import dump_yaml
 from ...engine.data.text_sources import cache_folder
 from ...engine.errors import UserError
@@ -31,6 +32,15 @@ RUN_FILE = "run.yaml"
 REPORT_FILE = "report.html"
 _MOST_EPOCHS = 4
 """Repeated text is nearly as good as new text up to here (Muennighoff et al., 2023, https://arxiv.org/abs/2305.16264)."""
+_SET_BY_OPTIONS = {
+    "model.initialize_from": "model",
+    "data.train": "data",
+    "data.stages": "data",
+    "data.validation": "evaluate",
+    "training.train_tokens": "tokens",
+    "run_folder": "output",
+}
+"""Settings of a run that an option of this command sets."""
 _DATA_LISTS = ("train", "stages", "validation", "validation_fraction")
 
 
@@ -68,22 +78,16 @@ def plan_training(
     """
     options.check()
     merged = _given(options, files, settings)
-    merged.found.raise_if_any()
     given = merged.tree
-    model = ModelConfig(options.model, **{k: v for k, v in given["model"].items() if k != "initialize_from"})
+    model = _model_settings(given["model"])
     architecture = configured_architecture(model)
     machine = find_machine(options.ranks, gpu)
     cache = cache_folder(DataConfig(cache_folder=given.get("data", {}).get("cache_folder")))
-    sizing = Sizing(tokenizer_of(model, "--data"), cache, options.validation, dry)
-    sources = named([*options.data, *(entry for entry, _ in options.replay)])
-    sized = [
-        sizing.sized("--data" if place < len(options.data) else "--replay", entry)
-        for place, entry in enumerate(sources)
-    ]
-    data, replay = sized[: len(options.data)], sized[len(options.data) :]
+    data, replay = _sized(options, Sizing(tokenizer_of(model, "--data"), cache, options.validation, dry))
     shares = [share for _, share in options.replay]
     train = with_shares(data, list(zip(replay, shares, strict=True)))
     _fill(given, "data", {"train": train, **({"validation": dict(options.evaluate)} if options.evaluate else {})})
+    sized = [*data, *replay]
     situation = Situation(
         train_tokens=_budget(options, given, data),
         smallest_source=min(source.tokens for source in sized),
@@ -152,8 +156,33 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
         merged.tree["run_folder"] = options.run_folder
     if options.tokens is not None:
         merged.tree["training"] = {**merged.tree.get("training", {}), "train_tokens": options.tokens}
+    chosen = {key: _value(merged.tree, key) for key in _SET_BY_OPTIONS}
     add_arguments(merged, settings)
+    for key, option in _SET_BY_OPTIONS.items():
+        if getattr(options, option) not in (None, ()) and _value(merged.tree, key) != chosen[key]:
+            merged.found.add(f"--{key} and --{option} set the same; remove one of them")
+    merged.found.raise_if_any()
     return merged
+
+
+def _value(tree: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return (tree.get(section, {}) if section else tree).get(name)
+
+
+def _model_settings(tree: dict[str, Any]) -> ModelConfig:
+    found = Problems()
+    settings: ModelConfig = build(tree, ModelConfig, "model", found, [])
+    found.raise_if_any()
+    return settings
+
+
+def _sized(options: TrainOptions, sizing: Sizing) -> tuple[list[SizedSource], list[SizedSource]]:
+    """Return the sources of ``--data`` and of ``--replay`` with names and sizes."""
+    sources = named([*options.data, *(entry for entry, _ in options.replay)])
+    count = len(options.data)
+    data = [sizing.sized("--data", entry) for entry in sources[:count]]
+    return data, [sizing.sized("--replay", entry) for entry in sources[count:]]
 
 
 def _fill(tree: dict[str, Any], section: str, defaults: Mapping[str, Any]) -> None:

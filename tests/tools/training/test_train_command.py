@@ -118,6 +118,9 @@ def test_files_and_options_win_over_what_is_chosen(planned, tmp_path):
         (["--training.sequence_lenth", "3"], "sequence_length"),
         (["--data", "missing"], "missing"),
         (["--gpu", "unknown"], "--gpu unknown"),
+        (["--data.train", "[{path: x}]"], "--data.train and --data"),
+        (["--tokens", "5k", "--training.train_tokens", "6000"], "--training.train_tokens and --tokens"),
+        (["--output", "a", "--run_folder", "b"], "--run_folder and --output"),
     ],
 )
 def test_impossible_requests_are_refused(planned, options, named):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from retemper.engine.errors import UserError
 from retemper.tools.training.options import name_of, named, parse_evaluation, parse_replay, parse_source, parse_tokens
-from retemper.tools.training.recipe import Situation, choose_training
+from retemper.tools.training.recipe import Situation, choose_training, intervals
 
 
 @pytest.mark.parametrize(
