@@ -19,16 +19,16 @@ _DISTRIBUTION = "retemper"
 _TESTED_PYTHON = "3.10 to 3.13"
 _PURPOSES = {
     "gpu": "faster attention on NVIDIA GPUs",
-    "fp8": "training.precision fp8",
+    "fp8": "training.float8",
     "formats": "parquet, xlsx, pdf and html as input",
     "chat": "chat templates",
     "dedup": "near-duplicate removal",
     "clean": "repair of text and language filters",
     "tiktoken": "tiktoken tokenizers",
     "fast": "faster tokenization",
-    "hub": "faster downloads from the Hub",
+    "hub": "datasets of the Hub (hf://)",
     "cloud": "s3:// and gs:// as input",
-    "trackers": "W&B, MLflow and other trackers",
+    "trackers": "TensorBoard",
     "eval": "evaluation with lm-eval",
 }
 """What the extras of setup.py are for."""

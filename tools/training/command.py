@@ -24,7 +24,7 @@ from ...engine.weights.hugging_face.config_source import architecture_source, co
 from .fitting import Machine, find_machine, fit
 from .launch import run_training, training_command
 from .options import TrainOptions, named
-from .recipe import Situation, choose_training, save_interval
+from .recipe import Situation, choose_training, intervals
 from .sources import SizedSource, Sizing, with_shares
 
 RUN_FILE = "run.yaml"
@@ -93,7 +93,9 @@ def plan_training(
         on_gpu=machine.gpu is not None,
     )
     given["training"] = choose_training(situation, given.get("training", {}))
-    _fill(given, "checkpoint", {"save_interval": save_interval(given["training"]), "export_hf": True})
+    save_interval, log_interval = intervals(given["training"])
+    _fill(given, "checkpoint", {"save_interval": save_interval, "export_hf": True})
+    _fill(given, "logging", {"log_interval": log_interval})
     config = build_config(merged)
     changes, memory = fit(config, architecture, machine, options.auto, _say)
     for section, keys in changes.items():

@@ -25,6 +25,7 @@ EVALUATED_SHARE = 0.05
 """Tokens of one evaluation as a share of the budget; ten evaluations then cost about a sixth of the training."""
 LEAST_EVALUATED = 16_384
 SAVES = 5
+LOGGED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, **given}
 
 
-def save_interval(training: Mapping[str, Any]) -> int:
-    """Return the steps between checkpoints."""
+def intervals(training: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the steps between checkpoints, and between lines of the log."""
     steps = math.ceil(training["train_tokens"] / (training["global_batch_size"] * training["sequence_length"]))
-    return max(1, math.ceil(steps / SAVES))
+    return max(1, math.ceil(steps / SAVES)), max(1, steps // LOGGED_STEPS)
 
 
 def _sequence_length(now: Situation) -> int:

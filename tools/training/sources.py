@@ -15,6 +15,7 @@ from ...engine.files.paths import is_url
 from ..preprocess import parse_arguments
 from ..preprocessing.cache import find_in_cache
 from ..preprocessing.inputs.files import describe_inputs
+from ..preprocessing.options import PreprocessOptions
 
 BYTES_PER_TOKEN = 4.0
 """Of text that is not tokenized yet: typical of English with vocabularies of 100,000 tokens and more."""
@@ -73,11 +74,11 @@ class Sizing:
         entry = {"validation_fraction": self._validation, **entry}
         if entry["validation_fraction"] == self._validation > 0 and _is_small(entry["path"]):
             if (whole := self._datasets(option, {**entry, "validation_fraction": 0.0})) is None:
-                return _estimated(option, entry)
+                return self._estimated(option, entry)
             entry["validation_fraction"] = _fitting_fraction(self._validation, whole[""].documents)
         made = self._datasets(option, entry)
         if made is None:
-            return _estimated(option, entry)
+            return self._estimated(option, entry)
         train = made.get(TRAIN) or made[""]
         return SizedSource(entry, train.tokens, train.documents, made[VALID].documents if VALID in made else 0)
 
@@ -85,12 +86,20 @@ class Sizing:
         """Return the datasets of a text by side; None if they are not in the cache and this is a dry run."""
         if not self._dry:
             return TokenizingJob(_text(option, entry), self._tokenizer, self._cache).run()
-        words = [*_text(option, entry).arguments(), *self._tokenizer, "--cache-folder", str(self._cache)]
-        found = find_in_cache(parse_arguments(words))
+        found = find_in_cache(self._options(option, entry))
         datasets = {
             prefix: CachedDataset(prefix, sidecar.documents, sidecar.tokens) for prefix, sidecar in found.items()
         }
         return {side_of(prefix): dataset for prefix, dataset in datasets.items()} or None
+
+    def _estimated(self, option: str, entry: dict[str, Any]) -> SizedSource:
+        options = self._options(option, entry)
+        num_bytes = sum(facts.size for facts in describe_inputs(options.input, options.inputs, option))
+        return SizedSource(entry, max(1, round(num_bytes / BYTES_PER_TOKEN)), estimated=True)
+
+    def _options(self, option: str, entry: dict[str, Any]) -> PreprocessOptions:
+        words = [*_text(option, entry).arguments(), *self._tokenizer, "--cache-folder", str(self._cache)]
+        return parse_arguments(words)
 
 
 def with_shares(data: Sequence[SizedSource], replay: Sequence[tuple[SizedSource, float]]) -> list[dict[str, Any]]:
@@ -121,16 +130,8 @@ def _sized_dataset(option: str, entry: dict[str, Any]) -> SizedSource:
     return SizedSource(entry, dataset.num_tokens, dataset.num_documents)
 
 
-def _estimated(option: str, entry: dict[str, Any]) -> SizedSource:
-    return SizedSource(entry, max(1, round(_input_bytes(entry["path"], option) / BYTES_PER_TOKEN)), estimated=True)
-
-
 def _is_small(path: str) -> bool:
-    return not is_url(path) and _input_bytes(path) <= _FEW_BYTES
-
-
-def _input_bytes(path: str, option: str = "--data") -> int:
-    return sum(facts.size for facts in describe_inputs([path], flag=option))
+    return not is_url(path) and sum(facts.size for facts in describe_inputs([path])) <= _FEW_BYTES
 
 
 def _fitting_fraction(wanted: float, documents: int) -> float:

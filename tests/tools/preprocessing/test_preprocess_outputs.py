@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,9 @@ def test_a_run_in_parts_is_refused_as_its_parts_are(here):
     with pytest.raises(UserError, match=r"p.shard-0-of-2.json is an input"):
         require_free_shards(options, 2)
     require_free_shards(options, 3)
+    for others in ({"to_jsonl": "plain", "tokenizer": None}, {"bins": "kind"}):
+        with pytest.raises(UserError, match=r"--(to-jsonl|bins)"):
+            require_free_shards(replace(options, **others), 3)
 
 
 def test_files_of_others_and_work_folders_of_others_stay(here):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from retemper.engine.errors import UserError
 from retemper.tools.training.options import name_of, named, parse_evaluation, parse_replay, parse_source, parse_tokens
-from retemper.tools.training.recipe import Situation, choose_training, save_interval
+from retemper.tools.training.recipe import Situation, choose_training
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_chosen_settings_are_possible(now, micro):
     assert batch % (micro_batch * now.ranks) == 0
     assert now.longest_sequence is None or length <= now.longest_sequence
     assert chosen["warmup_tokens"] <= now.train_tokens
-    assert save_interval(chosen) >= 1 and chosen["eval_interval"] >= 1
+    assert min(*intervals(chosen), chosen["eval_interval"]) >= 1
     if now.smallest_source >= 4 * 64:
         assert 4 * length <= now.smallest_source
 

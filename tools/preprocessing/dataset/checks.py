@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ....engine.data.index_format import dataset_prefix
+from ....engine.errors import UserError
 from ....engine.files.outputs import Use, require_separate
 from ....engine.files.paths import is_url
 from ...tokenizer.finding import companions, find_tokenizer_file
@@ -80,11 +81,20 @@ def _rejects(run: str, are_written: bool) -> list[str]:
 
 
 def require_free_shards(options: PreprocessOptions, num_shards: int) -> None:
-    """Make the checks of all shards of a run, and of the merge, before the first one starts."""
+    """Make the checks of all shards of a run, and of the merge, before the first one starts.
+
+    Raises:
+        UserError: one of them fails, or tools/merge.py does not join such outputs.
+    """
+    if options.to_jsonl:
+        raise UserError(
+            "--to-jsonl: tools/merge.py joins tokens; run preprocess --shard for each part, and join by cat"
+        )
+    if options.bins:
+        raise UserError(f"--bins {options.bins}: a shard does not know the bins of the others; leave it out")
     files = expand_inputs(options.input, options.inputs)
     held_out = held_out_files(options.held_out, options.text_choice) if options.held_out else []
-    tokenizer = None if options.to_jsonl else find_tokenizer_file(choose_tokenizer(options).name)
-    reads = what_is_read(options, files, held_out, tokenizer)
+    reads = what_is_read(options, files, held_out, find_tokenizer_file(choose_tokenizer(options).name))
     prefix = dataset_prefix(options.output_prefix)
     names = [prefix, *(f"{prefix}.shard-{index}-of-{num_shards}" for index in range(num_shards))]
     # Existing shards are from an earlier run.
