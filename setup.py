@@ -26,7 +26,7 @@ EXTRAS = {
     "clean": ["ftfy>=6.2,<7", "py3langid>=0.4,<0.5"],
     "tiktoken": ["tiktoken>=0.7"],
     "trackers": ["tensorboard>=2.16"],  # a run's curves; part of every installation
-    "eval": ["lm-eval>=0.4.8"],
+    "eval": ["lm-eval[hf]>=0.4.13"],
     "hub": ["hf-xet>=1.1", "datasets>=4"],
     "cloud": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
     "datatrove": ["datatrove>=0.10,<1"],
