@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def training_command(config_file: Path, ranks: int) -> list[str]:
@@ -34,8 +34,8 @@ def run_training(command: list[str]) -> int:
 @contextmanager
 def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
-        # The terminal sends Ctrl-C to the whole process group, so the process has it already.
-        if number != signal.SIGINT:
+        # A terminal sends Ctrl-C to the whole process group, so the process has it already.
+        if number != signal.SIGINT or not sys.stdin.isatty():
             process.send_signal(number)
 
     former = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
