@@ -22,7 +22,6 @@ EXTRA_OF = {
     **dict.fromkeys(("pyarrow", "openpyxl", "pypdf", "cryptography", "lxml"), "formats"),
     **{"jinja2": "chat", "rensa": "dedup", "tiktoken": "tiktoken", "fastokens": "fast", "torchao": "fp8"},
     **{"ftfy": "clean", "py3langid": "clean", "s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud"},
-    **{"datasets": "hub", "datatrove": "datatrove"},
     **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
     **{"s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud", "datasets": "hub", "datatrove": "datatrove"},
 }

@@ -26,6 +26,7 @@ from retemper.engine.observe.console import Console
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.engine.parallel.layout import check_layout, plan_layout
 from retemper.engine.schedule import learning_rate, plan_batches
+from retemper.engine.system import end_with_parent
 
 if TYPE_CHECKING:
     from retemper.engine.batch import Batch
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(logged=os.environ.get("RANK", "0") == "0")
     console.install()  # to the end of the process: the log of the run has the error that ends it
     with StopRequest() as stop:
+        end_with_parent()
         launcher = read_launcher()
         raise_open_files_limit()
         several = launcher.world_size > 1

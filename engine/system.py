@@ -6,11 +6,19 @@ Windows is refused when the package is imported.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
+import signal
 import sys
 
 from .errors import UserError
+
+PARENT_VARIABLE = "RETEMPER_PARENT"
+"""Environment variable with the process id of a parent with which its child is to end."""
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 def require_linux(what: str) -> None:
@@ -21,6 +29,20 @@ def require_linux(what: str) -> None:
     """
     if not sys.platform.startswith("linux"):
         raise UserError(f"{what} needs Linux; this is {sys.platform}")
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends, if the parent has asked for it.
+
+    The parent asks by its process id in ``PARENT_VARIABLE``. Only Linux can do this; elsewhere nothing happens.
+    """
+    if os.environ.get(PARENT_VARIABLE) != str(os.getppid()) or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent:  # it has ended in the meantime
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def usable_cores() -> int:

@@ -13,11 +13,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from retemper.engine.system import end_with_parent
+
 
 def main() -> int:
     """Return the exit status: of the rank that failed first; 128 + the number of a signal to this process or to that
     rank.
     """
+    end_with_parent()
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:

@@ -20,6 +20,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import require_report, write_json_report
+from retemper.engine.system import end_with_parent
 from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.tools.preprocessing.cache import preprocess_into_cache
 from retemper.tools.preprocessing.formats import FORMATS
@@ -367,6 +368,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
+    end_with_parent()
     options = parse_arguments(arguments)
     if options.list_inputs:
         for facts in describe_inputs(options.input, options.inputs):

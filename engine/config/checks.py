@@ -221,7 +221,7 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
 
 
 def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
-    paths: dict[str, str] = {}
+    first: dict[str, SourceConfig] = {}
     for number, stage in enumerate(stages):
         where = f"data.stages[{number}]"
         if not stage.train:
@@ -236,10 +236,16 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
             )
         yield from _mixture(stage.train, f"{where}.train", sequence_length)
         for source in stage.train:
-            if paths.setdefault(source.identity, source.path) != source.path:
+            known = first.setdefault(source.identity, source)
+            if known.path != source.path:
                 yield (
                     f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
-                    f"{paths[source.identity]}; give one of the two another 'name'"
+                    f"{known.path}; give one of the two another 'name'"
+                )
+            elif known.for_text != source.for_text:
+                yield (
+                    f"{where}.train reads the text '{source.identity}' with other settings than an earlier stage; use "
+                    "the same, or give one of the two another 'name'"
                 )
 
 

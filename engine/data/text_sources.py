@@ -21,7 +21,14 @@ CACHE_VARIABLE = "RETEMPER_CACHE"
 TRAIN, VALID = "train", "valid"
 _NOT_DIVISIBLE = frozenset(["dedup", "shuffle", "max_documents"])
 """Options of tools/preprocess.py that need the whole corpus at once."""
-_SET_BY_RUN = frozenset(["input", "tokenizer", "model", "output_prefix", "cache_folder", "report", "shard", "split"])
+_NOT_FOR_RUNS = frozenset(
+    [
+        *("input", "json_key", "hf_split", "hf_subset", "split", "tokenizer", "model", "list_inputs"),
+        *("output_prefix", "cache_folder", "report", "overwrite", "shard", "signatures", "exclude_documents"),
+        *("to_jsonl", "bins", "bin_weights"),
+    ]
+)
+"""Options of tools/preprocess.py that a run sets itself, or that make something else than one dataset."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,15 @@ class TextSource:
     def _more_options(self) -> list[str]:
         words: list[str] = []
         for name, value in _underscored(self.settings.get("preprocess", {})).items():
-            if name in _SET_BY_RUN:
-                raise UserError(f"{self.key}.preprocess sets {name}, which the run sets itself; remove it")
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                words += [flag] if value else [f"--no-{flag.removeprefix('--')}"]
-            else:
-                words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            if name in _NOT_FOR_RUNS:
+                raise UserError(f"{self.key}.preprocess sets {name}, which is not possible in a run; remove it")
+            flag = name.replace("_", "-")
+            if value is False and name == "append_eod":
+                words.append("--no-append-eod")
+            elif value is True:
+                words.append(f"--{flag}")
+            elif value not in (None, False):
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         return words
 
 

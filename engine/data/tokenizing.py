@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ERROR_FILE_VARIABLE, UserError
+from ..system import PARENT_VARIABLE
 from .text_sources import TRAIN, VALID, TextSource
 
 PREPROCESS = Path(__file__).resolve().parents[2] / "tools" / "preprocess.py"
@@ -61,7 +62,12 @@ class TokenizingJob:
                 stdout=subprocess.DEVNULL,
                 env=_environment(problem),
             )
-            status = self._process.wait()
+            try:
+                status = self._process.wait()
+            except BaseException:  # such as Ctrl-C
+                self._process.terminate()
+                self._process.wait()
+                raise
             if self._stopped:
                 return {}
             if status:
@@ -73,6 +79,8 @@ class TokenizingJob:
 
     def stop(self) -> None:
         """End the process soon. Its finished work is kept, and the next run continues from it."""
+        if self._stopped:  # a second signal would interrupt its cleanup
+            return
         self._stopped = True
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
@@ -80,7 +88,7 @@ class TokenizingJob:
 
 def _environment(problem: Path) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    return {**own, ERROR_FILE_VARIABLE: str(problem)}
+    return {**own, ERROR_FILE_VARIABLE: str(problem), PARENT_VARIABLE: str(os.getpid())}
 
 
 def side_of(prefix: str) -> str:

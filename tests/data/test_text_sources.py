@@ -48,7 +48,15 @@ def test_settings_become_options_of_preprocess(folder):
         "split": "train",
         "subset": "en",
         "validation_fraction": 0.05,
-        "preprocess": {"dedup": "exact", "min-chars": 7, "append_eod": False, "shuffle": True, "metadata": ["a", "b"]},
+        "preprocess": {
+            "dedup": "exact",
+            "min-chars": 7,
+            "append_eod": False,
+            "shuffle": True,
+            "metadata": ["a", "b"],
+            "max_tokens": None,
+            "fix_text": False,
+        },
     }
     options = parse_arguments(TextSource("data.train[0]", "hf://org/name", settings).arguments())
     assert options.input == ["hf://org/name"] and options.json_key == ["body"]

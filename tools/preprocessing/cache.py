@@ -12,8 +12,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,14 @@ from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
 from ...engine.files.atomic import replace_file
 from ...engine.files.hashing import hash_file, record_file
+from ...engine.files.lock import exclusive_lock
 from ...engine.files.paths import is_url
 from ...engine.files.regular import read_regular
 from ...engine.system import usable_cores
-from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES
+from ...engine.tokenizer.files import ADDED_TOKENS_FILE, CONFIG_FILES, MODEL_CONFIG, read_config
 from ..tokenizer.finding import find_tokenizer_file
+from .cleaning.held_out import held_out_files
+from .cleaning.libraries import cleaning_libraries
 from .inputs.files import STDIN, InputFile, expand_inputs
 from .inputs.hub import pin_revisions
 from .merging.merge import MergeOptions, merge
@@ -41,11 +47,13 @@ _DATASET = "dataset"
 _COMPLETE = "complete.json"
 _HASHES = "hashes"
 _REMEMBERED_BYTES = 16 << 20
-"""Hashes of files of at least this size are remembered; smaller ones are read again in no time."""
-_MODEL_KEYS = ("model_type", "vocab_size", "bos_token_id", "eos_token_id")
+"""Hashes of files of at least this size are remembered; smaller ones are read at every start."""
+_MODEL_KEYS = ("model_type", "vocab_size", "bos_token_id", "eos_token_id", "tokenizer_class")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_OF_A_RUN = frozenset(["shard", "skip_bad_lines", "max_expansion"])
-"""Options that say how a dataset is made, and whether an error ends it, but not which one."""
+_NOT_IN_NAME = frozenset(["shard", "max_expansion", "signatures", "exclude_documents"])
+"""Options on which the contents of a complete dataset do not depend."""
+_BUSY = "busy:"
+_WAIT_SECONDS = 1.0
 
 
 def preprocess_into_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
@@ -57,43 +65,68 @@ def preprocess_into_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
         UserError: as :func:`preprocess`.
     """
     options = replace(options, input=pin_revisions(options.input))
-    options = replace(options, input=pin_revisions(options.input))
     entry = cache_entry(options)
-    complete = _Completion(entry, options.shard)
-    if found := complete.read():
-        return found
-    inside = replace(options, output_prefix=str(entry / _DATASET), cache_folder=None, overwrite=True)
     try:
         entry.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--cache-folder {options.cache_folder}: {error.filename}: {error.strerror}") from error
-    prefixes = _joined_parts(entry) if options.shard is None else []
-    if not prefixes:
-        prefixes = list(preprocess(inside).sidecars)
-    complete.write(prefixes)
-    return complete.read()
+    part = _Completion(entry, options.shard)
+    with _locked(part):
+        if found := _Completion(entry).read() or part.read():
+            return found
+        if options.shard is None and (joined := _join_parts(entry)):
+            return joined
+        inside = replace(options, output_prefix=str(entry / _DATASET), cache_folder=None, overwrite=True)
+        return part.write(list(preprocess(inside).sidecars))
+
+
+@contextmanager
+def _locked(part: _Completion) -> Iterator[None]:
+    """Wait until no other process makes this dataset or part."""
+    waits = False
+    while True:
+        try:
+            with exclusive_lock(part.lock, lambda holder: f"{_BUSY} {holder}"):
+                yield
+                return
+        except UserError as error:
+            if not str(error).startswith(_BUSY):
+                raise
+            if not waits:
+                print(f"waiting for {str(error)[len(_BUSY) + 1 :]}, which makes {part.lock.parent}", file=sys.stderr)
+            waits = True
+            time.sleep(_WAIT_SECONDS)
 
 
 def find_in_cache(options: PreprocessOptions) -> dict[str, Sidecar]:
     """Return the sidecars of the dataset by prefix if the cache has it; empty otherwise."""
-    return _Completion(cache_entry(options), options.shard).read()
+    return _Completion(cache_entry(options, remember=False)).read()
 
 
-def cache_entry(options: PreprocessOptions) -> Path:
-    """Return the folder of the dataset that ``options`` describe, which may not exist yet."""
+def cache_entry(options: PreprocessOptions, remember: bool = True) -> Path:
+    """Return the folder of the dataset that ``options`` describe, which may not exist yet.
+
+    Args:
+        options: with ``cache_folder``.
+        remember: whether to write the hashes of large files to the cache.
+    """
     check_options(options)
     if STDIN in options.input:
         raise UserError("--input -: standard input cannot be cached; write it to a file, or leave --cache-folder out")
     folder = Path(str(options.cache_folder))
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--cache-folder {folder}: not a folder (set also by data.cache_folder, or RETEMPER_CACHE)")
+    hashes = folder / _HASHES if remember else None
     files = expand_inputs(options.input, options.inputs)
     facts = {
         "program": __version__,
         "files": [
             [file.source, file.format, file.compression, content]
-            for file, content in zip(files, _contents(files, folder / _HASHES), strict=True)
+            for file, content in zip(files, _contents(files, hashes), strict=True)
         ],
         "tokenizer": _tokenizer_facts(options),
-        "options": _options_facts(options),
+        "options": _options_facts(options, hashes),
+        "cleaning": cleaning_libraries(options),
     }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=10).hexdigest()
     made = sorted((folder / "datasets").glob(f"*-{digest}"))  # perhaps when the text had another name
@@ -103,9 +136,10 @@ def cache_entry(options: PreprocessOptions) -> Path:
 class _Completion:
     """The record that a dataset of the cache, or a part of it, is complete: ``complete.json`` in its folder."""
 
-    def __init__(self, entry: Path, shard: str | None) -> None:
+    def __init__(self, entry: Path, shard: str | None = None) -> None:
         part = f"part-{shard.replace('/', '-of-')}-" if shard else ""
         self._path = entry / f"{part}{_COMPLETE}"
+        self.lock = entry / f".{part}lock"
 
     def read(self) -> dict[str, Sidecar]:
         """Return the sidecars by prefix; empty if the dataset is not complete."""
@@ -118,13 +152,15 @@ class _Completion:
         found = {str(self._path.with_name(name)): Sidecar.read(self._path.with_name(name)) for name in names}
         return {prefix: sidecar for prefix, sidecar in found.items() if sidecar} if all(found.values()) else {}
 
-    def write(self, prefixes: Sequence[str]) -> None:
+    def write(self, prefixes: Sequence[str]) -> dict[str, Sidecar]:
+        """Record that the datasets ``prefixes`` are complete, and return their sidecars."""
         record = {"datasets": [os.path.basename(prefix) for prefix in prefixes]}
         replace_file(self._path, [json.dumps(record, indent=1).encode() + b"\n"])
+        return self.read()
 
 
-def _joined_parts(entry: Path) -> list[str]:
-    """Join the parts that several calls with ``--shard`` have made, if all are complete; return the prefixes."""
+def _join_parts(entry: Path) -> dict[str, Sidecar]:
+    """Join the parts that several calls with ``--shard`` have made; return nothing unless all are complete."""
     for first in sorted(entry.glob(f"part-0-of-*-{_COMPLETE}")):
         count = int(first.name.split("-")[3])
         parts = [_Completion(entry, f"{index}/{count}").read() for index in range(count)]
@@ -134,9 +170,10 @@ def _joined_parts(entry: Path) -> list[str]:
                 prefix = re.sub(rf"\.shard-0-of-{count}(?=$|\.)", "", names[0])
                 merge(MergeOptions(names, prefix, overwrite=True))
                 prefixes.append(prefix)
+            joined = _Completion(entry).write(prefixes)
             _remove_parts(entry, count)
-            return prefixes
-    return []
+            return joined
+    return {}
 
 
 def _remove_parts(entry: Path, count: int) -> None:
@@ -146,8 +183,13 @@ def _remove_parts(entry: Path, count: int) -> None:
         os.unlink(name)
 
 
-def _contents(files: Sequence[InputFile], hashes: Path) -> list[str]:
-    """Return a hash of the content of every file; of a URL, what the server says of its version."""
+def _contents(files: Sequence[InputFile], hashes: Path | None) -> list[str]:
+    """Return a hash of the content of every file; of a URL, what the server says of its version.
+
+    Args:
+        files: local ones and URLs.
+        hashes: folder that remembers the hashes of large files.
+    """
     total = sum(file.size for file in files if not is_url(file.path))
     with ProgressReport("reading the input", total) as progress, ThreadPoolExecutor(usable_cores()) as pool:
         done = 0
@@ -159,7 +201,7 @@ def _contents(files: Sequence[InputFile], hashes: Path) -> list[str]:
     return contents
 
 
-def _content(file: InputFile, hashes: Path) -> str:
+def _content(file: InputFile, hashes: Path | None) -> str:
     path = os.path.abspath(file.path)
     if is_url(file.path):
         # A version need not be a hash of the content. A commit changes the paths of files that it does not change.
@@ -167,14 +209,19 @@ def _content(file: InputFile, hashes: Path) -> str:
     try:
         if file.size < _REMEMBERED_BYTES:
             return hash_file(path)
-        facts = f"{path}\0{file.size}\0{file.version}\0{os.stat(path).st_ino}".encode("utf-8", "surrogateescape")
-        known = hashes / hashlib.blake2b(facts, digest_size=16).hexdigest()
-        if not known.exists():
-            known.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(known, [record_file(path).xxh3_128.encode()])
-        return known.read_text()
+        inode = os.stat(path).st_ino
+        facts = f"{path}\0{file.size}\0{file.version}\0{inode}".encode("utf-8", "surrogateescape")
+        known = None if hashes is None else hashes / hashlib.blake2b(facts, digest_size=16).hexdigest()
+        if known is not None and known.exists():
+            return known.read_text()
+        content = record_file(path).xxh3_128
     except OSError as error:
         raise UserError(f"--input {file.path}: {error.strerror or error}") from error
+    if known is not None:
+        with suppress(OSError):  # a cache that cannot be written is reported with the dataset
+            known.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(known, [content.encode()])
+    return content
 
 
 def _tokenizer_facts(options: PreprocessOptions) -> dict[str, Any]:
@@ -183,34 +230,30 @@ def _tokenizer_facts(options: PreprocessOptions) -> dict[str, Any]:
     file = find_tokenizer_file(choice.name)
     names = [file.name, file.with_suffix(".json").name, *CONFIG_FILES, ADDED_TOKENS_FILE, *_TEMPLATES]
     paths = [file.with_name(name) for name in dict.fromkeys(names)]
-    model: Mapping[str, Any] = choice.model_config
+    model: Mapping[str, Any] = choice.model_config or read_config(file.with_name(MODEL_CONFIG))
     return {
         "files": {path.name: hash_file(path) for path in paths if path.is_file()},
         "model": {key: model[key] for key in _MODEL_KEYS if key in model},
     }
 
 
-def _options_facts(options: PreprocessOptions) -> dict[str, Any]:
+def _options_facts(options: PreprocessOptions, hashes: Path | None) -> dict[str, Any]:
     """Return the options that differ from their defaults and decide the contents; files by their hashes."""
     kept = {"append_eod", "eod_token", "bos"}
     given = asdict(options)
     facts = {
         field.name: given[field.name]
         for field in fields(options)
-        if (field.name not in NOT_CONTENTS | _OF_A_RUN or field.name in kept) and given[field.name] != field.default
+        if (field.name not in NOT_CONTENTS | _NOT_IN_NAME or field.name in kept) and given[field.name] != field.default
     }
-    for name in ("held_out", "chat_template"):
-        if name in facts:
-            paths = facts[name] if isinstance(facts[name], list | tuple) else [facts[name]]
-            facts[name] = [_hash_named(name, path) for path in paths]
+    if options.held_out:
+        facts["held_out"] = _contents(held_out_files(options.held_out, options.text_choice), hashes)
+    if options.chat_template is not None:
+        try:
+            facts["chat_template"] = hash_file(options.chat_template)
+        except OSError as error:
+            raise UserError(f"--chat-template {options.chat_template}: {error.strerror or error}") from error
     return facts
-
-
-def _hash_named(option: str, path: str) -> str:
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise UserError(f"--{option.replace('_', '-')} {path}: {error.strerror or error}") from error
 
 
 def _readable(argument: str) -> str:
