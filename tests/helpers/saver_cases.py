@@ -184,3 +184,21 @@ def an_update_waits_for_the_copies(ranks: Ranks, run_folder: Path) -> bool:
     finally:
         savers.Staging.copy = copy
     return order == ["passes", "copied", "update"]
+
+
+def threads_after_a_save(ranks: Ranks, run_folder: Path) -> list[str]:
+    """Names of the threads that save, after a save whose thread lives on after its result is known."""
+    run, lines = savers._run, []
+
+    def ends_late(*arguments):
+        run(*arguments)
+        time.sleep(0.3)
+
+    savers._run = ends_late
+    try:
+        with saver(ranks, run_folder, lines) as entered:
+            save(entered, laid_out(ranks), 1)
+            entered.wait()
+            return [thread.name for thread in threading.enumerate() if thread.name == "checkpoint"]
+    finally:
+        savers._run = run

@@ -49,6 +49,8 @@ class Saver:
         self._staging = Staging() if config.asynchronous else None
         self._max_failures, self._failures = config.max_failed_saves, 0
         self._task: Future[list[str]] | None = None
+        self._thread: threading.Thread | None = None
+        """The thread that writes the checkpoint of ``_task``."""
 
     def __enter__(self) -> Saver:
         self._store = self._store.of(self._ranks.with_own_group())
@@ -107,7 +109,8 @@ class Saver:
             self.wait()
         else:
             arguments = (write, self._task, self._ranks.device)
-            threading.Thread(target=_run, args=arguments, name="checkpoint", daemon=True).start()
+            self._thread = threading.Thread(target=_run, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
 
     @property
     def ranks(self) -> Ranks:
@@ -119,6 +122,7 @@ class Saver:
         if self._task is not None:
             wait_for([self._task])
             self._task = None
+            self._join()
 
     def at_step(self, step: int) -> Path | None:
         """Return the complete checkpoint of ``step``, if there is one. To be called after :meth:`settle`."""
@@ -173,6 +177,7 @@ class Saver:
         while self._ranks.all_reduce(not task.done()):
             wait_for([task], timeout=1.0)
             self._raise_fault(task)
+        self._join()
         try:
             lines = task.result()
         except UserError as error:
@@ -183,6 +188,12 @@ class Saver:
         for line in lines:
             self._say(line)
         return None
+
+    def _join(self) -> None:
+        """Wait until the thread has released its tensors: releasing them while Python exits would abort the process."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _raise_fault(self, task: Future[list[str]]) -> None:
         """Raise an error other than UserError at once: the other ranks may not have it, and must not be waited for."""

@@ -63,3 +63,8 @@ def test_host_memory_is_taken_once(two_ranks):
 
 def test_only_the_update_waits_for_the_copies(two_ranks, tmp_path):
     assert all(two_ranks.run(saver_cases.an_update_waits_for_the_copies, tmp_path))
+
+
+def test_no_thread_holds_tensors_after_a_save(two_ranks, tmp_path):
+    """A thread that released them while Python exits would abort the process."""
+    assert two_ranks.run(saver_cases.threads_after_a_save, tmp_path) == [[], []]
