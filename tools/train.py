@@ -35,6 +35,12 @@ def build_parser() -> CommandParser:
         "--training.sequence_length 4096. With --config and without --model and --data, this is engine/pretrain.py.",
         allow_abbrev=False,
     )
+    _add_request(parser)
+    _add_run(parser)
+    return parser
+
+
+def _add_request(parser: CommandParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR|NAME", help="model to start from: a Hugging Face folder, a checkpoint, or a Hub name"
     )
@@ -72,6 +78,9 @@ def build_parser() -> CommandParser:
         metavar="NAME=TEXT",
         help="more texts, or dataset prefixes, to evaluate before, during and after the training",
     )
+
+
+def _add_run(parser: CommandParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="run folder (default: runs/MODEL-DATA); the model appears below its hf/"
     )
@@ -90,13 +99,13 @@ def build_parser() -> CommandParser:
         "--gpu", metavar="NAME", help="with --dry-run: plan for --ranks GPUs of this kind, as a100-80gb"
     )
     parser.take_settings(build_settings_parser)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run the command line, by default that of this process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not any(word.partition("=")[0] in _ONE_COMMAND for word in words) and "--config" in " ".join(words):
+    given = {word.partition("=")[0] for word in words}
+    if "--config" in given and given.isdisjoint(_ONE_COMMAND):
         from retemper.engine import pretrain
 
         pretrain.main(words)
@@ -125,7 +134,7 @@ def _request(options: argparse.Namespace) -> TrainOptions:
         replay=tuple(parse_replay(text) for text in options.replay),
         evaluate=tuple(map(parse_evaluation, options.evaluate)),
         tokens=None if options.tokens is None else parse_tokens(options.tokens),
-        epochs=1.0 if options.epochs is None else options.epochs,
+        epochs=options.epochs,
         validation=options.validation,
         output=options.output,
         ranks=options.ranks,

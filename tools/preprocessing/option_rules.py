@@ -24,7 +24,7 @@ def check_options(options: PreprocessOptions) -> None:
     Raises:
         UserError: naming the flag, its value and the remedy.
     """
-    rules = (_numbers, _input, _tokenizer, _chat, _output, _parts, _lines)
+    rules = (_numbers, _without_effect, _input, _tokenizer, _chat, _output, _parts, _lines)
     for is_wrong, message in chain.from_iterable(rule(options) for rule in rules):
         if is_wrong:
             raise UserError(message)
@@ -44,6 +44,18 @@ def _numbers(options: PreprocessOptions) -> Rules:
         options.max_tokens is not None and options.max_tokens < options.min_tokens,
         f"--max-tokens {options.max_tokens} is below --min-tokens {options.min_tokens}; no document fits",
     )
+
+
+def _without_effect(options: PreprocessOptions) -> Rules:
+    """Yield the options that another one makes effective."""
+    for name, needed, has_it in (
+        ("min_language_score", "--languages", options.languages),
+        ("dedup_threshold", "--dedup minhash", options.dedup == "minhash"),
+        ("bin_weights", "--bins", options.bins),
+    ):
+        value = getattr(options, name)
+        given = value != getattr(PreprocessOptions, name)
+        yield given and not has_it, f"{_flag(name)} {value} needs {needed}; add it, or remove {_flag(name)}"
 
 
 def _input(options: PreprocessOptions) -> Rules:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...engine.config.files import read_config
 from ...engine.config.options import Settings
 from ...engine.config.parser import add_arguments, build_config
 from ...engine.config.settings import DataConfig, ModelConfig, RunConfig
 from ...engine.config.types_check import Problems, build
 from ...engine.config.yaml_loader import dump_yaml
-from ...engine.data.text_sources import cache_folder
+from ...engine.data.text_sources import cache_folder, is_text
 from ...engine.errors import UserError
 from ...engine.files.atomic import replace_file
 from ...engine.files.outputs import write_report
 from ...engine.model.config_file import read_hf_config
 from ...engine.model.wrappers import text_config_of
 from ...engine.prepare_data import tokenizer_of
-from ...engine.weights.checkpoint.names import EXPORTS
+from ...engine.weights.checkpoint.manifest import read_manifest
+from ...engine.weights.checkpoint.names import EXPORTS, complete_checkpoints
 from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
-from .fitting import Machine, find_machine, fit
+from .fitting import CHANGEABLE, Machine, find_machine, fit
 from .launch import run_training, training_command
 from .options import TrainOptions, named
 from .recipe import Situation, choose_training, intervals
@@ -32,16 +35,24 @@ RUN_FILE = "run.yaml"
 REPORT_FILE = "report.html"
 _MOST_EPOCHS = 4
 """Repeated text is nearly as good as new text up to here (Muennighoff et al., 2023, https://arxiv.org/abs/2305.16264)."""
+_MANY_SOURCES = 8
+_KEPT = {
+    "training": ("sequence_length", "global_batch_size", "eval_interval", "eval_tokens"),
+    "checkpoint": ("save_interval",),
+    "logging": ("log_interval",),
+}
+"""Chosen settings on which the result of a run depends, or its records."""
 _SET_BY_OPTIONS = {
     "model.initialize_from": "model",
     "data.train": "data",
     "data.stages": "data",
     "data.validation": "evaluate",
+    "data.weights": "data",
     "training.train_tokens": "tokens",
     "run_folder": "output",
 }
 """Settings of a run that an option of this command sets."""
-_DATA_LISTS = ("train", "stages", "validation", "validation_fraction")
+_DATA_OF_FILE = ("train", "stages", "weights", "validation", "validation_fraction")
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,19 @@ def plan_training(
         UserError: the texts or settings are unusable, or the model does not fit.
     """
     options.check()
+    for name, path in options.evaluate:
+        if not is_text(path) and not os.path.exists(f"{path}.idx"):
+            raise UserError(f"--evaluate {name}={path}: no such file, folder or dataset")
+    _require_outside(options)
     merged = _given(options, files, settings)
     given = merged.tree
+    fixed = {key for key in CHANGEABLE if _value(given, key) is not None}
     model = _model_settings(given["model"])
-    architecture = configured_architecture(model)
-    machine = find_machine(options.ranks, gpu)
+    try:
+        architecture = configured_architecture(model)
+    except UserError as error:
+        raise UserError(str(error).replace("model.initialize_from", "--model")) from None
+    machine = find_machine(options.ranks, gpu, given.get("device", "auto"))
     cache = cache_folder(DataConfig(cache_folder=given.get("data", {}).get("cache_folder")))
     data, replay = _sized(options, Sizing(tokenizer_of(model, "--data"), cache, options.validation, dry))
     shares = [share for _, share in options.replay]
@@ -95,13 +114,15 @@ def plan_training(
         longest_sequence=_longest_sequence(model),
         ranks=machine.ranks,
         on_gpu=machine.gpu is not None,
+        evaluates=bool(given["data"].get("validation")) or any(one.entry.get("validation_fraction") for one in sized),
     )
+    _keep_recorded(given, dry)
     given["training"] = choose_training(situation, given.get("training", {}))
     save_interval, log_interval = intervals(given["training"])
     _fill(given, "checkpoint", {"save_interval": save_interval, "export_hf": True})
     _fill(given, "logging", {"log_interval": log_interval})
     config = build_config(merged)
-    changes, memory = fit(config, architecture, machine, options.auto, _say)
+    changes, memory = fit(config, architecture, machine, options.auto, fixed, _say)
     for section, keys in changes.items():
         given[section] = {**given.get(section, {}), **keys}
     config = build_config(merged) if changes else config
@@ -112,6 +133,11 @@ def plan_training(
 def run_plan(plan: TrainingPlan) -> int:
     """Train as planned, and report the run; return the exit status."""
     folder = Path(plan.config.run_folder)
+    if _trained_tokens(folder) >= plan.config.training.train_tokens:
+        _require_same_data(folder, plan)
+        _say(f"finished    {folder} has used its tokens; to continue it raise --tokens, else name another --output")
+        _report(folder, sorted((folder / EXPORTS).glob("step-*")))
+        return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN_FILE, [plan.yaml.encode()])
@@ -123,12 +149,24 @@ def run_plan(plan: TrainingPlan) -> int:
     status = run_training(training_command(folder / RUN_FILE, plan.machine.ranks))
     if status:
         return status
-    exports = sorted((folder / EXPORTS).glob("step-*"))
-    if plan.config.checkpoint.export_hf and not exports:
+    if _trained_tokens(folder) < plan.config.training.train_tokens:
         _say(f"stopped before the end; the same command continues {folder}")
         return 0
-    _report(folder, exports)
+    _report(folder, sorted((folder / EXPORTS).glob("step-*")))
     return 0
+
+
+def _require_same_data(folder: Path, plan: TrainingPlan) -> None:
+    """Refuse to report a finished run as one on other data."""
+    path = folder / RUN_FILE
+    if path.is_file() and read_config(path).get("data", {}).get("train") != plan.tree["data"]["train"]:
+        raise UserError(f"{folder} is finished, and was trained on other data ({path}); name another --output")
+
+
+def _trained_tokens(folder: Path) -> int:
+    """Return the tokens of the newest checkpoint of a run; 0 without one."""
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    return read_manifest(checkpoints[-1]).consumed_tokens if checkpoints else 0
 
 
 def _report(folder: Path, exports: Sequence[Path]) -> None:
@@ -148,21 +186,35 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
     merged = Settings()
     add_arguments(merged, files)
     data = merged.tree.get("data", {})
-    for name in _DATA_LISTS:  # of the data that the file was written for
+    for name in _DATA_OF_FILE:  # of the data that the file was written for
         data.pop(name, None)
     merged.tree["model"] = {**merged.tree.get("model", {}), "initialize_from": options.model}
     if options.output is not None or "run_folder" not in merged.tree:
         merged.tree = {"run_folder": options.run_folder, **merged.tree}
         merged.tree["run_folder"] = options.run_folder
+    training = merged.tree.setdefault("training", {})
     if options.tokens is not None:
-        merged.tree["training"] = {**merged.tree.get("training", {}), "train_tokens": options.tokens}
+        training["train_tokens"] = options.tokens
+    elif options.epochs is not None:
+        training.pop("train_tokens", None)
     chosen = {key: _value(merged.tree, key) for key in _SET_BY_OPTIONS}
     add_arguments(merged, settings)
     for key, option in _SET_BY_OPTIONS.items():
         if getattr(options, option) not in (None, ()) and _value(merged.tree, key) != chosen[key]:
             merged.found.add(f"--{key} and --{option} set the same; remove one of them")
+    if options.epochs is not None and _value(merged.tree, "training.train_tokens") is not None:
+        merged.found.add("--training.train_tokens and --epochs set the same; remove one of them")
     merged.found.raise_if_any()
     return merged
+
+
+def _require_outside(options: TrainOptions) -> None:
+    """Refuse a run folder inside a folder of text: the next start would read the files of the run."""
+    output = Path(options.run_folder).resolve()
+    for entry in (*options.data, *(entry for entry, _ in options.replay)):
+        folder = Path(entry["path"]).resolve()
+        if folder.is_dir() and output.is_relative_to(folder):
+            raise UserError(f"--output {options.run_folder}: inside the text {entry['path']}; name a folder elsewhere")
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:
@@ -185,6 +237,17 @@ def _sized(options: TrainOptions, sizing: Sizing) -> tuple[list[SizedSource], li
     return data, [sizing.sized("--replay", entry) for entry in sources[count:]]
 
 
+def _keep_recorded(given: dict[str, Any], dry: bool) -> None:
+    """Keep what an earlier start of this run has chosen, unless it is given: a resume on another machine is exact."""
+    path = Path(given["run_folder"], RUN_FILE)
+    if dry or not path.is_file() or not _trained_tokens(path.parent):
+        return
+    recorded = read_config(path)
+    for section, keys in _KEPT.items():
+        found = recorded.get(section, {})
+        _fill(given, section, {key: found[key] for key in keys if key in found})
+
+
 def _fill(tree: dict[str, Any], section: str, defaults: Mapping[str, Any]) -> None:
     """Set the keys of ``section`` that are not set."""
     tree[section] = {**defaults, **tree.get(section, {})}
@@ -195,7 +258,7 @@ def _budget(options: TrainOptions, given: Mapping[str, Any], data: Sequence[Size
     tokens = given.get("training", {}).get("train_tokens")
     if tokens is not None:
         return int(tokens)
-    return max(1, round(options.epochs * sum(source.tokens for source in data) / (1 - options.replay_share)))
+    return max(1, round((options.epochs or 1.0) * sum(source.tokens for source in data) / (1 - options.replay_share)))
 
 
 def _longest_sequence(model: ModelConfig) -> int | None:
@@ -231,6 +294,12 @@ def _describe(
                 lines.append(
                     f"            note: more than {_MOST_EPOCHS} epochs help little; add text or lower --tokens"
                 )
+    if not any(source.entry.get("validation_fraction") for source in (*data, *replay)) and not options.evaluate:
+        lines.append(f"{'':12}note: nothing is held out, so nothing is evaluated; name text with --evaluate")
+    if any(source.estimated for source in (*data, *replay)):
+        lines.append(f"{'':12}note: sizes and held-out parts may differ when the text is tokenized")
+    if len(data) > _MANY_SOURCES:
+        lines.append(f"{'':12}note: each path of --data is a source; quote a pattern to make its files one source")
     if not replay:
         measured = "not prevented" if options.evaluate else "neither prevented nor measured"
         lines.append(f"{'':12}note: without --replay, what the model forgets is {measured}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,14 @@ from ..planning.options import RESERVE, Assumptions, ClusterSpec
 from ..planning.pool import DryRunPool
 from ..planning.search import plan_briefly
 
+CHANGEABLE = ("training.micro_batch_size", "parallel.recompute", "parallel.cpu_offload")
+"""Settings that this module may choose."""
+_Recompute = Literal["none", "selective", "full"]
+_MORE_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
+    "none": ("selective", "full"),
+    "selective": ("full",),
+    "full": (),
+}
 _UNKNOWN_GPU_TFLOPS = 100.0
 """Assumed for a GPU that is not in the table: it orders layouts, and does not decide whether they fit."""
 
@@ -46,23 +54,35 @@ class Machine:
         return f"{self.ranks} x {self.gpu.name}"
 
 
-def find_machine(ranks: int | None, gpu: str | None) -> Machine:
+def find_machine(ranks: int | None, gpu: str | None, device: str = "auto") -> Machine:
     """Return this machine, or one with ``ranks`` GPUs called ``gpu``.
+
+    Args:
+        ranks: None: one for each GPU.
+        gpu: None: this machine.
+        device: the setting of the run.
 
     Raises:
         UserError: there is no such GPU.
     """
     if gpu is not None:
         return Machine(ranks or 1, find_gpu(gpu))
-    count = torch.cuda.device_count()
+    count = 0 if device == "cpu" else torch.cuda.device_count()
     if count == 0:
         return Machine(ranks or 1, None)
+    if ranks is not None and ranks > count:
+        raise UserError(f"--ranks {ranks}: this machine has {count} GPUs; use at most {count}, or device cpu")
     properties = torch.cuda.get_device_properties(0)
     return Machine(ranks or count, _known_gpu(properties.name, properties.total_memory))
 
 
 def fit(
-    config: RunConfig, architecture: Architecture, machine: Machine, auto: bool, say: Callable[[str], None]
+    config: RunConfig,
+    architecture: Architecture,
+    machine: Machine,
+    auto: bool,
+    fixed: Set[str],
+    say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Return settings with which the model fits, by section, and a line that says how.
 
@@ -71,6 +91,7 @@ def fit(
         architecture: of its model.
         machine: where it trains.
         auto: whether settings may change; without it, none do.
+        fixed: those of ``CHANGEABLE`` that never change, because the user has set them.
         say: receives progress lines.
 
     Raises:
@@ -88,8 +109,11 @@ def fit(
             return plan_briefly([(candidate, layout)], cluster, pool)[0]
 
         plan = dry_run(plain)
-        best = _with_larger_micro_batch(plan, dry_run) if plan.fits and auto else plan if plan.fits else None
-        best = best or next((other for each in _smaller(plain) if (other := dry_run(each)).fits), None)
+        best = plan if plan.fits else None
+        if best is None:
+            best = next((other for each in _smaller(plain, fixed) if (other := dry_run(each)).fits), None)
+        elif auto and "training.micro_batch_size" not in fixed:
+            best = _with_larger_micro_batch(plan, dry_run)
     if best is None:
         raise UserError(
             f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU, and "
@@ -119,26 +143,23 @@ def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], La
     return best
 
 
-def _smaller(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield ``config`` with less and less memory on the GPU: the fastest ways first."""
-    least = replace(config, training=replace(config.training, micro_batch_size=1))
-    if config.training.micro_batch_size > 1:
-        yield least
-    ladder: tuple[tuple[Literal["selective", "full"], bool], ...] = (
-        ("selective", False),
-        ("full", False),
-        ("full", True),
-    )
-    for recompute, cpu_offload in ladder:
-        parallel = replace(config.parallel, recompute=recompute, cpu_offload=cpu_offload)
-        if parallel != config.parallel:
-            yield replace(least, parallel=parallel)
+def _smaller(config: RunConfig, fixed: Set[str]) -> Iterator[RunConfig]:
+    """Yield ``config`` with settings that need less memory on the GPU, in the order of their cost in speed."""
+    if "training.micro_batch_size" not in fixed and config.training.micro_batch_size > 1:
+        config = replace(config, training=replace(config.training, micro_batch_size=1))
+        yield config
+    if "parallel.recompute" not in fixed:
+        for recompute in _MORE_RECOMPUTATION[config.parallel.recompute]:
+            config = replace(config, parallel=replace(config.parallel, recompute=recompute))
+            yield config
+    if "parallel.cpu_offload" not in fixed and not config.parallel.cpu_offload:
+        yield replace(config, parallel=replace(config.parallel, cpu_offload=True))
 
 
 def _changes(chosen: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the settings of ``chosen`` that may differ from those of ``config``, and do."""
     found: dict[str, dict[str, Any]] = {}
-    for section, key in (("training", "micro_batch_size"), ("parallel", "recompute"), ("parallel", "cpu_offload")):
+    for section, _, key in (name.partition(".") for name in CHANGEABLE):
         value = getattr(getattr(chosen, section), key)
         if value != getattr(getattr(config, section), key):
             found.setdefault(section, {})[key] = value

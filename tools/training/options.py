@@ -16,7 +16,10 @@ from ...engine.config.yaml_loader import explain, load_yaml
 from ...engine.errors import UserError
 from ...engine.files.paths import expand_path
 
-_COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmbt]?)", re.IGNORECASE)
+_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmbt]?)", re.IGNORECASE)
+_MOST_EPOCHS = 1_000_000
+_MOST_TOKENS = 10**15
+_LEAST_SHARE = 1e-6
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -32,8 +35,8 @@ class TrainOptions:
     evaluate: tuple[tuple[str, str], ...] = ()
     """Name and path of more texts or datasets that are evaluated."""
     tokens: int | None = None
-    epochs: float = 1.0
-    """Without ``tokens``: the number of times that ``data`` is seen."""
+    epochs: float | None = None
+    """Instead of ``tokens``: the number of times that ``data`` is seen. None: once, unless a file sets the budget."""
     validation: float = 0.02
     """Fraction of the documents of every text that is held out."""
     output: str | None = None
@@ -56,8 +59,12 @@ class TrainOptions:
         """
         if not 0 <= self.validation < 1:
             raise UserError(f"--validation {self.validation:g}: must be at least 0 and below 1, such as 0.02")
-        if not 0 < self.epochs < 1e6:
-            raise UserError(f"--epochs {self.epochs:g}: must be positive")
+        if self.epochs is not None and not 0 < self.epochs < _MOST_EPOCHS:
+            raise UserError(f"--epochs {self.epochs:g}: must be positive and below {_MOST_EPOCHS:,}")
+        names = [name for name, _ in self.evaluate]
+        for name, path in self.evaluate:
+            if names.count(name) > 1:
+                raise UserError(f"--evaluate: two texts are named '{name}'; name them, as in --evaluate other={path}")
         if self.ranks is not None and self.ranks < 1:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         if self.replay_share >= 1:
@@ -106,7 +113,7 @@ def parse_replay(text: str) -> tuple[dict[str, Any], float]:
         value = float(share) if colon else 0.0
     except ValueError:
         value = 0.0
-    if not path or not 0 < value < 1:
+    if not path or not _LEAST_SHARE <= value < 1:
         raise UserError(
             f"--replay {text}: write PATH:SHARE with the share of the training tokens, as in general.jsonl:0.1"
         )
@@ -128,8 +135,8 @@ def parse_tokens(text: str) -> int:
         UserError: it is not a positive number.
     """
     match = _COUNT.fullmatch(text.strip())
-    value = float(re.sub("[_,]", "", match[1])) * _FACTORS[match[2].lower()] if match else 0.0
-    if value < 1:
+    value = float(match[1].replace("_", "")) * _FACTORS[match[2].lower()] if match else 0.0
+    if value < 1 or value != round(value) or value > _MOST_TOKENS:
         raise UserError(f"--tokens {text}: write a number of tokens, as in 200k, 100M or 1.5B")
     return round(value)
 

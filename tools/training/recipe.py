@@ -41,6 +41,8 @@ class Situation:
     """Positions that the model was trained with, if it says so."""
     ranks: int
     on_gpu: bool
+    evaluates: bool = True
+    """Whether there is a validation set."""
 
 
 def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,11 +64,13 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
         "sequence_length": length,
         "global_batch_size": batch,
         "micro_batch_size": micro,
+    }
+    evaluation = {
         "eval_interval": max(1, steps // EVALUATIONS),
         "eval_tokens": min(TrainingConfig.eval_tokens, evaluated),
         "eval_at_start": True,
     }
-    return {**chosen, **given}
+    return {**chosen, **(evaluation if now.evaluates else {}), **given}
 
 
 def intervals(training: Mapping[str, Any]) -> tuple[int, int]:
@@ -85,7 +89,7 @@ def _global_batch(now: Situation, length: int, micro: int) -> int:
     """Return samples of a step: a power of two times what the ranks take at once."""
     wanted = min(now.train_tokens / STEPS, MOST_TOKENS_PER_STEP, now.all_tokens / 2) / length
     at_once = now.ranks * micro
-    return at_once * _power_of_two(max(1, round(wanted / at_once)))
+    return at_once * _power_of_two(int(wanted / at_once))
 
 
 def _micro_batch(now: Situation, batch: int) -> int:

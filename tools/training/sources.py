@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ...engine.errors import UserError
 from ...engine.files.paths import is_url
 from ..preprocess import parse_arguments
 from ..preprocessing.cache import find_in_cache
+from ..preprocessing.dataset.publishing import EMPTY_SIDE
 from ..preprocessing.inputs.files import describe_inputs
 from ..preprocessing.options import PreprocessOptions
 
@@ -72,11 +74,17 @@ class Sizing:
         if not is_text(entry["path"]):
             return _sized_dataset(option, entry)
         entry = {"validation_fraction": self._validation, **entry}
-        if entry["validation_fraction"] == self._validation > 0 and _is_small(entry["path"]):
+        if entry["validation_fraction"] == self._validation > 0 and self._is_small(option, entry):
             if (whole := self._datasets(option, {**entry, "validation_fraction": 0.0})) is None:
                 return self._estimated(option, entry)
             entry["validation_fraction"] = _fitting_fraction(self._validation, whole[""].documents)
-        made = self._datasets(option, entry)
+        try:
+            made = self._datasets(option, entry)
+        except UserError as error:
+            if EMPTY_SIDE not in str(error) or entry["validation_fraction"] != self._validation:
+                raise
+            entry["validation_fraction"] = 0.0  # few but large documents
+            made = self._datasets(option, entry)
         if made is None:
             return self._estimated(option, entry)
         train = made.get(TRAIN) or made[""]
@@ -93,9 +101,14 @@ class Sizing:
         return {side_of(prefix): dataset for prefix, dataset in datasets.items()} or None
 
     def _estimated(self, option: str, entry: dict[str, Any]) -> SizedSource:
+        return SizedSource(entry, max(1, round(self._input_bytes(option, entry) / BYTES_PER_TOKEN)), estimated=True)
+
+    def _is_small(self, option: str, entry: dict[str, Any]) -> bool:
+        return not is_url(entry["path"]) and self._input_bytes(option, entry) <= _FEW_BYTES
+
+    def _input_bytes(self, option: str, entry: dict[str, Any]) -> int:
         options = self._options(option, entry)
-        num_bytes = sum(facts.size for facts in describe_inputs(options.input, options.inputs, option))
-        return SizedSource(entry, max(1, round(num_bytes / BYTES_PER_TOKEN)), estimated=True)
+        return sum(facts.size for facts in describe_inputs(options.input, options.inputs, option))
 
     def _options(self, option: str, entry: dict[str, Any]) -> PreprocessOptions:
         words = [*_text(option, entry).arguments(), *self._tokenizer, "--cache-folder", str(self._cache)]
@@ -106,7 +119,7 @@ def with_shares(data: Sequence[SizedSource], replay: Sequence[tuple[SizedSource,
     """Return the entries of ``data.train``: ``data`` in proportion to its tokens, and ``replay`` with its shares."""
     left = 1.0 - sum(share for _, share in replay)
     total = sum(source.tokens for source in data)
-    entries = [{**source.entry, "weight": round(left * source.tokens / total, 6)} for source in data]
+    entries = [{**source.entry, "weight": float(f"{left * source.tokens / total:.6g}")} for source in data]
     return entries + [{**source.entry, "weight": share} for source, share in replay]
 
 
@@ -116,6 +129,7 @@ def _text(option: str, entry: dict[str, Any]) -> TextSource:
 
 
 def _sized_dataset(option: str, entry: dict[str, Any]) -> SizedSource:
+    from ...engine.data.index_format import dataset_prefix
     from ...engine.data.indexed_dataset import IndexedDataset
 
     source = SourceConfig(**entry)
@@ -123,15 +137,13 @@ def _sized_dataset(option: str, entry: dict[str, Any]) -> SizedSource:
         raise UserError(
             f"{option} {source.path}: is not text that exists, and {next(iter(source.for_text))} is for text"
         )
+    if not os.path.exists(f"{dataset_prefix(source.path)}.idx"):
+        raise UserError(f"{option} {source.path}: no such file, folder or dataset")
     try:
         dataset = IndexedDataset(source.path)
     except UserError as error:
         raise UserError(f"{option} {error}") from None
     return SizedSource(entry, dataset.num_tokens, dataset.num_documents)
-
-
-def _is_small(path: str) -> bool:
-    return not is_url(path) and sum(facts.size for facts in describe_inputs([path])) <= _FEW_BYTES
 
 
 def _fitting_fraction(wanted: float, documents: int) -> float:

@@ -121,6 +121,8 @@ def test_files_and_options_win_over_what_is_chosen(planned, tmp_path):
         (["--data.train", "[{path: x}]"], "--data.train and --data"),
         (["--tokens", "5k", "--training.train_tokens", "6000"], "--training.train_tokens and --tokens"),
         (["--output", "a", "--run_folder", "b"], "--run_folder and --output"),
+        (["--epochs", "2", "--training.train_tokens", "6000"], "--training.train_tokens and --epochs"),
+        (["--evaluate", "x=nothing.txt"], "--evaluate x=nothing.txt"),
     ],
 )
 def test_impossible_requests_are_refused(planned, options, named):
@@ -147,6 +149,11 @@ def test_a_rank_of_a_launcher_is_refused(monkeypatch):
         train.main(["--model", "x", "--data", "y"])
 
 
+def test_a_run_folder_inside_the_text_is_refused(model, texts):
+    with pytest.raises(UserError, match="inside the text"):
+        train.main(["--model", str(model), "--data", str(texts), "--output", str(texts / "run"), "--dry-run"])
+
+
 def test_saved_settings_are_those_of_the_dry_run(planned, model, texts, tmp_path, capsys):
     tree, _ = planned("--tokens", "5k")
     words = ["--model", str(model), "--data", str(texts), "--tokens", "5k", "--save-config", "run.yaml"]
@@ -162,7 +169,7 @@ def test_saved_settings_are_those_of_the_dry_run(planned, model, texts, tmp_path
 def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
     """Memory from a dry run of this tiny model: the reserve is most of it, so the GPU has little more than that."""
     gpu = GPUS["a100-80gb"]
-    words = ("--gpu", "a100-80gb", "--ranks", 2, "--tokens", "100k", "--training.micro_batch_size", 4)
+    words = ("--gpu", "a100-80gb", "--ranks", 2, "--tokens", "100k")
     tree, lines = planned(*words)
     assert "fits" in lines and "parallel" not in tree
     needed = {}
@@ -178,13 +185,17 @@ def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
     monkeypatch.setattr(fitting, "find_gpu", lambda name: replace(gpu, memory=int(fitting.RESERVE)))
     with pytest.raises(UserError, match="does not fit"):
         planned(*words, "--auto")
-    assert needed["none", False, 4] > needed["none", False, 1] >= needed["full", False, 1] > needed["full", True, 1]
+    assert needed["none", False, 1] > needed["full", False, 1] > needed["full", True, 1]
     enough = int(fitting.RESERVE + needed["full", False, 1])
     monkeypatch.setattr(fitting, "find_gpu", lambda name: replace(gpu, memory=enough))
     with pytest.raises(UserError, match="--auto"):
         planned(*words)
     tree, _ = planned(*words, "--auto")
-    assert tree["parallel"]["recompute"] == "full" and tree["training"]["micro_batch_size"] == 1
+    assert tree["parallel"] == {"recompute": "full"} and tree["training"]["micro_batch_size"] == 1
+    needed.clear()
+    with pytest.raises(UserError, match="does not fit"):
+        planned(*words, "--auto", "--parallel.recompute", "none", "--parallel.cpu_offload", "false")
+    assert set(needed) == {("none", False, 1)}  # what the user has set stays
 
 
 @pytest.mark.slow
@@ -234,5 +245,10 @@ def test_one_command_makes_a_better_model_also_after_a_kill(model, texts, tmp_pa
         ids = tokenizer("the domain has its own words.", return_tensors="pt")["input_ids"]
         loss.append(float(trained(ids, labels=ids).loss))
     assert loss[1] < loss[0] - 1
+    before = (tmp_path / "killed" / "run.yaml").read_bytes()
     again = run("killed")
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 0 and "finished" in again.stderr, again.stderr
+    command[command.index("--data") + 1] = str(texts.parent / "general.jsonl")
+    other = run("killed")
+    assert other.returncode == 1 and "was trained on other data" in other.stderr
+    assert (tmp_path / "killed" / "run.yaml").read_bytes() == before

@@ -26,6 +26,7 @@ from .text_writer import TextWriter
 from .workspace import remove_workspace
 
 _SHOWN_NOTES = 20
+EMPTY_SIDE = "no document was assigned to"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _write(plan: RunPlan, assembly: Assembly, writers: Sequence[DocumentWriter],
             continue
         if writer.num_documents == 0 and plan.options.shard_place is None:
             raise UserError(
-                f"--split: no document was assigned to {side.split!r}; give it a larger share, or use a larger corpus"
+                f"--split: {EMPTY_SIDE} {side.split!r}; give it a larger share, or use a larger corpus"
                 if side.split
                 else _nothing_found(plan, results)
             )
