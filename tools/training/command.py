@@ -133,10 +133,10 @@ def plan_training(
 def run_plan(plan: TrainingPlan) -> int:
     """Train as planned, and report the run; return the exit status."""
     folder = Path(plan.config.run_folder)
-    if _trained_tokens(folder) >= plan.config.training.train_tokens:
+    if _is_finished(folder, plan.config):
         _require_same_data(folder, plan)
         _say(f"finished    {folder} has used its tokens; to continue it raise --tokens, else name another --output")
-        _report(folder, sorted((folder / EXPORTS).glob("step-*")))
+        _report(folder)
         return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,11 +149,19 @@ def run_plan(plan: TrainingPlan) -> int:
     status = run_training(training_command(folder / RUN_FILE, plan.machine.ranks))
     if status:
         return status
-    if _trained_tokens(folder) < plan.config.training.train_tokens:
+    if not _is_finished(folder, plan.config):
         _say(f"stopped before the end; the same command continues {folder}")
         return 0
-    _report(folder, sorted((folder / EXPORTS).glob("step-*")))
+    _report(folder)
     return 0
+
+
+def _is_finished(folder: Path, config: RunConfig) -> bool:
+    """Return whether a run has used its tokens, and has exported its last checkpoint if it is to."""
+    newest = _newest(folder)
+    if newest is None or read_manifest(newest).consumed_tokens < config.training.train_tokens:
+        return False
+    return not config.checkpoint.export_hf or (folder / EXPORTS / newest.name).is_dir()
 
 
 def _require_same_data(folder: Path, plan: TrainingPlan) -> None:
@@ -163,20 +171,20 @@ def _require_same_data(folder: Path, plan: TrainingPlan) -> None:
         raise UserError(f"{folder} is finished, and was trained on other data ({path}); name another --output")
 
 
-def _trained_tokens(folder: Path) -> int:
-    """Return the tokens of the newest checkpoint of a run; 0 without one."""
+def _newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run."""
     checkpoints = complete_checkpoints(folder / "checkpoints")
-    return read_manifest(checkpoints[-1]).consumed_tokens if checkpoints else 0
+    return checkpoints[-1] if checkpoints else None
 
 
-def _report(folder: Path, exports: Sequence[Path]) -> None:
+def _report(folder: Path) -> None:
     from ..reports.run import read_run
     from ..reports.run_page import format_run, run_page
 
     run = read_run(folder)
     write_report("report", folder / REPORT_FILE, run_page(run))
     print(f"\n{format_run(run)}\n\nreport      {folder / REPORT_FILE}")
-    if exports:
+    if exports := sorted((folder / EXPORTS).glob("step-*")):
         print(f"model       {exports[-1]}")
         print(f"try it      retemper generate --model {exports[-1]} --prompt '...'", flush=True)
 
@@ -240,7 +248,7 @@ def _sized(options: TrainOptions, sizing: Sizing) -> tuple[list[SizedSource], li
 def _keep_recorded(given: dict[str, Any], dry: bool) -> None:
     """Keep what an earlier start of this run has chosen, unless it is given: a resume on another machine is exact."""
     path = Path(given["run_folder"], RUN_FILE)
-    if dry or not path.is_file() or not _trained_tokens(path.parent):
+    if dry or not path.is_file() or _newest(path.parent) is None:
         return
     recorded = read_config(path)
     for section, keys in _KEPT.items():
