@@ -65,7 +65,7 @@ class SourceConfig:
     """For text: fraction of its documents that is held out and evaluated as the validation set with the name of this
     source, before those of ``data.validation``. A hash of each document decides, so copies of a text are on the same
     side."""
-    preprocess: dict = field(default_factory=dict)
+    preprocess: dict | None = None
     """For text: more options of tools/preprocess.py, without dashes: ``{dedup: exact, min_chars: 200}``."""
 
     @property

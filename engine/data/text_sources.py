@@ -48,7 +48,7 @@ class TextSource:
     @property
     def is_divisible(self) -> bool:
         """Return whether parts of the text, joined, give the same dataset."""
-        return _NOT_DIVISIBLE.isdisjoint(_underscored(self.settings.get("preprocess", {})))
+        return _NOT_DIVISIBLE.isdisjoint(_underscored(self.settings.get("preprocess") or {}))
 
     def arguments(self) -> list[str]:
         """Return options of tools/preprocess.py for this text.
@@ -70,7 +70,7 @@ class TextSource:
 
     def _more_options(self) -> list[str]:
         words: list[str] = []
-        for name, value in _underscored(self.settings.get("preprocess", {})).items():
+        for name, value in _underscored(self.settings.get("preprocess") or {}).items():
             if name in _NOT_FOR_RUNS:
                 raise UserError(f"{self.key}.preprocess sets {name}, which is not possible in a run; remove it")
             flag = name.replace("_", "-")
