@@ -55,6 +55,8 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, by default that of this process. Return 1 if there is a problem."""
     options, settings = build_parser().parse_known_args(arguments)
+    if options.timeout < 1:
+        raise UserError(f"--timeout {options.timeout}: must be at least 1 second")
     if settings and not options.config:
         raise UserError(f"unexpected argument '{settings[0]}'; settings of a run need --config FILE; see --help")
     refused: list[Finding] = []

@@ -66,7 +66,8 @@ class SourceConfig:
     source, before those of ``data.validation``. A hash of each document decides, so copies of a text are on the same
     side."""
     preprocess: dict | None = None
-    """For text: more options of tools/preprocess.py, without dashes: ``{dedup: exact, min_chars: 200}``."""
+    """For text: more options of tools/preprocess.py, without dashes: ``{dedup: exact, min_chars: 200}``.
+    Null: none."""
 
     @property
     def identity(self) -> str:

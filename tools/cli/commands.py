@@ -106,6 +106,6 @@ def find(name: str, among: Sequence[Command] | None = None) -> Command:
     if name in found:
         return found[name]
     if name.startswith("-"):
-        raise UserError(f"{name}: the command comes first, as in 'retemper train {name} ...'; see retemper --help")
+        raise UserError(f"{name}: the command comes first, as in '{known[0].name} {name} ...'; see retemper --help")
     near = nearest(name.replace("_", "-"), found)
     raise UserError(f"unknown command '{name}'; " + (f"did you mean '{near}'?" if near else "see retemper --help"))
