@@ -19,6 +19,8 @@ Needs the extra datatrove (and ray for --ray), and storage that all nodes see.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, install_command, run_command
+from retemper.engine.files.atomic import replace_file
 from retemper.tools import preprocess
 from retemper.tools.preprocessing.dataset.checks import require_free_shards
 from retemper.tools.preprocessing.dedup.across_parts import signature_shape
@@ -43,6 +46,9 @@ except ImportError:
     PipelineStep = object
 
 TOOLS = Path(preprocess.__file__).parent
+
+RUN_FILE = "run.json"
+"""File in the folder of logs with the options of the first start."""
 
 
 class PreprocessPart(PipelineStep):
@@ -235,7 +241,13 @@ def run_on_ray(todo: Sequence[Stage], options: argparse.Namespace) -> None:
         import ray
     except ImportError:
         raise UserError("ray is not installed: pip install 'ray>=2.9'") from None
-    ray.init()
+    try:
+        ray.init()
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS", "")
+        raise UserError(
+            f"RAY_ADDRESS {address}: no Ray cluster answers ({' '.join(str(error).split())[:200]})"
+        ) from None
     for stage in todo:
         executor = RayPipelineExecutor(
             stage.steps,
@@ -288,6 +300,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     return options, theirs
 
 
+def same_as_before(logs: Path, num_shards: int, theirs: list[str], inputs: Sequence[str]) -> list[str]:
+    """Return the options of all parts, with the commits of datasets of the Hub that the first start has found.
+
+    datatrove records finished tasks in ``logs``, whatever their options were.
+
+    Raises:
+        UserError: an earlier start with these logs had other options.
+    """
+    path = logs / RUN_FILE
+    if path.is_file():
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if (recorded["shards"], recorded["options"]) != (num_shards, theirs):
+            raise UserError(f"--logs {logs}: was used with other options or parts ({path}); name another folder")
+        return [*theirs, "--input", *recorded["input"]]
+    pinned = pin_revisions(inputs)
+    logs.mkdir(parents=True, exist_ok=True)
+    record = {"shards": num_shards, "options": theirs, "input": pinned}
+    replace_file(path, [json.dumps(record, indent=1).encode()])
+    return [*theirs, "--input", *pinned]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options, theirs = parse_arguments(arguments)
@@ -298,11 +331,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(
             "this command sets --shard itself, and standard input cannot be divided; leave them out after --"
         )
+    for name in ("cache_folder", "report", "list_inputs"):
+        if getattr(wanted, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: is for one call of tools/preprocess.py; leave it out after --"
+            )
     if wanted.to_jsonl:
         raise UserError("--to-jsonl: this command joins datasets; run tools/preprocess.py --shard, and join its files")
     check_options(wanted)
-    # All parts read the same commit of a dataset of the Hub.
-    theirs += ["--input", *pin_revisions(wanted.input)]
+    theirs = same_as_before(Path(options.logs), options.shards, theirs, wanted.input)
     require_free_shards(wanted, options.shards)
     run = submit_to_slurm if options.slurm else run_on_ray if options.ray else run_here
     run(stages(options, theirs, wanted), options)

@@ -39,6 +39,9 @@ from retemper.tools.preprocess import parse_arguments
 def main():
     options = parse_arguments()
     check_options(options)
+    for name in ("cache_folder", "report", "list_inputs"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: is for one call of tools/preprocess.py; leave it out")
     if options.shard is not None or "-" in options.input:
         raise UserError("--shard is set by this script, and standard input cannot be divided; leave them out")
     if "RETEMPER_STAGE" not in os.environ:
@@ -98,6 +101,9 @@ join_parts() {
 PYTHON=${PYTHON:-python}
 # Slurm runs a copy of this file, which is told where the repository is.
 RETEMPER_ROOT=${RETEMPER_ROOT:-$(dirname "$(dirname "$(realpath "$0")")")}
+# A copy of this script, as of `retemper launch copy`, runs the installed package.
+[[ -f $RETEMPER_ROOT/tools/preprocess.py ]] ||
+  RETEMPER_ROOT=$("$PYTHON" -c 'import retemper; print(retemper.__path__[0])')
 [[ ${SHARDS:-} =~ ^[1-9][0-9]*$ ]] || fail "SHARDS='${SHARDS:-}': set it to the number of parts, as in SHARDS=64 $0 ..."
 facts=$(read_arguments "$@")
 overwrite=${facts%%$'\n'*}

@@ -37,17 +37,18 @@ def _split(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon:
         return text, SSH_PORT
-    if not port.isdecimal():
-        raise UserError(f"--hosts {text}: the port is not a number; write HOST or HOST:PORT")
+    if not (port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16):
+        raise UserError(f"--hosts {text}: the port is not a number from 1 to 65535; write HOST or HOST:PORT")
     return host, int(port)
 
 
 def _check_host(host: str, port: int) -> Finding:
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         remedy = "add it to DNS or /etc/hosts, or use its address"
-        return problem(GROUP, host, f"the name does not resolve ({error.strerror or error})", remedy)
+        reason = getattr(error, "strerror", None) or error
+        return problem(GROUP, host, f"the name does not resolve ({reason})", remedy)
     start = time.perf_counter()
     try:
         socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...engine.config.parser import parse_config
+from ...engine.config.remote_file import without_query
 from ...engine.config.settings import DataConfig, SourceConfig
 from ...engine.data.catalog import Catalog, open_catalog
 from ...engine.data.packing import pack
@@ -94,7 +95,7 @@ def open_run(config_file: str) -> PackedData:
     order = catalog.sample_order(config.seed)
     num_rows = plan.steps_for(config.training.train_tokens) * plan.global_batch_size
     order.require(num_rows)
-    record = {"config": config_file, "seed": config.seed, "global_batch_size": plan.global_batch_size}
+    record = {"config": without_query(config_file), "seed": config.seed, "global_batch_size": plan.global_batch_size}
     return _packed(catalog, order, num_rows, plan, config.data, vocab_size, record)
 
 

@@ -166,7 +166,7 @@ def errors_of(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{url}: {_explain(url, error)}") from error
+        raise UserError(f"{without_secrets(url)}: {without_secrets(_explain(url, error), url)}") from error
 
 
 class _RemoteFile(io.RawIOBase):
@@ -262,6 +262,19 @@ def _visible(files: Any, root: str, names: Any) -> list[str]:
     below = {name: name.removeprefix(root).lstrip("/") for name in names}
     kept = [name for name, rest in below.items() if not re.search(r"(^|/)\.", rest)]
     return sorted(files.unstrip_protocol(name) for name in kept)
+
+
+def without_secrets(text: str, url: str | None = None) -> str:
+    """Return ``text`` without the user, password and query of the ``url`` in it; by default ``text`` is the URL."""
+    url = text if url is None else url
+    scheme, colon, rest = url.partition("://")
+    if not colon:
+        return text
+    host, slash, path = rest.partition("/")
+    plain = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if scheme in ("http", "https"):
+        plain = plain.partition("?")[0]
+    return text.replace(url, plain)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -84,8 +84,7 @@ class Node:
 
 def descendants(pid: int) -> list[int]:
     """Return the processes below ``pid``."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    parents = list(_parents())
     found, waiting = [], [pid]
     while waiting:
         above = waiting.pop()
@@ -93,6 +92,20 @@ def descendants(pid: int) -> list[int]:
         found += children
         waiting += children
     return found
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """Yield (process, its parent) of all processes; images for containers may lack the program ``ps``."""
+    if sys.platform.startswith("linux"):
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                # The name of the program, in parentheses, may contain anything.
+                yield int(path.parent.name), int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+        return
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
+        pid, parent = map(int, line.split())
+        yield pid, parent
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from ..options import PreprocessOptions
 from ..progress import ProgressReport
 from ..run_plan import RunPlan
 from ..run_setup import print_notes
+from ..storage import without_secrets
 from ..workers.task_output import TaskOutput, TaskResult
 from .assembly import Assembly, DatasetName, DocumentWriter, SourceTotals
 from .bins import mixture_yaml, parse_weights
@@ -172,7 +173,7 @@ def _sidecar(
         eod_id=setup.eod[1] if setup.eod else None,
         sources=tuple(
             InputSource(
-                name=name,
+                name=without_secrets(name),
                 files=len(files),
                 bytes=sum(file.size for file in files),
                 documents=int(totals.documents[index]),

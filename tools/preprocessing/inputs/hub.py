@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from ....engine.errors import UserError, install_command
 from ..storage import errors_of
@@ -42,7 +43,10 @@ class HubDataset(NamedTuple):
 def parse_hub_dataset(url: str) -> HubDataset | None:
     """Return the dataset that ``url`` names; None if it is not one of the Hub."""
     found = _DATASET.fullmatch(url)
-    return found and HubDataset(found["name"], found["revision"] or None, (found["path"] or "").strip("/"))
+    if found is None:
+        return None
+    revision = unquote(found["revision"]) if found["revision"] else None
+    return HubDataset(found["name"], revision, (found["path"] or "").strip("/"))
 
 
 def pin_revisions(arguments: Sequence[str]) -> list[str]:
@@ -85,7 +89,7 @@ def files_of_split(dataset: HubDataset, name: str, subset: str | None, split: st
             f"{name}: finding the files of a split needs datasets: {install_command('datasets')}; or name the files, "
             f"as in {dataset.url}/data/*.parquet"
         ) from None
-    with errors_of(name):
+    with errors_of(dataset.url):
         try:
             builder = load_dataset_builder(f"hf://datasets/{dataset.name}", subset, revision=dataset.revision)
         except ValueError as error:
