@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -234,6 +235,9 @@ def test_a_run_on_two_hosts_is_stopped_and_continued(name, fakes, run_file, undi
     folder, hostfile = tmp_path / "run", tmp_path / "hosts"
     hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     command = [sys.executable, ROOT / "launch" / "over_ssh.py", "--hostfile", hostfile, "--launcher", name]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command += ["--port", free.getsockname()[1]]
     command += ["--grace", "60", "--config", run_file, "--run_folder", folder]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not has_step(folder, 15):
