@@ -340,6 +340,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="weights of the printed mixture: balanced (the default), proportional to the tokens, or alpha=A, "
         "proportional to tokens ** A",
     )
+    _add_parts(group)
+    group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
+
+
+def _add_parts(group: argparse._ArgumentGroup) -> None:
+    """Add the options with which several calls share a corpus."""
     group.add_argument(
         "--shard",
         metavar="I/N",
@@ -363,7 +369,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="instead of preprocessing, print a line of JSON for each input file: path, size, and an identity that "
         "changes with its contents (the time of the last change, or a checksum that the server tells)",
     )
-    group.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores of this machine)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

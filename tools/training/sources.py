@@ -147,7 +147,7 @@ def _sized_dataset(option: str, entry: dict[str, Any]) -> SizedSource:
 
 
 def _fitting_fraction(wanted: float, documents: int) -> float:
-    """Return a fraction of ``documents`` that is hardly ever empty; 0 if there are too few."""
+    """Return a fraction that holds out ``_HELD_OUT_DOCUMENTS`` on average; 0 if there are too few documents."""
     if documents < _LEAST_DOCUMENTS:
         return 0.0
     return max(wanted, min(0.25, round(_HELD_OUT_DOCUMENTS / documents, 4)))
