@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from local_server import LocalServer
 
 
 @dataclass
-class DatasetHub:
+class DatasetHub(LocalServer):
     """Serves ``commits`` of datasets. To be entered; ``url`` is its address then."""
 
     commits: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=dict)
@@ -26,20 +26,8 @@ class DatasetHub:
     requests: list[str] = field(default_factory=list)
     """Method, path and range of each request."""
 
-    def __enter__(self) -> DatasetHub:
-        hub = self
-
-        class Handler(_Handler):
-            serving = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        return _Handler
 
     def commit(self, name: str, files: dict[str, bytes]) -> str:
         """Add a commit with exactly ``files``; return its hash."""

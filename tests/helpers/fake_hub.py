@@ -10,10 +10,11 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import PurePosixPath
+
+from local_server import LocalServer
 
 TOKEN = "hf_oNlyForThisTest"
 COMMIT = "4" * 40
@@ -31,7 +32,7 @@ class Request:
 
 
 @dataclass
-class FakeHub:
+class FakeHub(LocalServer):
     """What the Hub knows. To be entered; ``url`` is its address then."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -50,20 +51,8 @@ class FakeHub:
     messages: list[str] = field(default_factory=list)
     """Of the commits."""
 
-    def __enter__(self) -> FakeHub:
-        hub = self
-
-        class Handler(_Handler):
-            server_hub = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        return _Handler
 
     def answer(self, request: Request) -> tuple[int, object] | tuple[int, object, dict[str, str]]:
         """Status, content (bytes, or plain values for JSON) and headers of the answer to ``request``."""
@@ -187,14 +176,14 @@ def _tree(files: dict[str, bytes]) -> list[dict]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server_hub: FakeHub
+    serving: FakeHub
     protocol_version = "HTTP/1.1"
 
     def _handle(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path.split("?")[0], headers, self._body(headers))
-        self.server_hub.requests.append(request)
-        status, content, *more = self.server_hub.answer(request)
+        self.serving.requests.append(request)
+        status, content, *more = self.serving.answer(request)
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from local_server import LocalServer
 
 
 @dataclass
-class RangeServer:
+class RangeServer(LocalServer):
     """Serves ``files`` by path. To be entered; ``url`` is its address then."""
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -23,20 +24,8 @@ class RangeServer:
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and range of each request."""
 
-    def __enter__(self) -> RangeServer:
-        server = self
-
-        class Handler(_Handler):
-            serving = server
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        return _Handler
 
 
 class _Handler(BaseHTTPRequestHandler):
