@@ -12,6 +12,7 @@ from .errors import UserError
 from .guards.run_guards import UnreadableData
 from .model.architecture import Architecture
 from .observe.console import Console
+from .observe.description import describe
 from .parallel.process_group import Ranks
 from .run import Run
 from .schedule import BatchPlan, Progress
@@ -76,6 +77,7 @@ def open_run_folder(run: Run, console: Console | None) -> Iterator[None]:
 
 def _open(run: Run, console: Console | None) -> None:
     folder, resumed = Path(run.config.run_folder), run.start.resumed_from
+    run.report.open(describe(run))
     # A fresh run also renames the records of one that was killed before its first checkpoint.
     run.report.start(run.progress.step if resumed else None, run.evaluation_pending)
     if console is not None:

@@ -82,6 +82,8 @@ RANGES = {
     "checkpoint.keep_last": _FROM_1,
     "checkpoint.keep_every": _FROM_0,
     "logging.log_interval": _FROM_1,
+    "logging.sample_tokens": _FROM_1,
+    "logging.metrics_port": Range("in [1, 65535], or null", lambda value: value is None or 1 <= value <= 65535),
     "seed": Range("in [0, 2^63)", lambda value: 0 <= value < 2**63),
 }
 """The range of every number that has one of its own; ``[]`` is an entry of a list."""

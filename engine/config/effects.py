@@ -96,6 +96,16 @@ RULES = (
         "checkpoint.push_to_hub is null, so nothing is uploaded",
     ),
     Rule(
+        ("logging.project", "logging.run_name", "logging.group", "logging.tags", "logging.offline"),
+        lambda now: bool(now.config.logging.trackers),
+        "logging.trackers is empty",
+    ),
+    Rule(
+        ("logging.sample_tokens",),
+        lambda now: bool(now.config.logging.sample_prompts),
+        "logging.sample_prompts is empty",
+    ),
+    Rule(
         ("parallel.pipeline_schedule", "parallel.pipeline_stages_per_rank"),
         lambda now: now.config.parallel.pipeline > 1,
         "parallel.pipeline is 1; set it to 2 or more, or remove it",
@@ -107,7 +117,10 @@ RULES = (
         "training.loss_spike_action is skip",
     ),
     Rule(
-        ("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
+        (
+            *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
+            "logging.sample_prompts",
+        ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
     ),
@@ -204,7 +217,8 @@ ALWAYS = {
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
-    *("logging.log_interval", "logging.stragglers", "logging.tensorboard"),
+    *("logging.log_interval", "logging.stragglers", "logging.tensorboard", "logging.trackers", "logging.progress_bar"),
+    *("logging.profile_steps", "logging.memory_snapshot", "logging.metrics_port", "callbacks"),
 }
 """Settings that matter in every run; ``[]`` stands for an item of a list."""
 ELSEWHERE = {

@@ -392,6 +392,32 @@ class LoggingConfig:
     others."""
     tensorboard: bool = True
     """Write TensorBoard events under ``{run_folder}/tensorboard``."""
+    trackers: list[Literal["wandb", "mlflow", "swanlab", "trackio", "comet", "csv"]] = field(default_factory=list)
+    """Experiment trackers that receive the records as well; see docs/tracking.md. Each but csv needs its package."""
+    project: str = "retemper"
+    """Name of the project in the trackers (MLflow: of the experiment)."""
+    run_name: str | None = None
+    """Name of the run in the trackers. Null: the name of ``run_folder``."""
+    group: str | None = None
+    """Group of runs in the trackers."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run in the trackers."""
+    offline: bool = False
+    """Trackers write only files, under ``{run_folder}/trackers``, and use no network."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts that the model continues at every evaluation. The texts go to the console, to ``samples.jsonl`` and to
+    the trackers."""
+    sample_tokens: int = 64
+    """Maximum number of new tokens for each of ``sample_prompts``."""
+    progress_bar: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
+    """Show one live line instead of a line for each step. auto: on a terminal."""
+    profile_steps: list[int] | None = None
+    """First and last step, such as [10, 13], of which every rank writes a trace of the PyTorch profiler, under
+    ``{run_folder}/profile``."""
+    memory_snapshot: Literal["never", "on_oom"] = "never"
+    """on_oom: record allocations on a GPU, and write a memory snapshot of PyTorch when memory runs out."""
+    metrics_port: int | None = None
+    """Port on which rank 0 serves the newest numbers for Prometheus. Null: none."""
 
 
 @dataclass(frozen=True)
@@ -407,6 +433,9 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    callbacks: list[str] = field(default_factory=list)
+    """Import paths of classes, such as ``my_module.MyCallback``, that receive the events of the run; see
+    docs/tracking.md."""
     seed: int = 1234
     """Seed of the sample order and of random initialization."""
     allow_changes: list[str] = field(default_factory=list)

@@ -56,6 +56,7 @@ class StopRequest:
         self._began = time.monotonic()
         self._deadline: float | None = None
         self._first: float | None = None
+        self._requested = False
         self._entered = 0
         self._former: dict[signal.Signals, Any] = {}
         self._former_descriptor = -1
@@ -98,11 +99,15 @@ class StopRequest:
         """Also request a stop ``minutes`` after the creation of this object."""
         self._deadline = None if minutes is None else self._began + 60 * minutes
 
+    def request(self) -> None:
+        """Request a stop of all ranks after the current step. Signals keep their meaning."""
+        self._requested = True
+
     def agreed(self) -> bool:
         """Return whether any rank was requested to stop; the same on every rank. All ranks must call this."""
         assert self._ranks is not None
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        return self._ranks.all_reduce(late or self._first is not None) > 0
+        return self._ranks.all_reduce(late or self._requested or self._first is not None) > 0
 
     def exit_if_agreed(self) -> None:
         """Raise StoppedBeforeTraining on every rank if a stop was requested. All ranks must call this."""

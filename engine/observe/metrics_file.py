@@ -13,10 +13,10 @@ from ..files.atomic import sync_file
 from ..schedule import Progress
 from ..weights.checkpoint.run_record import CONFIG_FILE
 from .curves import METRICS_FILE, archive_metrics, truncate_metrics
-from .observer import StepRecord
+from .observer import Observer, StepRecord
 
 
-class MetricsFile:
+class MetricsFile(Observer):
     """Writes records to ``metrics.jsonl``; :mod:`.curves` moves those of an earlier run and of repeated steps.
 
     Args:
@@ -58,7 +58,7 @@ class MetricsFile:
                 self._write_pending()
                 sync_file(self._file)
 
-    def end(self) -> None:
+    def end(self, summary: Mapping[str, Any] | None = None) -> None:
         """Write the pending records and close the file."""
         if self._file is not None:
             with self._tolerant():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from ..step import StepResult
 from .flops import flops_per_token
 from .host_copy import HostCopy
 from .metrics_file import MetricsFile
-from .observer import Observer, StepRecord
+from .observer import Observer, RunDescription, Sample, StepRecord
 from .progress import Stopwatch, speed, step_line
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
@@ -27,14 +27,11 @@ from .totals import Totals
 from .waiting import Say
 
 
-class ConsoleLines:
-    """An observer that prints a line for each reported step and evaluation."""
+class ConsoleLines(Observer):
+    """Prints a line for each reported step and evaluation."""
 
     def __init__(self, say: Say):
         self._say = say
-
-    def start(self, after_step: int | None, evaluates_again: bool) -> None:
-        """See :class:`Observer`."""
 
     def step(self, record: StepRecord) -> None:
         """See :class:`Observer`."""
@@ -49,12 +46,6 @@ class ConsoleLines:
             f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
             f"{values['perplexity']:.2f}"
         )
-
-    def save(self) -> None:
-        """See :class:`Observer`."""
-
-    def end(self) -> None:
-        """See :class:`Observer`."""
 
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
@@ -127,6 +118,11 @@ class Reporter:
         """Whether :meth:`report_pending` is best called when the next step has been launched, because the numbers of a
         step are on a GPU. A host that waits for them at once lets the GPU run out of work."""
 
+    def open(self, run: RunDescription) -> None:
+        """Describe the run to the observers, on the main rank only."""
+        for observer in self.observers:
+            observer.open(run)
+
     def start(self, after_step: int | None, evaluates_again: bool) -> None:
         """Tell the observers, on the main rank only; see :class:`~retemper.engine.observe.observer.Observer`.
 
@@ -197,13 +193,19 @@ class Reporter:
             for observer in self.observers:
                 observer.evaluation(progress, name, values)
 
+    def samples(self, progress: Progress, samples: Sequence[Sample]) -> None:
+        """Report generated text."""
+        for observer in self.observers:
+            observer.samples(progress, samples)
+
     def save(self) -> None:
         """Notify the observers that a checkpoint is about to be written."""
         for observer in self.observers:
             observer.save()
 
-    def end(self, progress: Progress) -> list[str]:
+    def end(self, progress: Progress, finished: bool) -> list[str]:
         """Notify the observers of the end, and return lines about this start of the run."""
+        summary = {"finished": finished, **self.totals.summary(progress)}
         for observer in self.observers:
-            observer.end()
+            observer.end(summary)
         return self.totals.table(progress, self._tokens_per_step, self._ranks)

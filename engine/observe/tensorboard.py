@@ -9,10 +9,10 @@ from typing import Any
 
 from ..schedule import Progress
 from .curves import TENSORBOARD_FOLDER
-from .observer import StepRecord
+from .observer import Observer, StepRecord
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """Writes scalars until the first failure, which is logged once.
 
     Args:
@@ -41,10 +41,7 @@ class TensorBoard:
         """See :class:`~retemper.engine.observe.observer.Observer`."""
         self._record(progress.step, values, f"evaluation/{name}")
 
-    def save(self) -> None:
-        """See :class:`~retemper.engine.observe.observer.Observer`."""
-
-    def end(self) -> None:
+    def end(self, summary: Mapping[str, Any] | None = None) -> None:
         """Write the pending events."""
         if self._writer is not None:
             with self._tolerant(f"cannot write to {self._folder}"):

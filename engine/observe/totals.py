@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
+from typing import Any
 
 from ..parallel.process_group import Ranks
 from ..schedule import Progress
@@ -55,6 +56,17 @@ class Totals:
         self.losses[name] = LossRange(new, new, new) if known is None else LossRange(
             known.first, min(known.lowest, new), new
         )  # fmt: skip
+
+    def summary(self, end: Progress) -> dict[str, Any]:
+        """Return the totals as plain values for JSON."""
+        return {
+            "step": end.step,
+            "tokens": end.tokens,
+            "tokens_of_this_start": max(0, end.tokens - self.start.tokens),
+            "seconds": time.perf_counter() - self.began,
+            "seconds_in_steps": self.step_seconds,
+            "losses": {name: asdict(losses) for name, losses in self.losses.items()},
+        }
 
     def table(self, end: Progress, tokens_per_step: int, ranks: Ranks) -> list[str]:
         """Return the lines of the table. All ranks must call this."""

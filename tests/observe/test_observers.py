@@ -39,7 +39,7 @@ def write_run(
         for observer in observers:
             observer.step(record_of(step, {"loss": step + shift, "note": "text"}))
     for observer in observers:
-        observer.end()
+        observer.end({})
 
 
 def test_records(tmp_path):
@@ -129,7 +129,7 @@ def test_records_are_on_disk_at_once(tmp_path):
     metrics.start(0)
     metrics.step(record_of(1, {"loss": 1.0}))
     assert [record["step"] for record in records(tmp_path)] == [1]
-    metrics.end()
+    metrics.end({})
 
 
 def test_only_the_main_rank_prints(capsys):
@@ -152,7 +152,7 @@ def test_groups_are_tensorboard_folders(tmp_path):
     board = TensorBoard(tmp_path, print)
     board.start(0)
     board.evaluation(Progress(1, 1, 10), "news", {"loss": 2.0})
-    board.end()
+    board.end({})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["evaluation/news/loss"]
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_are_valid_json(tmp_path):
     metrics = MetricsFile(tmp_path, print)
     metrics.start(0)
     metrics.step(record_of(1, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 0.5}))
-    metrics.end()
+    metrics.end({})
     text = (tmp_path / METRICS_FILE).read_text()
     assert text == '{"step": 1, "tokens": 10, "loss": null, "grad_norm": null, "learning_rate": 0.5}\n'
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_said_and_its_records_follow_when_there_is_space(tmp_path
         if step == 3:
             metrics._file.space = 10_000
         metrics.step(record_of(step, {"loss": float(step)}))
-    metrics.end()
+    metrics.end({})
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
     [note] = capsys.readouterr().out.splitlines()
     assert note.startswith(f"note: {tmp_path / METRICS_FILE} cannot be written now: No space left on device")

@@ -182,7 +182,7 @@ def test_tensorboard_gets_no_scalar_for_what_there_is_none_of(tmp_path):
     for observer in (MetricsFile(tmp_path, print), TensorBoard(tmp_path, print)):
         observer.start(None)
         observer.step(record)
-        observer.end()
+        observer.end({})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["train/learning_rate"]

@@ -30,7 +30,7 @@ WITH_DCP, WITHOUT_HASHES = 2, 1
 """Former formats that are still read. In both, PyTorch's distributed checkpoint (DCP) wrote the tensors. The manifest
 of the second lists no files."""
 _CHECKSUM = "manifest_xxh3_128"
-_OPTIONAL = {"emergency"}
+_OPTIONAL = {"emergency", "trackers"}
 """Fields that are written only if they are not empty: older manifests do not have them."""
 
 
@@ -71,6 +71,8 @@ class Manifest:
     """See :meth:`retemper.engine.guards.step_guard.StepGuard.state`."""
     emergency: str = ""
     """The failure of the next step, if the checkpoint was written because of it."""
+    trackers: dict[str, str] = field(default_factory=dict)
+    """Ids of the run in its trackers, by name of the tracker: a resume continues their curves."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run, including its seed."""
     world_size: int = 1
@@ -288,6 +290,7 @@ _NESTED: dict[str, Check] = {
             "rewinds": _list(_record({"step": _is_count, "to_step": _is_count, "samples": _is_count})),
         },
     ),
+    "trackers": _table(_is_text),
     "layout": _table(_is_count),
     "versions": _table(_is_text),
     "files": _table(
