@@ -7,6 +7,7 @@ tokens, divided by their number.
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 from ...benchmarks.machine import describe_torch
 from ...benchmarks.report import BenchmarkReport, table
 from ...benchmarks.timing import time_calls
+from ...engine.files.outputs import GENERATOR, write_report
 from ...engine.model.architecture import Architecture
 from ...engine.model.implementations import parse_architecture
 from ...engine.weights.checkpoint.tensors import model_tensors
@@ -64,11 +66,8 @@ def measure(options: MeasureOptions, command: str) -> BenchmarkReport:
     device = find_device(options.device)
     machine = describe_torch()
     ways, architecture = _ways(options, device)
-    settings = {
-        **asdict(options),
-        "model": str(options.model or "random weights"),
-        "parameters": architecture.num_parameters,
-    }
+    name = "random weights" if options.model is None else options.model.name
+    settings = {**asdict(options), "model": name, "parameters": architecture.num_parameters}
     report = BenchmarkReport(command, machine, settings)
     for length in options.lengths:
         for batch_size in options.batch_sizes:
@@ -98,14 +97,13 @@ def plot(report: BenchmarkReport, path: Path) -> None:
     """Draw the time per token by the length of the prompt, at the smallest batch.
 
     Raises:
+        UserError: the file cannot be written.
         ImportError: matplotlib is not installed.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    from ...engine.files.outputs import GENERATOR
 
     smallest = min(row["batch_size"] for row in report.rows)
     rows = [row for row in report.rows if row["batch_size"] == smallest]
@@ -117,8 +115,11 @@ def plot(report: BenchmarkReport, path: Path) -> None:
     axes.set_title(f"Time per token, batch of {smallest}")
     axes.legend()
     axes.grid(visible=True, alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Title" if path.suffix == ".svg" else "Software": GENERATOR})
+    buffer, kind = io.BytesIO(), path.suffix[1:].lower() or "png"
+    metadata = {"Software" if kind == "png" else "Creator": GENERATOR} if kind in ("png", "svg", "pdf") else None
+    figure.savefig(buffer, format=kind, dpi=120, metadata=metadata)
     pyplot.close(figure)
+    write_report("--plot", path, buffer.getvalue())
 
 
 def _ways(options: MeasureOptions, device: torch.device) -> tuple[dict[str, Way], Architecture]:

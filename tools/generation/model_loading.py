@@ -187,6 +187,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Return the model with weights that are not initialized, in evaluation mode."""
     return meta_model(architecture).cast_parameters(dtype).materialize(device).eval()
 
 
