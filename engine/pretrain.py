@@ -86,6 +86,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.prepare_data import prepare_data
+    from retemper.engine.prompt_samples import PromptSamples
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
@@ -104,6 +105,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
         config, start, choices = choose_implementation(config, start, plan, ranks)
         architecture = start.architecture
         catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+    samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
     mesh = build_mesh(layout, ranks.device.type)
@@ -124,9 +126,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
-        data=data, validation=validation, model=model, forward_backward=forward_backward, optimizer=optimizer,
-        store=store, saver=saver, guards=guards, report=report, remarks=[*casts, *found.remarks, *room],
-        progress=progress,
+        data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
+        optimizer=optimizer, store=store, saver=saver, guards=guards, report=report,
+        remarks=[*casts, *found.remarks, *room], progress=progress,
     )  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     if run.validation and run.evaluation_due() and (last or not stopping):
         # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.
         losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
-        stopping = stopping or not losses  # a stop request interrupted the evaluation
+        stopping = stopping or run.stop.agreed()  # asked during the evaluation, which may be interrupted
     if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
         report_pending(run)
         run.guards.require_savable(step, result)
@@ -269,6 +271,10 @@ def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
     run.report.evaluation(run.progress, losses, run.validation.changes())
     run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
+    if losses and run.samples:
+        step = run.progress.step
+        texts = run.samples.generate(run.model, run.forward_backward, step, run.stop.agreed, run.say)
+        run.report.samples(run.progress, texts)
     best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)

@@ -19,6 +19,7 @@ from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
+from .prompt_samples import PromptSamples
 from .schedule import BatchPlan, Progress
 from .start import Start
 from .weights.checkpoint.manifest import Manifest
@@ -42,6 +43,7 @@ class Run:
     catalog: Catalog
     data: TrainingData
     validation: Validation
+    samples: PromptSamples
     model: ModelParts
     forward_backward: ForwardBackward
     optimizer: torch.optim.Optimizer

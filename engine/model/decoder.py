@@ -31,7 +31,7 @@ from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel, SameInput
+from .language_model import Attend, LanguageModel, Loss, SameInput
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -54,7 +54,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(_loss_sum, architecture)
+        self.loss: Loss = functools.partial(_loss_sum, architecture)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -85,11 +85,7 @@ class Decoder(LanguageModel):
 
     def head_logits(self, hidden_TH: Tensor) -> Tensor:
         """See :class:`LanguageModel`."""
-        logits_TV = hidden_TH @ self.head_weight.t()
-        if self.architecture.logit_scale != 1.0:
-            logits_TV = logits_TV * self.architecture.logit_scale
-        cap = self.architecture.logit_softcap
-        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+        return scaled_logits(self.architecture, hidden_TH, self.head_weight)
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
@@ -113,6 +109,15 @@ class Decoder(LanguageModel):
                     0.0, self.architecture.initializer_range, generator=generator
                 )
                 copy_(parameter, values)
+
+
+def scaled_logits(architecture: DecoderArchitecture, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+    """Map [T, H] hidden states to the [T, V] logits of some rows of the head."""
+    logits_TV = hidden_TH @ weight_VH.t()
+    if architecture.logit_scale != 1.0:
+        logits_TV = logits_TV * architecture.logit_scale
+    cap = architecture.logit_softcap
+    return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
 
 def _loss_sum(architecture: DecoderArchitecture, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:

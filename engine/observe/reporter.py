@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from ..step import StepResult
 from .flops import flops_per_token
 from .host_copy import HostCopy
 from .loss_changes import LossChange, part_of
-from .metrics_file import MetricsFile
+from .metrics_file import MetricsFile, SamplesFile
 from .observer import Observer, RunDescription, Sample, StepRecord
 from .progress import Stopwatch, speed, step_line
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
+from .text import visible
 from .totals import Totals
 from .waiting import Say
 
@@ -50,11 +52,17 @@ class ConsoleLines(Observer):
             f"{values['perplexity']:.2f}{since}"
         )
 
+    def samples(self, progress: Progress, samples: Sequence[Sample]) -> None:
+        """See :class:`Observer`. Long texts are shortened."""
+        for sample in samples:
+            prompt, text = textwrap.shorten(sample.prompt, 40), textwrap.shorten(sample.text, 100)
+            self._say(f"  sample at step {progress.step}: {visible(prompt)} -> {visible(text)}")
+
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     """Return the configured observers; ``say`` prints a line for people."""
     folder = Path(config.run_folder)
-    observers: list[Observer] = [MetricsFile(folder, say)]
+    observers: list[Observer] = [MetricsFile(folder, say), SamplesFile(folder, say)]
     if config.logging.tensorboard:
         observers.append(TensorBoard(folder, say))
     return [*observers, ConsoleLines(say)]

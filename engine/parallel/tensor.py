@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, Norm
 from ..model.families import DecoderArchitecture
+from . import next_tokens
 
 TOKENS = 0
 """The dimension of tokens in every activation; there is no batch dimension."""
@@ -143,6 +144,7 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
     if model.model.embeds and model.model.embed_tokens is not None:
         model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
     model.loss = _vocabulary_parallel_loss(mesh, model.architecture)
+    model.next_tokens = next_tokens.vocabulary_parallel(mesh, model.architecture)
     if overlap:
         _overlap_exchange(mesh)
 

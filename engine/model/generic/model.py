@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ....kernels.linear_cross_entropy import linear_cross_entropy
 from ....kernels.linear_cross_entropy.any_head import chunked_cross_entropy
 from ...batch import Batch
-from ..language_model import Attend, LanguageModel
+from ..language_model import Attend, LanguageModel, Loss
 from .architecture import TransformersArchitecture
 from .attention import PackedAttention, register
 from .documents import one_document_at_a_time
@@ -50,7 +50,7 @@ class TransformersModel(LanguageModel):
         self._attentions = [self._prepare(block) for block in self._blocks]
         self._takes_positions = "position_ids" in inspect.signature(parts.backbone.forward).parameters
         self._batch: Batch | None = None
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = self._loss_sum
+        self.loss: Loss = self._loss_sum
 
     @property
     def blocks(self) -> list[nn.Module]:
