@@ -117,7 +117,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
     with report_if_slow("reading the validation sets", say):
-        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
+        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks, start.resumed_from)
     ranks.fail_together(catalog.finish_checks)
     saver = Saver(store, ranks, config.checkpoint, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from)
@@ -267,12 +267,12 @@ def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool
     """Return the losses of the validation sets (none after a stop request), and whether they are the best so far."""
     report_pending(run)
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
-    run.report.evaluation(run.progress, losses)
+    run.report.evaluation(run.progress, losses, run.validation.changes())
     run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
     best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)
-    return losses, best is not None
+    return run.validation.of_sets(losses), best is not None
 
 
 if __name__ == "__main__":

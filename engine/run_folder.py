@@ -129,6 +129,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         sample_order=run.order.state(),
         datasets=run.catalog.fingerprints,
         evaluation=evaluation,
+        start_evaluation=run.validation.at_start,
         best=run.progress.best,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,

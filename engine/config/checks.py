@@ -220,6 +220,10 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
                 f"data.validation names a set '{source.identity}', which validation_fraction of the source of this "
                 "name makes; rename one of them"
             )
+    for name in data.validation:
+        whole, slash, _ = name.partition("/")
+        if slash and whole in {*data.validation, "held_out"}:
+            yield f"data.validation names a set '{name}', as the part of '{whole}' from one source is; rename it"
 
 
 def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:

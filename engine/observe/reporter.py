@@ -18,6 +18,7 @@ from ..schedule import BatchPlan, Progress
 from ..step import StepResult
 from .flops import flops_per_token
 from .host_copy import HostCopy
+from .loss_changes import LossChange, part_of
 from .metrics_file import MetricsFile
 from .observer import Observer, RunDescription, Sample, StepRecord
 from .progress import Stopwatch, speed, step_line
@@ -42,9 +43,11 @@ class ConsoleLines(Observer):
 
     def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
         """See :class:`Observer`."""
+        change = values.get("change_since_start")
+        since = "" if change is None else f", {change:+.3f} since the start"
         self._say(
             f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}"
+            f"{values['perplexity']:.2f}{since}"
         )
 
 
@@ -185,11 +188,22 @@ class Reporter:
             observer.step(record)
         return ReportedStep(progress.step, {"loss": loss, "gradient norm": grad_norm}, skips)
 
-    def evaluation(self, progress: Progress, losses: Mapping[str, float]) -> None:
-        """Report mean losses per target of validation sets, in nats, by name."""
+    def evaluation(
+        self, progress: Progress, losses: Mapping[str, float], changes: Mapping[str, LossChange] | None = None
+    ) -> None:
+        """Report mean losses per target, in nats.
+
+        Args:
+            progress: of the run.
+            losses: by name of the evaluation; see :meth:`Observer.evaluation`.
+            changes: since the start of the run.
+        """
         for name, loss in losses.items():
-            self.totals.add_loss(f"validation {name}", progress.step, loss)
+            if part_of(name, losses) is None:
+                self.totals.add_loss(f"validation {name}", progress.step, loss)
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            if changes and name in changes:
+                values["change_since_start"] = changes[name].change
             for observer in self.observers:
                 observer.evaluation(progress, name, values)
 
@@ -203,9 +217,16 @@ class Reporter:
         for observer in self.observers:
             observer.save()
 
-    def end(self, progress: Progress, finished: bool) -> list[str]:
-        """Notify the observers of the end, and return lines about this start of the run."""
-        summary = {"finished": finished, **self.totals.summary(progress)}
+    def end(self, progress: Progress, finished: bool, changes: Mapping[str, LossChange]) -> list[str]:
+        """Notify the observers of the end, and return lines about this start of the run.
+
+        Args:
+            progress: of the run.
+            finished: whether the token budget is used up.
+            changes: of validation losses since the start of the run.
+        """
+        of_losses = {name: change.to_dict() for name, change in changes.items()}
+        summary = {"finished": finished, **self.totals.summary(progress), "changes": of_losses}
         for observer in self.observers:
             observer.end(summary)
         return self.totals.table(progress, self._tokens_per_step, self._ranks)
