@@ -23,6 +23,8 @@ COLUMNS = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu"),
     *("peak_memory_bytes", "skipped_steps", "steps_without_targets"),
 )
+SPEED_COLUMNS = ("tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu")
+"""Columns that are left out of records with ``profiled``: PyTorch's profiler slows steps down."""
 UNCHANGED = 0.0005
 """Smaller changes of a loss, in nats, count as no change: they print as 0.000."""
 
@@ -147,7 +149,9 @@ def _add(
         found = Evaluation(step, tokens, _number(record["loss"]))
         evaluations.setdefault(str(record["evaluation"]), {})[step] = found
     else:
-        training[step] = tokens, array("d", [_number(record.get(name)) for name in COLUMNS])
+        left_out = SPEED_COLUMNS if record.get("profiled") else ()
+        values = [math.nan if name in left_out else _number(record.get(name)) for name in COLUMNS]
+        training[step] = tokens, array("d", values)
 
 
 def _number(value: Any) -> float:
