@@ -82,6 +82,8 @@ class _PendingStep:
     steps_without_targets: int
     steps: int
     """Number of steps since the last report."""
+    profiled: bool
+    """Whether any of these was profiled."""
     stragglers: Lap
 
 
@@ -155,9 +157,9 @@ class Reporter:
         assert self._pending is None, "a step was not reported"
         # Without targets loss and norm are NaN, and on the host.
         of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
-        numbers, steps = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
+        numbers, (steps, profiled) = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
         self._pending = _PendingStep(
-            progress, remaining_steps, result, numbers, steps_without_targets, steps, self.stragglers.lap()
+            progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, self.stragglers.lap()
         )
 
     def report_pending(self) -> ReportedStep | None:
@@ -171,7 +173,8 @@ class Reporter:
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
         seconds = self.stopwatch.lap()
-        self.totals.add_steps(seconds, pending.steps)
+        if not pending.profiled:
+            self.totals.add_steps(seconds, pending.steps)
         self.totals.add_loss("training", progress.step, loss)
         values: dict[str, Any] = {
             "loss": loss if result.has_targets else None,
@@ -181,8 +184,9 @@ class Reporter:
             "steps_without_targets": pending.steps_without_targets,
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
+            **({"profiled": True} if pending.profiled else {}),
         }
-        seconds_left = pending.remaining_steps * self.totals.mean_step_seconds
+        seconds_left = pending.remaining_steps * (self.totals.mean_step_seconds or seconds / pending.steps)
         record = StepRecord(progress, values, pending.remaining_steps, seconds_left, stragglers.lines)
         for observer in self.observers:
             observer.step(record)
