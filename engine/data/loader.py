@@ -77,7 +77,7 @@ def validation_batches(
     chunks, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
     together: places beyond the last chunk are filled with masked tokens.
     """
-    ends, count = _chunks_evaluated(sources, plan.sequence_length, max_tokens)
+    ends, count = chunks_evaluated(sources, plan.sequence_length, max_tokens)
 
     def chunk(place: int) -> Chunk | None:
         if place >= count:
@@ -94,7 +94,7 @@ def validation_batches(
         yield pack(chunks, plan.sequence_length, attend_across_documents)
 
 
-def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
+def chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
     """Return (running sum of the chunks of each source, number of evaluated chunks)."""
     ends = list(itertools.accumulate(source.num_chunks_with_tail for source in sources))
     if sum(source.num_targets for source in sources) <= max_tokens:
@@ -106,7 +106,7 @@ def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_token
 
 def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
     """Describe which part of a validation set is evaluated."""
-    _, count = _chunks_evaluated(sources, sequence_length, max_tokens)
+    _, count = chunks_evaluated(sources, sequence_length, max_tokens)
     total = sum(source.num_chunks_with_tail for source in sources)
     if count == total:
         return f"all chunks ({total:,}), none left out"
