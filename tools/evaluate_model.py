@@ -25,7 +25,7 @@ from retemper.tools.evaluation.options import SETTINGS, EvaluateOptions, Harness
 
 if TYPE_CHECKING:
     from retemper.engine.config.settings import RunConfig
-    from retemper.tools.evaluation.command import EvaluationPlan
+    from retemper.tools.evaluation.plan import EvaluationPlan
     from retemper.tools.evaluation.scores import EvaluationResult
 
 
@@ -165,7 +165,8 @@ def _evaluate(request: EvaluateOptions, words: Sequence[str], stop: StopRequest)
         from retemper.engine.parallel.layout import plan_layout
         from retemper.engine.parallel.mesh import build_mesh
         from retemper.engine.parallel.process_group import process_group
-        from retemper.tools.evaluation.command import evaluate_models, plan_evaluation
+        from retemper.tools.evaluation.command import evaluate_models, with_tasks
+        from retemper.tools.evaluation.plan import plan_evaluation
 
     world_size = read_launcher().world_size
     plans: list[EvaluationPlan] = []
@@ -180,7 +181,8 @@ def _evaluate(request: EvaluateOptions, words: Sequence[str], stop: StopRequest)
         stop.defer(ranks)
         mesh = build_mesh(plan_layout(config.parallel, ranks.world_size), ranks.device.type)
         result = evaluate_models(plans[0], ranks, mesh, stop, rank0_printer(ranks.is_main))
-        return result if ranks.is_main else None
+        is_main = ranks.is_main
+    return with_tasks(plans[0], result, rank0_printer(True)) if is_main else None
 
 
 def _write(result: EvaluationResult, options: argparse.Namespace) -> None:

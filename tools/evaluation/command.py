@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ...engine.config.options import Settings
-from ...engine.config.parser import add_arguments, build_config
-from ...engine.config.settings import RunConfig
 from ...engine.data.catalog import open_validation_set
-from ...engine.data.index_format import dataset_prefix
 from ...engine.data.sidecar import Sidecar
-from ...engine.data.text_sources import is_text
 from ...engine.errors import UserError
-from ...engine.files.paths import is_url
 from ...engine.guards.stop_request import StopRequest
 from ...engine.observe.waiting import Say
-from ...engine.parallel.layout import plan_layout
 from ...engine.parallel.mesh import Mesh
 from ...engine.parallel.process_group import Ranks
 from ...engine.prepare_data import prepare_data
+from ...engine.run_folder import run_store
+from ...engine.start import find_weights
 from ..tokenizer.handle import TokenizerHandle, load_tokenizer
 from ..tokenizer.token_bytes import TokenBytes, read_token_bytes
-from .model import EvaluatedModel, default_sequence_length, longest_sequence, open_model
-from .options import SETTINGS, EvaluateOptions
+from .harness import run_harness
+from .model import EvaluatedModel, longest_sequence, open_model
+from .options import EvaluateOptions
+from .plan import EvaluationPlan, named_options
 from .report import describe_set
 from .scores import DocumentScore, EvaluationResult, ModelScore, SetScore
 from .scoring import DocumentSums, score
@@ -44,114 +37,6 @@ _CHARACTERS = 200
 _TOKENS_SHOWN = 128
 
 
-_OPTIONS_OF_SETTINGS = {
-    "training.sequence_length": "--sequence-length",
-    "training.micro_batch_size": "--batch-size",
-}
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """An evaluation that is decided completely."""
-
-    options: EvaluateOptions
-    configs: dict[str, RunConfig]
-    """By option, ``--model`` and ``--baseline``: one configuration for each model."""
-
-    @property
-    def config(self) -> RunConfig:
-        """Of the model."""
-        return self.configs["--model"]
-
-
-def plan_evaluation(options: EvaluateOptions, words: Sequence[str], world_size: int) -> EvaluationPlan:
-    """Check everything that needs no other rank.
-
-    Args:
-        options: the request.
-        words: command line with settings of a run.
-        world_size: number of ranks.
-
-    Raises:
-        UserError: the request is impossible.
-    """
-    options.check()
-    for entry in options.data:
-        path = entry["path"]
-        if not is_url(path) and not is_text(path) and not _is_dataset(path):
-            raise UserError(f"--data {path}: no such file, folder or dataset")
-    _require_known(words)
-    configs: dict[str, RunConfig] = {}
-    for option, model in (("--model", options.model), ("--baseline", options.baseline)):
-        if model is not None:
-            with _named(option, options):
-                configs[option] = _configure(options, words, model, world_size, configs.get("--model"))
-    return EvaluationPlan(options, configs)
-
-
-def _is_dataset(path: str) -> bool:
-    return os.path.exists(f"{dataset_prefix(path)}.idx")
-
-
-def _require_known(words: Sequence[str]) -> None:
-    """Refuse settings that an evaluation would ignore."""
-    for word in words:
-        if not word.startswith("--"):
-            continue
-        key = word[2:].partition("=")[0]
-        if not any(key == name or (name.endswith(".*") and key.startswith(name[:-1])) for name in SETTINGS):
-            raise UserError(f"--{key}: unknown, or has no effect on an evaluation; see retemper evaluate --help-all")
-
-
-def _configure(
-    options: EvaluateOptions, words: Sequence[str], model: str, world_size: int, former: RunConfig | None
-) -> RunConfig:
-    """Return the configuration with which a model is opened; that of a baseline has the same sequence length."""
-    settings = Settings()
-    settings.tree = {
-        "run_folder": "evaluation",  # never written
-        "resume": "none",
-        "model": {"initialize_from": model},
-        "data": {"train": [dict(entry) for entry in options.data]},
-        "training": {
-            "train_tokens": 1,
-            "micro_batch_size": options.batch_size,
-            "global_batch_size": options.batch_size,
-        },
-    }
-    add_arguments(settings, words)
-    settings.found.raise_if_any()
-    tree = settings.tree
-    if not options.data:
-        tree["data"]["train"] = [{"path": "none"}]
-    drafted = build_config(settings)
-    length = options.sequence_length or (
-        former.training.sequence_length if former else default_sequence_length(drafted)
-    )
-    parallel = drafted.parallel
-    layout = plan_layout(parallel, world_size)
-    count = parallel.pipeline * parallel.pipeline_stages_per_rank if parallel.pipeline > 1 else 1
-    training = replace(
-        drafted.training,
-        sequence_length=length,
-        global_batch_size=options.batch_size * layout.data_parallel * count,
-    )
-    return replace(drafted, training=training)
-
-
-@contextmanager
-def _named(option: str, options: EvaluateOptions) -> Iterator[None]:
-    """Name options of this command in errors instead of the settings of a run that they become."""
-    try:
-        yield
-    except UserError as error:
-        text = (
-            str(error).replace("model.initialize_from", option).replace("training.sequence_length", "--sequence-length")
-        )
-        text = re.sub(r"data\.train\[(\d+)\]", lambda found: f"--data {options.data[int(found[1])]['path']}", text)
-        raise UserError(text.replace("training.micro_batch_size", "--batch-size")) from None
-
-
 def evaluate_models(plan: EvaluationPlan, ranks: Ranks, mesh: Mesh, stop: StopRequest, say: Say) -> EvaluationResult:
     """Evaluate all sets with the model, and with the baseline. All ranks must call this.
 
@@ -161,10 +46,14 @@ def evaluate_models(plan: EvaluationPlan, ranks: Ranks, mesh: Mesh, stop: StopRe
     scores = {}
     for option, config in plan.configs.items():
         name = plan.options.model if option == "--model" else str(plan.options.baseline)
-        with _named(option, plan.options):
+        with named_options(option, plan.options):
+            if not plan.options.data:
+                found = find_weights(config.model, ranks, run_store(config, ranks))
+                scores[option] = ModelScore(name, str(found.folder))
+                continue
             config = prepare_data(config, ranks, stop, say)
             model = open_model(config, ranks, mesh, say)
-            say(f"model       {name}: " + ", ".join(f"{key} {value}" for key, value in model.facts.items()))
+            say(f"model       {name}", *(f"{key:<12}{value}" for key, value in model.facts.items()))
             scores[option] = _evaluate(name, model, plan.options, say)
             del model
             gc.collect()
@@ -199,7 +88,22 @@ def _evaluate(name: str, model: EvaluatedModel, options: EvaluateOptions, say: S
         sets.append(_set_score(entry["path"], windows, sums, options.extremes, tokenizer))
         say(describe_set(sets[-1]))
     fingerprint = ranks.broadcast(tokenizer.fingerprint if tokenizer is not None else "")
-    return ModelScore(name, model.facts, fingerprint, sets, notes=notes)
+    return ModelScore(name, str(model.start.folder), model.facts, fingerprint, sets, notes=notes)
+
+
+def with_tasks(plan: EvaluationPlan, result: EvaluationResult, say: Say) -> EvaluationResult:
+    """Return ``result`` with the results of lm-evaluation-harness, if it was asked for. There is only one rank.
+
+    Raises:
+        UserError: the harness cannot run a task.
+    """
+    if plan.options.harness is None:
+        return result
+    harness, baseline = plan.options.harness, result.baseline
+    model = run_harness(result.model, plan.config, harness, say)
+    if baseline is not None:
+        baseline = run_harness(baseline, plan.configs["--baseline"], harness, say)
+    return replace(result, model=model, baseline=baseline)
 
 
 def _read_tokenizer(model: EvaluatedModel) -> tuple[TokenBytes | str, TokenizerHandle | None]:

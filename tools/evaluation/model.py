@@ -22,7 +22,7 @@ from ...engine.parallel.process_group import Ranks
 from ...engine.run_folder import run_store
 from ...engine.schedule import BatchPlan, plan_batches
 from ...engine.start import Start, find_weights, open_start
-from ...engine.tokenizer.files import find_local_tokenizer
+from ...engine.tokenizer.files import tokenizer_file_name
 from ...engine.weights.checkpoint.assets import asset_folder, newest_of_run
 from ...engine.weights.checkpoint.manifest import read_manifest
 from ...engine.weights.hugging_face.config_source import architecture_source
@@ -64,7 +64,9 @@ class EvaluatedModel:
     def tokenizer_file(self) -> Path | None:
         """The file of its tokenizer, if it has one."""
         assert self.start.folder is not None
-        return find_local_tokenizer(str(asset_folder(self.start.folder)))
+        folder = asset_folder(self.start.folder)
+        name = tokenizer_file_name([path.name for path in folder.iterdir()])
+        return None if name is None else folder / name
 
 
 def open_model(config: RunConfig, ranks: Ranks, mesh: Mesh, say: Say) -> EvaluatedModel:
@@ -85,7 +87,6 @@ def open_model(config: RunConfig, ranks: Ranks, mesh: Mesh, say: Say) -> Evaluat
     with report_if_slow("loading the weights", say):
         casts = ranks.fail_together(lambda: start.load_into(parts, None))
     facts = {
-        "folder": str(start.folder),
         "parameters": f"{start.architecture.num_parameters:,}",
         "precision": f"{config.training.precision} ({choices.precision_reason})",
         "attention": f"{choices.attention.backend}: {choices.attention.reason}",

@@ -69,11 +69,25 @@ class SetScore:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task of lm-evaluation-harness."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int | None
+    higher_is_better: bool | None = None
+
+
+@dataclass(frozen=True)
 class ModelScore:
     """The results of one model."""
 
     model: str
     """As the user named it."""
+    folder: str = ""
+    """Where its files are."""
     facts: dict[str, str] = field(default_factory=dict)
     """How it was computed, for people."""
     tokenizer: str = ""
@@ -86,23 +100,12 @@ class ModelScore:
         """Return all numbers, for JSON."""
         return {
             "model": self.model,
+            "folder": self.folder,
             **self.facts,
             "sets": [one.to_dict() for one in self.sets],
             "tasks": [asdict(one) for one in self.tasks],
             "notes": self.notes,
         }
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A metric of a task of lm-evaluation-harness."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    samples: int | None
-    higher_is_better: bool | None = None
 
 
 @dataclass(frozen=True)
