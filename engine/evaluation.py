@@ -70,7 +70,7 @@ class Validation:
 
     def __init__(self, config: RunConfig, catalog: Catalog, plan: BatchPlan, vocab_size: int, mesh: Mesh, ranks: Ranks):
         data, tokens = config.data, config.training.eval_tokens
-        self._ranks = ranks
+        self._ranks, self._progress_bar = ranks, config.logging.progress_bar
         # Whole steps of a pipeline.
         self._batches_between_stop_checks = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
         self._batches = ranks.fail_together(
@@ -119,7 +119,8 @@ class Validation:
         """
         losses = {}
         total = sum(map(len, self._batches.values()))
-        with ProgressBar(f"evaluation at step {step}, micro-batches", total, say, self._ranks.is_main) as bar:
+        what, is_main = f"evaluation at step {step}, micro-batches", self._ranks.is_main
+        with ProgressBar(what, total, say, is_main, self._progress_bar) as bar:
             for name, batches in self._batches.items():
                 loss_sum = 0.0
                 for first in range(0, len(batches), self._batches_between_stop_checks):

@@ -410,7 +410,8 @@ class LoggingConfig:
     sample_tokens: int = 64
     """Maximum number of new tokens for each of ``sample_prompts``."""
     progress_bar: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
-    """Show one live line instead of a line for each step. auto: on a terminal."""
+    """Show one live line instead of a line for each step: a bar, the loss, the time left, tokens/s and MFU. auto: if
+    standard output is a terminal, unless TERM is dumb. ``log.txt`` always has the line of each reported step."""
     profile_steps: list[int] | None = None
     """First and last step, such as [10, 13], of which every rank writes a trace of the PyTorch profiler, under
     ``{run_folder}/profile``."""

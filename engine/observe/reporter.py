@@ -16,36 +16,16 @@ from ..model.architecture import Architecture
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
+from .console_lines import console_lines
 from .flops import flops_per_token
 from .host_copy import HostCopy
 from .metrics_file import MetricsFile
 from .observer import Observer, RunDescription, Sample, StepRecord
-from .progress import Stopwatch, speed, step_line
+from .progress import Stopwatch, speed
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
 from .totals import Totals
 from .waiting import Say
-
-
-class ConsoleLines(Observer):
-    """Prints a line for each reported step and evaluation."""
-
-    def __init__(self, say: Say):
-        self._say = say
-
-    def step(self, record: StepRecord) -> None:
-        """See :class:`Observer`."""
-        step, tokens = record.progress.step, record.progress.tokens
-        self._say(step_line(step, record.remaining_steps, tokens, record.values, record.seconds_left))
-        for line in record.remarks:
-            self._say(line)
-
-    def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """See :class:`Observer`."""
-        self._say(
-            f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}"
-        )
 
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
@@ -54,7 +34,7 @@ def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     observers: list[Observer] = [MetricsFile(folder, say)]
     if config.logging.tensorboard:
         observers.append(TensorBoard(folder, say))
-    return [*observers, ConsoleLines(say)]
+    return [*observers, console_lines(config.logging, say)]
 
 
 class ReportedStep(NamedTuple):
