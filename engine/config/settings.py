@@ -418,7 +418,8 @@ class LoggingConfig:
     memory_snapshot: Literal["never", "on_oom"] = "never"
     """on_oom: record allocations on a GPU, and write a memory snapshot of PyTorch when memory runs out."""
     metrics_port: int | None = None
-    """Port on which rank 0 serves the newest numbers for Prometheus. Null: none."""
+    """Port on which rank 0 serves the newest numbers for Prometheus, at ``http://HOST:PORT/metrics`` on all interfaces.
+    A port that is in use is refused. Null: none."""
 
 
 @dataclass(frozen=True)
@@ -435,8 +436,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     callbacks: list[str] = field(default_factory=list)
-    """Import paths of classes, such as ``my_module.MyCallback``, that receive the events of the run; see
-    docs/tracking.md."""
+    """Import paths of classes, such as ``my_module.MyCallback``, that receive the events of the run on rank 0; see
+    docs/tracking.md. Modules are also found in the folder of the ``--config`` file and in the working directory."""
     seed: int = 1234
     """Seed of the sample order and of random initialization."""
     allow_changes: list[str] = field(default_factory=list)
