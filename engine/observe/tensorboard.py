@@ -99,8 +99,8 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _hparams_summaries(values: dict[str, Any]) -> tuple[Any, Any]:
     """Return what begins and ends a session of the tab HPARAMS.
 
-    Without a summary of the experiment, TensorBoard finds names and metrics itself: all hyperparameters of all runs, and
-    the last value of each curve. ``SummaryWriter.add_hparams`` would write one, and a second run with copies.
+    Without a summary of the experiment, TensorBoard finds names and metrics itself: the hyperparameters of all runs,
+    and the last value of each curve. ``SummaryWriter.add_hparams`` would write one, and a second run with copies.
     """
     from torch.utils.tensorboard.summary import hparams
 
