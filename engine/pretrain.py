@@ -11,11 +11,12 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
 from retemper.engine.config.parser import build_parser as build_parser
-from retemper.engine.config.parser import parse_config
+from retemper.engine.config.parser import config_folders, parse_config
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.open_limit import raise_open_files_limit
@@ -60,6 +61,10 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config(arguments)
     check_layout(config, world_size)
+    if config.callbacks:
+        from retemper.engine.observe.callbacks import import_callbacks
+
+        import_callbacks(config.callbacks, [*config_folders(arguments), Path.cwd()])
     with without_gc():
         from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401
@@ -81,7 +86,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.evaluation import Validation
     from retemper.engine.guards.run_guards import RunGuards
     from retemper.engine.observe.profiler import StepProfiler
-    from retemper.engine.observe.reporter import Reporter
+    from retemper.engine.observe.reporter import Reporter, create_early_observers
     from retemper.engine.observe.waiting import rank0_printer, report_if_slow
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
@@ -95,6 +100,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     validate(config)
     stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
+    observers = ranks.run_on_rank0(lambda: create_early_observers(config, say)) or []
     config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
@@ -123,7 +129,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     saver = Saver(store, ranks, config.checkpoint, say)
     profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, model=model, forward_backward=forward_backward, optimizer=optimizer,

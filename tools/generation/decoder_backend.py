@@ -12,7 +12,6 @@ from ...engine.model.attention_choice import choose_for_model
 from ...engine.model.families import DecoderArchitecture
 from ...engine.model.generic.architecture import TransformersArchitecture
 from ...engine.model.language_model import LanguageModel
-from ...kernels.attention import PER_DOCUMENT
 from .backend import Backend, RecomputingSession, Session
 from .key_value_cache import KeyValueCache, make_step
 

@@ -148,7 +148,9 @@ class KeyValueCache:
 def make_step(before: Sequence[int], counts: Sequence[int], limit: int, device: torch.device) -> Step:
     """Return the step of ``counts`` new tokens after sequences of ``before`` tokens."""
     rows = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)], device=device)
-    positions = [position for start, count in zip(before, counts, strict=True) for position in range(start, start + count)]
+    positions = [
+        position for start, count in zip(before, counts, strict=True) for position in range(start, start + count)
+    ]
     is_first = not any(before)
     assert is_first or len({*counts}) == 1
     lengths = [start + count for start, count in zip(before, counts, strict=True)]

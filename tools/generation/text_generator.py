@@ -310,4 +310,6 @@ def grow(
 
 def _notes_on_settings(model: ModelFolder) -> list[str]:
     ignored = model.ignored_settings()
-    return [f"generation_config.json sets {', '.join(ignored)}, which only options of this command do"] if ignored else []
+    return (
+        [f"generation_config.json sets {', '.join(ignored)}, which only options of this command do"] if ignored else []
+    )
