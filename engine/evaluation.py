@@ -108,7 +108,7 @@ class Validation:
         resumed_from: Manifest | None = None,
     ):
         tokens = config.training.eval_tokens
-        self._ranks = ranks
+        self._ranks, self._progress_bar = ranks, config.logging.progress_bar
         # Whole steps of a pipeline.
         self._batches_between_stop_checks = plan.num_micro_batches * max(1, 16 // plan.num_micro_batches)
         across = config.data.attend_across_documents
@@ -170,7 +170,8 @@ class Validation:
         """
         losses: dict[str, float] = {}
         total = sum(len(one.batches) for one in self._sets)
-        with ProgressBar(f"evaluation at step {step}, micro-batches", total, say, self._ranks.is_main) as bar:
+        what, is_main = f"evaluation at step {step}, micro-batches", self._ranks.is_main
+        with ProgressBar(what, total, say, is_main, self._progress_bar) as bar:
             for one in self._sets:
                 sums = [0.0] * len(one.sources)
                 for first in range(0, len(one.batches), self._batches_between_stop_checks):

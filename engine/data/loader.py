@@ -99,7 +99,7 @@ def _chunks_by_micro_batch(
     sources: Sequence[Source], plan: BatchPlan, max_tokens: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (source, its chunks) of every micro-batch of all ranks."""
-    ends, count = _chunks_evaluated(sources, plan.sequence_length, max_tokens)
+    ends, count = chunks_evaluated(sources, plan.sequence_length, max_tokens)
     numbers = [place * ends[-1] // count for place in range(count)]
     for source, group in itertools.groupby(numbers, key=lambda number: bisect.bisect_right(ends, number)):
         first = ends[source - 1] if source else 0
@@ -108,7 +108,7 @@ def _chunks_by_micro_batch(
             yield source, chunks[start : start + plan.micro_batch_size]
 
 
-def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
+def chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
     """Return (running sum of the chunks of each source, number of evaluated chunks)."""
     ends = list(itertools.accumulate(source.num_chunks_with_tail for source in sources))
     if sum(source.num_targets for source in sources) <= max_tokens:
@@ -120,7 +120,7 @@ def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_token
 
 def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
     """Describe which part of a validation set is evaluated."""
-    _, count = _chunks_evaluated(sources, sequence_length, max_tokens)
+    _, count = chunks_evaluated(sources, sequence_length, max_tokens)
     total = sum(source.num_chunks_with_tail for source in sources)
     if count == total:
         return f"all chunks ({total:,}), none left out"

@@ -34,8 +34,8 @@ class LanguageModel(nn.Module, ABC):
     """A causal language model on packed documents. It returns the summed loss of a batch and never forms all logits.
 
     Its parameters have the names of the transformers library. The number of ranks is unknown here: if ranks share the
-    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss` and
-    :attr:`next_tokens`.
+    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss`,
+    :attr:`token_losses` and :attr:`next_tokens`.
     """
 
     architecture: Architecture
@@ -45,6 +45,8 @@ class LanguageModel(nn.Module, ABC):
     """Whether this part has the last block, and so returns losses."""
     loss: Loss
     """Returns the [] fp32 sum of the losses, with gradients."""
+    token_losses: Loss
+    """Returns the [T] fp32 terms of that sum, zero where the target is masked, without gradients."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
 

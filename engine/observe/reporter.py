@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,46 +16,20 @@ from ..model.architecture import Architecture
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
+from .callbacks import create_callbacks
+from .console_lines import console_lines
 from .flops import flops_per_token
+from .guarded import Guarded
 from .host_copy import HostCopy
 from .loss_changes import LossChange, part_of
 from .metrics_file import MetricsFile, SamplesFile
+from .metrics_server import MetricsServer, require_server
 from .observer import Observer, RunDescription, Sample, StepRecord
-from .progress import Stopwatch, speed, step_line
+from .progress import Stopwatch, speed
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
-from .text import visible
 from .totals import Totals
 from .waiting import Say
-
-
-class ConsoleLines(Observer):
-    """Prints a line for each reported step and evaluation."""
-
-    def __init__(self, say: Say):
-        self._say = say
-
-    def step(self, record: StepRecord) -> None:
-        """See :class:`Observer`."""
-        step, tokens = record.progress.step, record.progress.tokens
-        self._say(step_line(step, record.remaining_steps, tokens, record.values, record.seconds_left))
-        for line in record.remarks:
-            self._say(line)
-
-    def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """See :class:`Observer`."""
-        change = values.get("change_since_start")
-        since = "" if change is None else f", {change:+.3f} since the start"
-        self._say(
-            f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}{since}"
-        )
-
-    def samples(self, progress: Progress, samples: Sequence[Sample]) -> None:
-        """See :class:`Observer`. Long texts are shortened."""
-        for sample in samples:
-            prompt, text = textwrap.shorten(sample.prompt, 40), textwrap.shorten(sample.text, 100)
-            self._say(f"  sample at step {progress.step}: {visible(prompt)} -> {visible(text)}")
 
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
@@ -64,8 +37,24 @@ def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     folder = Path(config.run_folder)
     observers: list[Observer] = [MetricsFile(folder, say), SamplesFile(folder, say)]
     if config.logging.tensorboard:
-        observers.append(TensorBoard(folder, say))
-    return [*observers, ConsoleLines(say)]
+        remedy = "metrics.jsonl has the same numbers (logging.tensorboard: false silences this)"
+        observers.append(Guarded("TensorBoard", TensorBoard(folder), remedy, say))
+    return [*observers, console_lines(config.logging, say)]
+
+
+def create_early_observers(config: RunConfig, say: Say) -> list[Observer]:
+    """Return the observers whose settings may be wrong, so that such a run is refused before it loads anything.
+
+    Raises:
+        UserError: a callback cannot be created, or the port of ``logging.metrics_port`` cannot be used.
+    """
+    observers: list[Observer] = []
+    port = config.logging.metrics_port
+    if port is not None:
+        require_server(port)
+        remedy = "restart the run to serve its numbers, or set logging.metrics_port to null"
+        observers.append(Guarded("the server of logging.metrics_port", MetricsServer(port), remedy, say))
+    return [*observers, *create_callbacks(config.callbacks, say)]
 
 
 class ReportedStep(NamedTuple):
@@ -90,6 +79,8 @@ class _PendingStep:
     steps_without_targets: int
     steps: int
     """Number of steps since the last report."""
+    profiled: bool
+    """Whether any of these was profiled."""
     stragglers: Lap
 
 
@@ -104,6 +95,7 @@ class Reporter:
         blocks: of this rank.
         progress: at the start.
         say: prints a line for people, on the main rank.
+        early: observers from :func:`create_early_observers`, on the main rank.
     """
 
     def __init__(
@@ -115,12 +107,14 @@ class Reporter:
         blocks: Iterable[nn.Module],
         progress: Progress,
         say: Say,
+        early: Sequence[Observer] = (),
     ):
         self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
         self._flops = flops_per_token(
             architecture, plan.sequence_length, causal_halved=False, trainable=config.training.trainable
         )
         self.observers = create_observers(config, say) if ranks.is_main else []
+        self.observers += early
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.totals = Totals(progress)
         self.stopwatch = Stopwatch()
@@ -163,9 +157,9 @@ class Reporter:
         assert self._pending is None, "a step was not reported"
         # Without targets loss and norm are NaN, and on the host.
         of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
-        numbers, steps = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
+        numbers, (steps, profiled) = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
         self._pending = _PendingStep(
-            progress, remaining_steps, result, numbers, steps_without_targets, steps, self.stragglers.lap()
+            progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, self.stragglers.lap()
         )
 
     def report_pending(self) -> ReportedStep | None:
@@ -179,7 +173,8 @@ class Reporter:
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
         seconds = self.stopwatch.lap()
-        self.totals.add_steps(seconds, pending.steps)
+        if not pending.profiled:
+            self.totals.add_steps(seconds, pending.steps)
         self.totals.add_loss("training", progress.step, loss)
         values: dict[str, Any] = {
             "loss": loss if result.has_targets else None,
@@ -189,8 +184,9 @@ class Reporter:
             "steps_without_targets": pending.steps_without_targets,
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
+            **({"profiled": True} if pending.profiled else {}),
         }
-        seconds_left = pending.remaining_steps * self.totals.mean_step_seconds
+        seconds_left = pending.remaining_steps * (self.totals.mean_step_seconds or seconds / pending.steps)
         record = StepRecord(progress, values, pending.remaining_steps, seconds_left, stragglers.lines)
         for observer in self.observers:
             observer.step(record)

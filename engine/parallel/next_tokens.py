@@ -6,20 +6,16 @@ There is no key/value cache: every token computes the whole sequence again, by t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ...kernels.linear_cross_entropy import IGNORE_INDEX
 from ..batch import Batch
 from ..model.decoder import scaled_logits
-from ..model.families import DecoderArchitecture
-from ..model.language_model import LanguageModel, NextTokens
+from ..model.language_model import LanguageModel
 from .forward_backward import ForwardBackward, ModelParts
 
 _Chosen = list[tuple[Tensor, Tensor]]
@@ -38,27 +34,13 @@ def next_tokens(model: ModelParts, forward_backward: ForwardBackward, batches: l
         none on ranks without the last block.
     """
     chosen: _Chosen = []
-    with _choosing(model, chosen):
+    with model.other_losses(lambda decoder: functools.partial(_choose, decoder, chosen)):
         forward_backward.evaluate(batches)
     return {
         number: token
         for numbers, tokens in chosen
         for number, token in zip(numbers.tolist(), tokens.tolist(), strict=True)
     }
-
-
-@contextmanager
-def _choosing(model: ModelParts, chosen: _Chosen) -> Iterator[None]:
-    """Let every forward pass inside append (numbers, tokens) to ``chosen`` instead of computing losses."""
-    last = [decoder for decoder in model.decoders if decoder.is_last]
-    former = [decoder.loss for decoder in last]
-    try:
-        for decoder in last:
-            decoder.loss = functools.partial(_choose, decoder, chosen)
-        yield
-    finally:
-        for decoder, loss in zip(last, former, strict=True):
-            decoder.loss = loss
 
 
 def _choose(decoder: LanguageModel, chosen: _Chosen, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
@@ -68,24 +50,22 @@ def _choose(decoder: LanguageModel, chosen: _Chosen, hidden_TH: Tensor, weight_V
     return hidden_TH.new_zeros((), dtype=torch.float32)
 
 
-def vocabulary_parallel(mesh: DeviceMesh, architecture: DecoderArchitecture) -> NextTokens:
-    """Return :attr:`LanguageModel.next_tokens` for ranks that each hold some rows of the head."""
-    group = mesh.get_group()
+def most_likely_of_all_ranks(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, *, vocab_group: dist.ProcessGroup, **head_options: Any
+) -> Tensor:
+    """Compute :attr:`LanguageModel.next_tokens` on ranks that each hold the same number of rows of the head.
 
-    def next_tokens(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        """Choose among all rows: ``hidden_TH`` are this rank's tokens, ``weight_VH`` a DTensor, ``targets_T`` all."""
-        assert isinstance(weight_VH, DTensor)
-        tokens = DTensor.from_local(hidden_TH, mesh, [Shard(0)], run_check=False)
-        hidden_NH = tokens.redistribute(placements=[Replicate()]).to_local()[targets_T != IGNORE_INDEX]
-        rows_VH = weight_VH.to_local()
-        highest_N, tokens_N = scaled_logits(architecture, hidden_NH, rows_VH).float().max(-1)
-        highest_RN, tokens_RN = (
-            torch.stack(_all_gather(each, group))
-            for each in (highest_N, tokens_N + mesh.get_local_rank() * len(rows_VH))
-        )
-        return tokens_RN.gather(0, highest_RN.argmax(0, keepdim=True))[0]
-
-    return next_tokens
+    Args:
+        hidden_TH, targets_T: the same on all ranks.
+        weight_VH: rows of this rank.
+        vocab_group: the ranks, in the order of the rows.
+        head_options: see :attr:`DecoderArchitecture.head_options`.
+    """
+    logits_NV = scaled_logits(hidden_TH[targets_T != IGNORE_INDEX], weight_VH, **head_options)
+    highest_N, rows_N = logits_NV.float().max(-1)
+    tokens_N = rows_N + dist.get_rank(vocab_group) * len(weight_VH)
+    highest_RN, tokens_RN = (torch.stack(_all_gather(own, vocab_group)) for own in (highest_N, tokens_N))
+    return tokens_RN.gather(0, highest_RN.argmax(0, keepdim=True))[0]
 
 
 def _all_gather(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

@@ -110,6 +110,15 @@ def refused(capsys: pytest.CaptureFixture[str]):
     return check
 
 
+def test_profiled_steps_do_not_count_as_speed(run: Path) -> None:
+    records = [training_record(step, 2.0, mfu=0.4) for step in range(1, 6)]
+    slow = [training_record(step, 2.0, mfu=0.1, profiled=True) for step in range(6, 12)]
+    write_lines(run / "metrics.jsonl", [*records, *[record | {"tokens_per_second": 1.0} for record in slow]])
+    found = read_run(run)
+    assert found.median("tokens_per_second") == 1003.0 and found.median("mfu") == 0.4
+    assert found.seconds_in_steps == 5 * 0.25 and len(found.curves.points("loss")) == 11
+
+
 def table_row(text: str, name: str) -> list[str]:
     """Cells of the row that begins with ``name``, in the terminal's summary."""
     return next(re.split(r"  +", line) for line in text.splitlines() if re.match(rf"{re.escape(name)}  ", line))
@@ -340,7 +349,7 @@ def test_the_first_and_the_last_sample_of_each_prompt(run: Path, capsys: pytest.
         assert f"before (step 0) {prompt} {prompt}0 after (step 20) {prompt} {prompt}20" in page.text
     assert "x10" not in page.text and "samples are not shown" not in page.text
     (run / "samples.jsonl").write_text('{"step": 0, "prompt": "x"}\n')
-    assert "samples are not shown" in show(capsys, run, "--overwrite") 
+    assert "samples are not shown" in show(capsys, run, "--overwrite")
 
 
 def test_every_text_is_escaped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ COLUMNS = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu"),
     *("peak_memory_bytes", "skipped_steps", "steps_without_targets"),
 )
+SPEED_COLUMNS = ("tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu")
+"""Columns that are left out of records with ``profiled``: PyTorch's profiler slows steps down."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def _add(
         found = Evaluation(step, tokens, _number(record["loss"]), None if change is None else _number(change))
         evaluations.setdefault(str(record["evaluation"]), {})[step] = found
     else:
-        training[step] = tokens, array("d", [_number(record.get(name)) for name in COLUMNS])
+        left_out = SPEED_COLUMNS if record.get("profiled") else ()
+        values = [math.nan if name in left_out else _number(record.get(name)) for name in COLUMNS]
+        training[step] = tokens, array("d", values)
 
 
 def _number(value: Any) -> float:
