@@ -43,7 +43,14 @@ def check_samples(run_folder, tmp_path, length=32):
         assert samples[step] == continued(checkpoint, tmp_path / f"hf-{step}", length)
 
 
-@pytest.mark.parametrize("options", ["", "--model.implementation transformers", "--training.micro_batch_size 1"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--model.implementation transformers",
+        pytest.param("--training.micro_batch_size 1", marks=pytest.mark.slow),
+    ],
+)
 def test_one_rank(options, one_rank, path, tmp_path):
     tiny_run.train(one_rank, path, [*SAMPLING, *options.split(), "--run_folder", str(tmp_path / "run")])
     check_samples(tmp_path / "run", tmp_path)
@@ -54,8 +61,8 @@ def test_one_rank(options, one_rank, path, tmp_path):
     [
         "--parallel.shard 2",
         "--parallel.tensor 2",
-        "--parallel.context 2",
         "--parallel.pipeline 2",
+        pytest.param("--parallel.context 2", marks=pytest.mark.slow),
         pytest.param("--model.implementation transformers --parallel.shard 2", marks=pytest.mark.slow),
         pytest.param("--model.implementation transformers --parallel.context 2", marks=pytest.mark.slow),
         pytest.param("--parallel.tensor 2 --training.compile on", marks=pytest.mark.slow),
@@ -74,7 +81,7 @@ def test_a_text_ends_at_the_sequence_length(one_rank, path, tmp_path):
     check_samples(tmp_path / "run", tmp_path, length=16)
 
 
-@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+@pytest.mark.parametrize("ranks", ["one_rank", pytest.param("two_ranks", marks=pytest.mark.slow)])
 def test_the_training_is_the_same_with_and_without(ranks, request, path, tmp_path):
     cluster = request.getfixturevalue(ranks)
     for name, options in (("with", SAMPLING), ("without", [])):
