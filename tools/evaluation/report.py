@@ -28,7 +28,7 @@ def describe_set(score: SetScore) -> str:
 
 def format_result(result: EvaluationResult) -> str:
     """Return the tables for the terminal."""
-    sides = [result.model, *filter(None, [result.baseline])]
+    sides = _sides(result)
     sections = [
         *(_titled(f"{_role(result, one)}{one.model}", _lines(set_table(one))) for one in sides),
         [*_lines(change_table(result)), *([_DIFFERENT] if not result.same_tokenizer else [])],
@@ -46,7 +46,7 @@ def format_result(result: EvaluationResult) -> str:
 def result_page(result: EvaluationResult) -> str:
     """Return the page."""
     title = f"Evaluation of {result.model.model}"
-    sides = [result.model, *filter(None, [result.baseline])]
+    sides = _sides(result)
     facts = {key: str(value) for key, value in result.settings.items() if value is not None}
     sections = [
         header(title, _cards(result)),
@@ -155,6 +155,11 @@ def _bits(score: SetScore) -> str:
     return "unknown" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
 
 
+def _sides(result: EvaluationResult) -> list[ModelScore]:
+    """Return the baseline, if there is one, and the model."""
+    return [*filter(None, [result.baseline]), result.model]
+
+
 def _role(result: EvaluationResult, score: ModelScore) -> str:
     if result.baseline is None:
         return ""
@@ -162,7 +167,7 @@ def _role(result: EvaluationResult, score: ModelScore) -> str:
 
 
 def _notes(result: EvaluationResult) -> list[str]:
-    sides = [result.model, *filter(None, [result.baseline])]
+    sides = _sides(result)
     return [f"{one.model}: {line}" for one in sides for line in one.notes]
 
 
