@@ -26,6 +26,7 @@ EXTRAS = {
     "clean": ["ftfy>=6.2,<7", "py3langid>=0.4,<0.5"],
     "tiktoken": ["tiktoken>=0.7"],
     "trackers": ["tensorboard>=2.16"],  # a run's curves; part of every installation
+    "prometheus": ["prometheus_client>=0.19"],
     "eval": ["lm-eval[hf]>=0.4.13"],
     "hub": ["hf-xet>=1.1", "datasets>=4"],
     "cloud": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
@@ -39,6 +40,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "datasketch>=1.6",
+        "pyte>=0.8.2",  # a terminal, for tests of the console
         "kernels",
         "triton>=3.6; sys_platform == 'linux'",
         "ruff>=0.9",
