@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...engine.observe.loss_changes import LossChange
 from ..reports.charts import WIDE, bar_chart, signed
-from ..reports.metrics import LossChange
 from ..reports.page import bullets, definitions, header, note, page, section, table
 from ..reports.text import table_lines, visible
 from .scores import DocumentScore, EvaluationResult, ModelScore, SetChange, SetScore, TaskScore
@@ -107,10 +107,7 @@ def _change_cells(change: SetChange, result: EvaluationResult) -> tuple[str, ...
 def _cells(change: LossChange | None) -> tuple[str, ...]:
     if change is None:
         return ("",) * 4
-    return (
-        *(f"{change.before.loss:.4f}", f"{change.after.loss:.4f}"),
-        *(f"{change.change:+.4f}", f"{change.percent:+.1f} %"),
-    )
+    return f"{change.before:.4f}", f"{change.after:.4f}", f"{change.change:+.4f}", f"{change.percent:+.1f} %"
 
 
 def document_table(found: Sequence[DocumentScore], characters: int) -> Table:
@@ -190,7 +187,7 @@ def _cards(result: EvaluationResult) -> Iterator[tuple[str, str, str]]:
             continue
         unit = "nats per token" if change.loss is not None else "bits per byte"
         color = {"learned": "green", "forgotten": "red"}.get(change.verdict, "grey")
-        figures = f"{difference.before.loss:.3f} \u2192 {difference.after.loss:.3f}"
+        figures = f"{difference.before:.3f} \u2192 {difference.after:.3f}"
         yield color, figures, f"{change.name}: {change.verdict}, {difference.percent:+.1f} % ({unit})"
     if result.baseline is None:
         for one in result.model.sets:
