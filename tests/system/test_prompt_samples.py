@@ -12,6 +12,12 @@ from sampling_run import PROMPTS, SAMPLING, TOKENS
 
 from retemper.checkpoint_convert import dcp_to_hf
 
+ZERO_BUBBLE = (
+    "--parallel.pipeline 2 --parallel.pipeline_stages_per_rank 2 --parallel.pipeline_schedule zbv_zero_bubble "
+    "--training.micro_batch_size 1 --parallel.reshard_after_forward false "
+    "--model.architecture.tie_word_embeddings false"
+)
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
@@ -66,7 +72,7 @@ def test_one_rank(options, one_rank, path, tmp_path):
         pytest.param("--model.implementation transformers --parallel.shard 2", marks=pytest.mark.slow),
         pytest.param("--model.implementation transformers --parallel.context 2", marks=pytest.mark.slow),
         pytest.param("--parallel.tensor 2 --training.compile on", marks=pytest.mark.slow),
-        pytest.param("--parallel.pipeline 2 --training.micro_batch_size 1", marks=pytest.mark.slow),
+        pytest.param(ZERO_BUBBLE, id="zero bubble", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks(layout, two_ranks, path, tmp_path):
