@@ -10,13 +10,15 @@ from ..errors import command_name
 from ..run import Run
 from ..weights.checkpoint.names import step_of
 from ..weights.conversion.export_run import export_folder
+from .terminal import heading
 
 
 def describe_end(run: Run) -> list[str]:
     """Notify the observers of the end of ``run``, and return lines about it. All ranks must call this."""
     complete = run.store.complete() if run.ranks.is_main else []
     newest, finished = complete[-1] if complete else None, run.remaining_steps == 0
-    return [*run.report.end(run.progress, finished), *next_command(run.config, newest, finished)]
+    table = run.report.end(run.progress, finished)
+    return [heading("Result"), *table, *next_command(run.config, newest, finished)]
 
 
 def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> list[str]:
