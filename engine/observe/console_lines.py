@@ -79,9 +79,11 @@ class ConsoleLines(Observer):
 
     def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
         """See :class:`Observer`."""
+        change = values.get("change_since_start")
+        since = "" if change is None else f", {change:+.3f} since the start"
         self._say(
             f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}"
+            f"{values['perplexity']:.2f}{since}"
         )
 
     def end(self, summary: Mapping[str, Any]) -> None:

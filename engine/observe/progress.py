@@ -24,16 +24,18 @@ class Stopwatch:
 
     def restart(self) -> None:
         """Start from zero."""
-        self._since, self._steps = time.perf_counter(), 0
+        self._since, self._steps, self._profiled = time.perf_counter(), 0, False
 
-    def step_done(self) -> None:
-        """Count one step."""
+    def step_done(self, profiled: bool = False) -> None:
+        """Count one step; ``profiled``: its time says nothing about others."""
         self._steps += 1
+        self._profiled |= profiled
 
-    def take_steps(self) -> int:
-        """Return the number of steps since the last call."""
-        steps, self._steps = max(1, self._steps), 0
-        return steps
+    def take_steps(self) -> tuple[int, bool]:
+        """Return the number of steps since the last call, and whether any of them was profiled."""
+        steps, profiled = max(1, self._steps), self._profiled
+        self._steps, self._profiled = 0, False
+        return steps, profiled
 
     def lap(self) -> float:
         """Return the seconds since the last lap."""

@@ -21,6 +21,7 @@ from .console_lines import console_lines
 from .flops import flops_per_token
 from .guarded import Guarded
 from .host_copy import HostCopy
+from .loss_changes import LossChange, part_of
 from .metrics_file import MetricsFile
 from .metrics_server import MetricsServer, require_server
 from .observer import Observer, RunDescription, Sample, StepRecord
@@ -78,6 +79,8 @@ class _PendingStep:
     steps_without_targets: int
     steps: int
     """Number of steps since the last report."""
+    profiled: bool
+    """Whether any of these was profiled."""
     stragglers: Lap
 
 
@@ -154,9 +157,9 @@ class Reporter:
         assert self._pending is None, "a step was not reported"
         # Without targets loss and norm are NaN, and on the host.
         of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
-        numbers, steps = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
+        numbers, (steps, profiled) = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
         self._pending = _PendingStep(
-            progress, remaining_steps, result, numbers, steps_without_targets, steps, self.stragglers.lap()
+            progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, self.stragglers.lap()
         )
 
     def report_pending(self) -> ReportedStep | None:
@@ -170,7 +173,8 @@ class Reporter:
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
         seconds = self.stopwatch.lap()
-        self.totals.add_steps(seconds, pending.steps)
+        if not pending.profiled:
+            self.totals.add_steps(seconds, pending.steps)
         self.totals.add_loss("training", progress.step, loss)
         values: dict[str, Any] = {
             "loss": loss if result.has_targets else None,
@@ -180,18 +184,30 @@ class Reporter:
             "steps_without_targets": pending.steps_without_targets,
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
+            **({"profiled": True} if pending.profiled else {}),
         }
-        seconds_left = pending.remaining_steps * self.totals.mean_step_seconds
+        seconds_left = pending.remaining_steps * (self.totals.mean_step_seconds or seconds / pending.steps)
         record = StepRecord(progress, values, pending.remaining_steps, seconds_left, stragglers.lines)
         for observer in self.observers:
             observer.step(record)
         return ReportedStep(progress.step, {"loss": loss, "gradient norm": grad_norm}, skips)
 
-    def evaluation(self, progress: Progress, losses: Mapping[str, float]) -> None:
-        """Report mean losses per target of validation sets, in nats, by name."""
+    def evaluation(
+        self, progress: Progress, losses: Mapping[str, float], changes: Mapping[str, LossChange] | None = None
+    ) -> None:
+        """Report mean losses per target, in nats.
+
+        Args:
+            progress: of the run.
+            losses: by name of the evaluation; see :meth:`Observer.evaluation`.
+            changes: since the start of the run.
+        """
         for name, loss in losses.items():
-            self.totals.add_loss(f"validation {name}", progress.step, loss)
+            if part_of(name, losses) is None:
+                self.totals.add_loss(f"validation {name}", progress.step, loss)
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            if changes and name in changes:
+                values["change_since_start"] = changes[name].change
             for observer in self.observers:
                 observer.evaluation(progress, name, values)
 
@@ -205,9 +221,16 @@ class Reporter:
         for observer in self.observers:
             observer.save()
 
-    def end(self, progress: Progress, finished: bool) -> list[str]:
-        """Notify the observers of the end, and return lines about this start of the run."""
-        summary = {"finished": finished, **self.totals.summary(progress)}
+    def end(self, progress: Progress, finished: bool, changes: Mapping[str, LossChange]) -> list[str]:
+        """Notify the observers of the end, and return lines about this start of the run.
+
+        Args:
+            progress: of the run.
+            finished: whether the token budget is used up.
+            changes: of validation losses since the start of the run.
+        """
+        of_losses = {name: change.to_dict() for name, change in changes.items()}
+        summary = {"finished": finished, **self.totals.summary(progress), "changes": of_losses}
         for observer in self.observers:
             observer.end(summary)
         return self.totals.table(progress, self._tokens_per_step, self._ranks)
