@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
+from retemper.engine.config.packages import require_trackers
 from retemper.engine.config.parser import build_parser as build_parser
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import RunConfig
@@ -60,6 +61,7 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config(arguments)
     check_layout(config, world_size)
+    require_trackers(config.logging)
     with without_gc():
         from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401

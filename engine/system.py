@@ -17,6 +17,8 @@ from .errors import UserError
 
 PARENT_VARIABLE = "RETEMPER_PARENT"
 """Environment variable with the process id of a parent with which its child is to end."""
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS")
+"""Beginnings of the variables of torchrun, which would make a child believe that it is a rank."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
@@ -43,6 +45,12 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:  # it has ended in the meantime
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment for a child that is no rank, and that ends with this process."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
+    return {**own, PARENT_VARIABLE: str(os.getpid())}
 
 
 def usable_cores() -> int:

@@ -24,6 +24,8 @@ from .progress import Stopwatch, speed, step_line
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
 from .totals import Totals
+from .trackers.all_trackers import Trackers
+from .trackers.creation import create_trackers
 from .waiting import Say
 
 
@@ -48,13 +50,14 @@ class ConsoleLines(Observer):
         )
 
 
-def create_observers(config: RunConfig, say: Say) -> list[Observer]:
-    """Return the configured observers; ``say`` prints a line for people."""
+def create_observers(config: RunConfig, say: Say) -> tuple[list[Observer], Trackers]:
+    """Return the configured observers, and the trackers among them; ``say`` prints a line for people."""
     folder = Path(config.run_folder)
-    observers: list[Observer] = [MetricsFile(folder, say)]
+    observers: list[Observer] = [MetricsFile(folder, say)]  # the others may read its file
     if config.logging.tensorboard:
         observers.append(TensorBoard(folder, say))
-    return [*observers, ConsoleLines(say)]
+    files, trackers = create_trackers(config, say)
+    return [*observers, *files, ConsoleLines(say), trackers], trackers
 
 
 class ReportedStep(NamedTuple):
@@ -109,7 +112,10 @@ class Reporter:
         self._flops = flops_per_token(
             architecture, plan.sequence_length, causal_halved=False, trainable=config.training.trainable
         )
-        self.observers = create_observers(config, say) if ranks.is_main else []
+        self.observers: list[Observer] = []
+        self._trackers: Trackers | None = None
+        if ranks.is_main:
+            self.observers, self._trackers = create_observers(config, say)
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.totals = Totals(progress)
         self.stopwatch = Stopwatch()
@@ -117,6 +123,11 @@ class Reporter:
         self.reports_late = ranks.device.type == "cuda"
         """Whether :meth:`report_pending` is best called when the next step has been launched, because the numbers of a
         step are on a GPU. A host that waits for them at once lets the GPU run out of work."""
+
+    @property
+    def tracker_runs(self) -> dict[str, str]:
+        """Ids of the run in its trackers, by name of the tracker, on the main rank."""
+        return self._trackers.run_ids if self._trackers is not None else {}
 
     def open(self, run: RunDescription) -> None:
         """Describe the run to the observers, on the main rank only."""
