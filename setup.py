@@ -31,6 +31,7 @@ EXTRAS = {
     "swanlab": ["swanlab>=0.6"],
     "comet": ["comet-ml>=3.47"],
     "trackers": ["tensorboard>=2.16", "wandb>=0.22", "mlflow-skinny>=3.0", "trackio>=0.30"],
+    "prometheus": ["prometheus_client>=0.19"],
     "eval": ["lm-eval[hf]>=0.4.13"],
     "hub": ["hf-xet>=1.1", "datasets>=4"],
     "cloud": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
@@ -44,6 +45,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "datasketch>=1.6",
+        "pyte>=0.8.2",  # a terminal, for tests of the console
         "kernels",
         "triton>=3.6; sys_platform == 'linux'",
         "ruff>=0.9",

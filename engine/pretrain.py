@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
 from retemper.engine.config.packages import require_trackers
 from retemper.engine.config.parser import build_parser as build_parser
-from retemper.engine.config.parser import parse_config
+from retemper.engine.config.parser import config_folders, parse_config
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.open_limit import raise_open_files_limit
@@ -62,6 +63,10 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     config = parse_config(arguments)
     check_layout(config, world_size)
     require_trackers(config.logging)
+    if config.callbacks:
+        from retemper.engine.observe.callbacks import import_callbacks
+
+        import_callbacks(config.callbacks, [*config_folders(arguments), Path.cwd()])
     with without_gc():
         from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401
@@ -82,7 +87,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.data.loader import TrainingData
     from retemper.engine.evaluation import Validation
     from retemper.engine.guards.run_guards import RunGuards
-    from retemper.engine.observe.reporter import Reporter
+    from retemper.engine.observe.profiler import StepProfiler
+    from retemper.engine.observe.reporter import Reporter, create_early_observers
     from retemper.engine.observe.waiting import rank0_printer, report_if_slow
     from retemper.engine.optim import build_optimizer
     from retemper.engine.parallel.build import build_model
@@ -96,6 +102,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     validate(config)
     stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
+    observers = ranks.run_on_rank0(lambda: create_early_observers(config, say)) or []
     config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
@@ -119,16 +126,17 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
     with report_if_slow("reading the validation sets", say):
-        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
+        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks, start.resumed_from)
     ranks.fail_together(catalog.finish_checks)
     saver = Saver(store, ranks, config.checkpoint, say)
-    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
+    profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
+    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, model=model, forward_backward=forward_backward, optimizer=optimizer,
-        store=store, saver=saver, guards=guards, report=report, remarks=[*casts, *found.remarks, *room],
-        progress=progress,
+        store=store, saver=saver, guards=guards, report=report, profiler=profiler,
+        remarks=[*casts, *found.remarks, *room], progress=progress,
     )  # fmt: skip
 
 
@@ -172,10 +180,10 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     run.report.stopwatch.restart()
     step_starts = range(run.progress.samples, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, step_starts, run.config.data.prefetch_steps)
-    with prefetcher, saving_on_failure(run):
+    with prefetcher, run.profiler.following(run.progress.step), saving_on_failure(run):
         for first_sample in step_starts:
             result = one_step(run, *next_batches(run, prefetcher))
-            run.report.stopwatch.step_done()
+            run.report.stopwatch.step_done(run.profiler.slows_down)
             first = first_sample == step_starts[0]
             if first:  # the optimizer has its states now
                 run.saver.reserve_host_memory(training_tensors(run.model, run.optimizer))
@@ -189,6 +197,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             run.guards.pause_watchdog()  # until the next step begins
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
+                run.profiler.step_done(run.progress.step)
             if stopping and not last:
                 run.saver.wait(raise_on_failure=True)
                 run.say(f"stopped at step {run.progress.step} as requested; resume: auto continues")
@@ -268,13 +277,14 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
 def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool]:
     """Return the losses of the validation sets (none after a stop request), and whether they are the best so far."""
     report_pending(run)
+    run.guards.enter_phase("evaluate")
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
-    run.report.evaluation(run.progress, losses)
+    run.report.evaluation(run.progress, losses, run.validation.changes())
     run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
     best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)
-    return losses, best is not None
+    return run.validation.of_sets(losses), best is not None
 
 
 if __name__ == "__main__":

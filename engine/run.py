@@ -14,6 +14,7 @@ from .data.sample_order import SampleOrder
 from .evaluation import Validation
 from .guards.run_guards import RunGuards
 from .guards.stop_request import StopRequest
+from .observe.profiler import StepProfiler
 from .observe.reporter import Reporter
 from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
@@ -49,6 +50,7 @@ class Run:
     saver: Saver
     guards: RunGuards
     report: Reporter
+    profiler: StepProfiler
     remarks: list[str]
     """Lines for the log."""
     progress: Progress

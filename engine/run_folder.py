@@ -89,6 +89,7 @@ def _open(run: Run, console: Console | None) -> None:
 def save(run: Run, evaluation: dict[str, float], final: bool) -> None:
     """Start to write a checkpoint of ``run``; see :meth:`Saver.save`. All ranks must call this."""
     run.report.save()
+    run.guards.enter_phase("save")
     tensors, manifest = training_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
     run.saver.save(tensors, run.start.assets, manifest, run.progress.best.get("step"))
 
@@ -129,6 +130,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         sample_order=run.order.state(),
         datasets=run.catalog.fingerprints,
         evaluation=evaluation,
+        start_evaluation=run.validation.at_start,
         best=run.progress.best,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,

@@ -21,10 +21,10 @@ from retemper.engine.errors import UserError, report_user_error, run_command
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
-from retemper.tools.sampling import Sampling
+from retemper.tools.generation.sampling import Sampling
 
 if TYPE_CHECKING:
-    from retemper.tools.generation import TextGenerator
+    from retemper.tools.generation.text_generator import TextGenerator
 
 
 def build_parser() -> CommandParser:
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     interactive = options.prompt is None and sys.stdin.isatty()
     prompts = options.prompt if options.prompt is not None else [] if interactive else piped_prompts()
     with without_gc():
-        from retemper.tools.generation import TextGenerator
+        from retemper.tools.generation.text_generator import TextGenerator
 
     model = TextGenerator(options.model, options.tokenizer, options.dtype, options.device, options.bos)
     for note in model.notes:

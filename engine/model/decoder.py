@@ -25,13 +25,13 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ...kernels.activations import ACTIVATIONS, gated
 from ...kernels.attention import attention
-from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel, SameInput
+from .language_model import Attend, LanguageModel, Loss, SameInput
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -54,7 +54,8 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(_loss_sum, architecture)
+        self.loss: Loss = functools.partial(_loss_sum, architecture)
+        self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 
     @property
     def blocks(self) -> list[nn.Module]:

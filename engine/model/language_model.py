@@ -21,12 +21,16 @@ from .architecture import Architecture
 Attend = Callable[..., Tensor]
 """An attention operation with the arguments of :func:`retemper.kernels.attention.attention`."""
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
+
 
 class LanguageModel(nn.Module, ABC):
     """A causal language model on packed documents. It returns the summed loss of a batch and never forms all logits.
 
     Its parameters have the names of the transformers library. The number of ranks is unknown here: if ranks share the
-    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss`.
+    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss` and
+    :attr:`token_losses`.
     """
 
     architecture: Architecture
@@ -34,6 +38,10 @@ class LanguageModel(nn.Module, ABC):
     """Whether this part of the model has the first block, and so takes tokens."""
     is_last: bool
     """Whether this part has the last block, and so returns losses."""
+    loss: Loss
+    """Returns the [] fp32 sum of the losses, with gradients."""
+    token_losses: Loss
+    """Returns the [T] fp32 terms of that sum, zero where the target is masked, without gradients."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
 

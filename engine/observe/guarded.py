@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,19 @@ from .waiting import Say
 
 
 class Guarded(Observer):
-    """Passes events to ``observer`` until its first exception, which is printed as one line.
+    """Passes events to ``observer`` until its first exception, which is printed.
 
     Args:
         name: of the observer, for people.
         observer: that may fail.
         remedy: what the user may do, for the line.
         say: prints a line for people.
+        with_traceback: whether to print more than one line of an exception, for code of users.
     """
 
-    def __init__(self, name: str, observer: Observer, remedy: str, say: Say):
+    def __init__(self, name: str, observer: Observer, remedy: str, say: Say, with_traceback: bool = False):
         self.name, self._observer, self._remedy, self._say = name, observer, remedy, say
+        self._with_traceback = with_traceback
         self.failed = False
 
     def open(self, run: RunDescription) -> None:
@@ -62,3 +65,5 @@ class Guarded(Observer):
             self.failed = True
             reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             self._say(f"note: {self.name} failed: {reason}; training continues without it; {self._remedy}")
+            if self._with_traceback:
+                self._say(without_secrets("".join(traceback.format_exception(error)).rstrip()))

@@ -87,7 +87,8 @@ class Observer:
         """Handle a reported step."""
 
     def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """Handle an evaluation of a validation set: ``loss`` and ``perplexity``.
+        """Handle an evaluation of a validation set: ``loss``, ``perplexity``, and ``change_since_start`` of the loss if
+        the run has evaluated the set before its first step.
 
         Args:
             progress: of the run.
@@ -106,5 +107,6 @@ class Observer:
 
         Args:
             summary: ``finished`` (whether the token budget is used up), ``step``, ``tokens``, ``seconds``, and first,
-                lowest and last losses by name; for JSON.
+                lowest and last losses by name; ``changes`` of validation losses since the start of the run, each with
+                ``before``, ``after`` and ``change``; for JSON.
         """

@@ -89,11 +89,11 @@ def _unique_parameters(decoder: LanguageModel) -> list[nn.Parameter]:
 class ForwardBackward(Protocol):
     """Computes the losses and gradients of a step.
 
-    Losses are [] on the device and only this rank's part: the loss is their sum over all ranks.
+    Losses are on the device and only this rank's part: the loss is their sum over all ranks.
     """
 
     def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """Accumulate gradients over micro-batches and ranks, and return the loss in fp32.
+        """Accumulate gradients over micro-batches and ranks, and return the loss, [] fp32.
 
         The loss is divided by ``num_targets`` of the *global* batch, so that every token counts the same, however
         unevenly they are distributed to documents, ranks and micro-batches. ``on_phase`` is called with the name of
@@ -101,7 +101,7 @@ class ForwardBackward(Protocol):
         """
 
     def evaluate(self, batches: list[Batch]) -> Tensor:
-        """Return the sum of losses in fp64, without gradients."""
+        """Return the sum of losses of each micro-batch, [batches] fp64, without gradients."""
 
 
 class NonPipelined:
@@ -129,11 +129,11 @@ class NonPipelined:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
         """See :class:`ForwardBackward`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
+        losses = torch.zeros(len(batches), dtype=torch.float64, device=self._prepare.device)
         with self._wrapped.computing():
-            for batch in batches:
-                total += self.loss_sum(batch)
-        return counted_once(total, self._prepare.mesh)
+            for number, batch in enumerate(batches):
+                losses[number] = self.loss_sum(batch)
+        return counted_once(losses, self._prepare.mesh)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Return [] fp32: the sum of the losses of this rank's tokens."""
@@ -141,5 +141,7 @@ class NonPipelined:
 
 
 def counted_once(loss: Tensor, mesh: Mesh) -> Tensor:
-    """Return ``loss`` on the first of the tensor-parallel ranks, which all have it, and zero on the others."""
+    """Return ``loss``, of any shape, on the first of the tensor-parallel ranks, which all have it, and zero on the
+    others.
+    """
     return loss if mesh.coordinate.tensor == 0 else torch.zeros_like(loss)

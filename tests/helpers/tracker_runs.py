@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,7 +19,9 @@ from types import SimpleNamespace
 from retemper.engine.config.settings import LoggingConfig
 from retemper.engine.observe.metrics_file import MetricsFile
 from retemper.engine.observe.observer import Observer, RunDescription, StepRecord
+from retemper.engine.observe.trackers.all_trackers import Trackers
 from retemper.engine.observe.trackers.creation import create_trackers
+from retemper.engine.observe.trackers.wandb_files import last_steps
 from retemper.engine.schedule import Progress
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -55,8 +59,7 @@ class Play:
         self.lines: list[str] = []
         logging = LoggingConfig(trackers=list(names), offline=True, **settings)
         config, say = SimpleNamespace(run_folder=str(folder), logging=logging), self.lines.append
-        files, self.trackers = create_trackers(config, say)
-        self._observers: list[Observer] = [MetricsFile(folder, say), *files, self.trackers]
+        self._observers: list[Observer] = [MetricsFile(folder, say), *create_trackers(config, say)]
         last = list(_metrics(folder)) if after_step is not None else []
         run = description(
             folder,
@@ -68,6 +71,12 @@ class Play:
         for observer in self._observers:
             observer.open(run)
         self.go_back(after_step)
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """The runs in the trackers that a checkpoint of now records."""
+        (trackers,) = (observer for observer in self._observers if isinstance(observer, Trackers))
+        return trackers.run_ids
 
     def go_back(self, after_step: int | None) -> None:
         """Start, or roll back to a checkpoint."""
@@ -88,6 +97,25 @@ class Play:
         """The regular end."""
         for observer in self._observers:
             observer.end({"finished": True, "step": 3, "losses": {"training": {"last": (1.5, 3)}}})
+
+
+def wait_for_trackers(folder: Path, ids: dict[str, str], step: int) -> None:
+    """Wait until wandb, mlflow and trackio have written a step of a run of this process."""
+
+    def written() -> Iterable[int]:
+        from trackio.sqlite_storage import SQLiteStorage  # after the thread of the tracker has imported it
+
+        yield last_steps(folder / "trackers" / "wandb", ids["wandb"]).get("train/loss", 0)
+        yield max(step for step, _ in mlflow_curves(folder, ids["mlflow"])["train/loss"])
+        yield SQLiteStorage.get_max_step_for_run("retemper", folder.name, run_id=ids["trackio"]) or 0
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError, KeyError, ImportError):  # a tracker has no run yet
+            if min(written()) >= step:
+                return
+        time.sleep(0.2)
+    raise TimeoutError
 
 
 def _metrics(folder: Path) -> Iterable[dict]:

@@ -162,7 +162,8 @@ class RecordedRun:
             "final_loss": self.final_loss,
             "median": {name: self.median(name) for name in ("tokens_per_second", "step_seconds", "mfu")},
             "peak_memory_bytes": self.maximum("peak_memory_bytes"),
-            "evaluations": {name: [asdict(one) for one in found] for name, found in self.curves.evaluations.items()},
+            "evaluations": {name: [one.to_dict() for one in found] for name, found in self.curves.evaluations.items()},
+            "changes": {name: change.losses.to_dict() for name, change in self.curves.changes().items()},
         }  # fmt: skip
 
 

@@ -83,6 +83,12 @@ def with_exact_documents(architecture: TransformersArchitecture) -> Transformers
     return replace(architecture, documents=finding.documents, remark=remark)
 
 
+def tiny_packed_model(architecture: TransformersArchitecture) -> TransformersModel:
+    """Return a tiny random model of the type and options of ``architecture``, whose documents are packed."""
+    reference = _Reference(tiny_config(library_config(dict(architecture.config), "config.json").to_dict()))
+    return reference.model(replace(reference.architecture, documents="packed"))
+
+
 @functools.cache
 def _find(config: str) -> Finding:
     threads = torch.get_num_threads()
@@ -114,11 +120,18 @@ class _Reference:
         self.loss = F.cross_entropy(self.logits.double(), targets, reduction="sum")
 
     @torch.no_grad()
-    def difference(self, architecture: TransformersArchitecture) -> float:
-        """Return the relative difference of logits and loss of our model."""
-        model = TransformersModel(architecture).materialize(torch.device("cpu"))
+    def model(self, architecture: TransformersArchitecture) -> TransformersModel:
+        """Return our model with the same weights."""
+        model = TransformersModel(architecture)
+        model.materialize(torch.device("cpu"))
         for name, parameter in model.named_parameters():
             parameter.copy_(self.state[name])
+        return model
+
+    @torch.no_grad()
+    def difference(self, architecture: TransformersArchitecture) -> float:
+        """Return the relative difference of logits and loss of our model."""
+        model = self.model(architecture)
         batch = self.batch.prepare(torch.device("cpu"), PER_DOCUMENT, architecture.sliding_windows)
         return max(_relative(model.logits(batch), self.logits), _relative(model(batch), self.loss))
 

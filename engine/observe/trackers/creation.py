@@ -28,8 +28,8 @@ CLIENTS: dict[str, Callable[[], TrackerClient]] = {
 _REMEDY = "metrics.jsonl has all numbers, and the next start of the run sends what is missing"
 
 
-def create_trackers(config: RunConfig, say: Say) -> tuple[list[Observer], Trackers]:
-    """Return the trackers of ``logging.trackers`` without a library, and all others.
+def create_trackers(config: RunConfig, say: Say) -> list[Observer]:
+    """Return observers for ``logging.trackers``: one for those with a library, and one for csv.
 
     Args:
         config: of the run.
@@ -41,5 +41,6 @@ def create_trackers(config: RunConfig, say: Say) -> tuple[list[Observer], Tracke
         curve = TrackedCurve(name, CLIENTS[name](), report, say)
         return Background(name, Guarded(name, curve, _REMEDY, say), say)
 
-    files: list[Observer] = [Guarded("csv", CsvFiles(), _REMEDY, say)] if "csv" in names else []
-    return files, Trackers([background(name) for name in dict.fromkeys(names) if name in CLIENTS])
+    files = [Guarded("csv", CsvFiles(), _REMEDY, say)] if "csv" in names else []
+    with_library = [background(name) for name in dict.fromkeys(names) if name in CLIENTS]
+    return [*files, *([Trackers(with_library)] if with_library else [])]

@@ -1,0 +1,46 @@
+"""Compute the loss of every token, in any layout: for evaluations of single documents, not for training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..batch import Batch
+from ..model.language_model import LanguageModel
+from .forward_backward import ForwardBackward, ModelParts
+
+
+def token_losses(model: ModelParts, forward_backward: ForwardBackward, batches: list[Batch]) -> list[Tensor]:
+    """Return [T] fp32 losses of the tokens of each batch, zero where the target is masked. All ranks must call this.
+
+    With context parallelism a rank gets the losses of its own tokens. All tensor-parallel ranks get the same. Ranks of
+    a pipeline without the last block get an empty list.
+    """
+    losses: list[Tensor] = []
+    with _recorded(model, losses):
+        forward_backward.evaluate(batches)
+    return losses[: len(batches)]  # a pipeline evaluates more, to fill its schedule
+
+
+@contextmanager
+def _recorded(model: ModelParts, losses: list[Tensor]) -> Iterator[None]:
+    """Append the losses of the tokens of every forward pass inside to ``losses``."""
+    last = [decoder for decoder in model.decoders if decoder.is_last]
+    former = [decoder.loss for decoder in last]
+    try:
+        for decoder in last:
+            decoder.loss = functools.partial(_sum_and_record, decoder, losses)
+        yield
+    finally:
+        for decoder, loss in zip(last, former, strict=True):
+            decoder.loss = loss
+
+
+def _sum_and_record(
+    decoder: LanguageModel, losses: list[Tensor], hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
+) -> Tensor:
+    losses.append(decoder.token_losses(hidden_TH, weight_VH, targets_T))
+    return losses[-1].sum()
