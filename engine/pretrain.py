@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
+from retemper.engine.config.packages import require_trackers
 from retemper.engine.config.parser import build_parser as build_parser
 from retemper.engine.config.parser import config_folders, parse_config
 from retemper.engine.config.settings import RunConfig
@@ -61,6 +62,7 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config(arguments)
     check_layout(config, world_size)
+    require_trackers(config.logging)
     if config.callbacks:
         from retemper.engine.observe.callbacks import import_callbacks
 

@@ -135,6 +135,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         best=run.progress.best,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
+        trackers=run.report.tracker_runs,
         config=to_dict(run.config),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),
