@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
+from retemper.engine.config.packages import require_trackers
 from retemper.engine.config.parser import build_parser as build_parser
 from retemper.engine.config.parser import config_folders, parse_config
 from retemper.engine.config.settings import RunConfig
@@ -61,6 +62,7 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config(arguments)
     check_layout(config, world_size)
+    require_trackers(config.logging)
     if config.callbacks:
         from retemper.engine.observe.callbacks import import_callbacks
 
@@ -89,6 +91,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.observe.reporter import Reporter, create_early_observers
     from retemper.engine.observe.waiting import rank0_printer, report_if_slow
     from retemper.engine.optim import build_optimizer
+    from retemper.engine.out_of_memory import MemoryGuard
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.prepare_data import prepare_data
@@ -115,12 +118,12 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
-    mesh = build_mesh(layout, ranks.device.type)
-    with report_if_slow("building the model", say):
+    mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
+    with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
     stop.exit_if_agreed()
-    with report_if_slow("loading the weights", say):
+    with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):
         casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
@@ -135,7 +138,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
-        optimizer=optimizer, store=store, saver=saver, guards=guards, report=report, profiler=profiler,
+        optimizer=optimizer, store=store, saver=saver, guards=guards, memory=memory, report=report, profiler=profiler,
         remarks=[*casts, *found.remarks, *room], progress=progress,
     )  # fmt: skip
 
@@ -148,7 +151,7 @@ def train(run: Run, console: Console | None = None) -> None:
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
 
-    with open_run_folder(run, console):
+    with run.memory.explained(run.guards.where), open_run_folder(run, console):
         run.say(*describe_start(run))
         with run.stop, run.guards, run.saver:  # main() may have entered run.stop already, which may be nested
             rollback = None

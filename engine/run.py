@@ -16,6 +16,7 @@ from .guards.run_guards import RunGuards
 from .guards.stop_request import StopRequest
 from .observe.profiler import StepProfiler
 from .observe.reporter import Reporter
+from .out_of_memory import MemoryGuard
 from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
@@ -51,6 +52,7 @@ class Run:
     store: CheckpointStore
     saver: Saver
     guards: RunGuards
+    memory: MemoryGuard
     report: Reporter
     profiler: StepProfiler
     remarks: list[str]

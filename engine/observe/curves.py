@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return next((record for record in map(_record, reversed(lines)) if record is not None), None)
+
+
+def read_metrics(run_folder: Path, step: int) -> Iterator[dict[str, Any]]:
+    """Yield the records up to ``step``; none if there is no file."""
+    path = run_folder / METRICS_FILE
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (record for record in map(_record, file) if record is not None and record["step"] <= step)
 
 
 def truncate_records(run_folder: Path, name: str, step: int, evaluates_again: bool) -> list[str]:
