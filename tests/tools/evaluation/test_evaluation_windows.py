@@ -70,7 +70,7 @@ def test_packed_windows_are_the_batches_of_validation(
     limit = source.num_targets if max_tokens is None else max_tokens
     for rank in range(2):
         windows = divide(source, WindowPlan(batches, None, max_tokens, across), rank, 1000)
-        expected = list(validation_batches([source], batches, rank, 1000, across, limit))
+        expected = [one.batch for one in validation_batches([source], batches, rank, 1000, across, limit)]
         found = list(windows)
         assert len(found) == len(expected) == windows.num_batches
         for (batch, documents, places), other in zip(found, expected, strict=True):
