@@ -103,6 +103,7 @@ def saving_on_failure(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        run.memory.note(error, run.guards.where())
         if isinstance(error, UnreadableData) or not isinstance(error, UserError):
             run.guards.pause_watchdog()
             if run.progress.step > run.report.totals.start.step:
@@ -134,6 +135,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         best=run.progress.best,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
+        trackers=run.report.tracker_runs,
         config=to_dict(run.config),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),

@@ -145,9 +145,8 @@ def test_prompts_begin_as_the_documents_in_training(folders: dict[str, Path], mo
     bare = TextGenerator(checkpoint, device="cpu").encode(PROMPT)
     for recorded, begin in (([[1], [1]], [1]), ([[1], []], []), ([[1], None], []), ([[]], [])):
         datasets = {str(number): {"bos": ids} for number, ids in enumerate(recorded)}
-        monkeypatch.setattr(
-            model_loading, "read_manifest", lambda _, found=datasets: Manifest("training", datasets=found)
-        )
+        manifest = Manifest("training", datasets=datasets)
+        monkeypatch.setattr(model_loading, "read_manifest", lambda _, found=manifest: found)
         model = TextGenerator(checkpoint, device="cpu")
         assert model.encode(PROMPT) == [*begin, *bare]
         assert bool(model.notes) is bool(begin)
