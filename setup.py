@@ -25,7 +25,7 @@ EXTRAS = {
     "dedup": ["rensa>=0.5,<0.6"],
     "clean": ["ftfy>=6.2,<7", "py3langid>=0.4,<0.5"],
     "tiktoken": ["tiktoken>=0.7"],
-    "wandb": ["wandb>=0.22"],
+    "wandb": ["wandb>=0.25"],
     "mlflow": ["mlflow-skinny>=3.0"],
     "trackio": ["trackio>=0.30"],
     "swanlab": ["swanlab>=0.6"],

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from retemper.engine.observe.metrics_file import MetricsFile
 from retemper.engine.observe.observer import Observer, RunDescription, StepRecord
 from retemper.engine.observe.trackers.all_trackers import Trackers
 from retemper.engine.observe.trackers.creation import create_trackers
-from retemper.engine.observe.trackers.wandb_files import last_steps
+from retemper.engine.observe.trackers.record_files import last_steps_in_wandb
 from retemper.engine.schedule import Progress
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -103,15 +104,14 @@ def wait_for_trackers(folder: Path, ids: dict[str, str], step: int) -> None:
     """Wait until wandb, mlflow and trackio have written a step of a run of this process."""
 
     def written() -> Iterable[int]:
-        from trackio.sqlite_storage import SQLiteStorage  # after the thread of the tracker has imported it
-
-        yield last_steps(folder / "trackers" / "wandb", ids["wandb"]).get("train/loss", 0)
+        yield last_steps_in_wandb(folder / "trackers" / "wandb", ids["wandb"]).get("train/loss", 0)
         yield max(step for step, _ in mlflow_curves(folder, ids["mlflow"])["train/loss"])
-        yield SQLiteStorage.get_max_step_for_run("retemper", folder.name, run_id=ids["trackio"]) or 0
+        with contextlib.closing(sqlite3.connect(folder / "trackers" / "trackio" / "retemper.db")) as database:
+            yield database.execute("select max(step) from metrics").fetchone()[0] or 0
 
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        with contextlib.suppress(ValueError, KeyError, ImportError):  # a tracker has no run yet
+        with contextlib.suppress(ValueError, KeyError, sqlite3.Error):  # a tracker has no run yet
             if min(written()) >= step:
                 return
         time.sleep(0.2)

@@ -186,14 +186,15 @@ def _is_checkpoint(folder: Path) -> bool:
     return False
 
 
-def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+def empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Return the model with weights that are not initialized, in evaluation mode."""
     return meta_model(architecture).cast_parameters(dtype).materialize(device).eval()
 
 
 def _checkpoint_decoder(
     folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    decoder = _empty_decoder(architecture, dtype, device)
+    decoder = empty_decoder(architecture, dtype, device)
     require_model_tensors(folder, stored_tensors(folder), decoder)
     require_undamaged(folder)
     load_tensors(folder, model_tensors(decoder), distributed=False)
@@ -203,7 +204,7 @@ def _checkpoint_decoder(
 def _hf_decoder(
     weights: HfModel, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    decoder = _empty_decoder(architecture, dtype, device)
+    decoder = empty_decoder(architecture, dtype, device)
     for name, parameter in model_tensors(decoder).items():
         weights.parameters.load(name, parameter)
     return decoder

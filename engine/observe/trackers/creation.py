@@ -12,10 +12,12 @@ from ..waiting import Say
 from .all_trackers import Trackers
 from .background import Background
 from .client import TrackerClient
+from .comet_client import Comet
 from .csv_files import CsvFiles
 from .curve import TrackedCurve
 from .mlflow_client import MLflow
 from .report_page import ReportPage
+from .swanlab_client import SwanLab
 from .trackio_client import Trackio
 from .wandb_client import WeightsAndBiases
 
@@ -23,6 +25,8 @@ CLIENTS: dict[str, Callable[[], TrackerClient]] = {
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
     "trackio": Trackio,
+    "swanlab": SwanLab,
+    "comet": Comet,
 }
 """Trackers with a library, which may need a network."""
 _REMEDY = "metrics.jsonl has all numbers, and the next start of the run sends what is missing"

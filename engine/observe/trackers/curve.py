@@ -29,7 +29,7 @@ class TrackedCurve(Observer):
 
     def __init__(self, name: str, client: TrackerClient, report: Callable[[], Path | None], say: Say):
         self._name, self._client, self._report, self._say = name, client, report, say
-        self._folder = Path()
+        self._folder, self._connected = Path(), False
         self._last: dict[str, int] = {}
         """Last step of each metric in the tracker."""
         self._at_least = -1
@@ -37,8 +37,11 @@ class TrackedCurve(Observer):
 
     def open(self, run: RunDescription) -> None:
         """See :class:`~retemper.engine.observe.observer.Observer`. Also called after a rollback, with a new run."""
+        if self._connected:
+            self._client.finish({}, False, None)
         self._folder = run.folder
         place = self._client.connect(tracked_run(run, self._name))
+        self._connected = True
         self._say(f"{self._name:<12}{place}")
         known = self._client.recorded() if run.resumed else {}
         self._last = dict(known or {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..observer import Sample
 from .client import TrackedRun, TrackerClient
 from .facts import SAMPLES
-from .wandb_files import last_steps
+from .record_files import last_steps_in_wandb
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -50,7 +50,7 @@ class WeightsAndBiases(TrackerClient):
 
     def recorded(self) -> Mapping[str, int] | None:
         """See :class:`TrackerClient`."""
-        return last_steps(self._folder, self._run.id) if self._offline else None
+        return last_steps_in_wandb(self._folder, self._run.id) if self._offline else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`TrackerClient`."""
