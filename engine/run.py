@@ -21,6 +21,7 @@ from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
+from .prompt_samples import PromptSamples
 from .schedule import BatchPlan, Progress
 from .start import Start
 from .weights.checkpoint.manifest import Manifest
@@ -44,6 +45,7 @@ class Run:
     catalog: Catalog
     data: TrainingData
     validation: Validation
+    samples: PromptSamples
     model: ModelParts
     forward_backward: ForwardBackward
     optimizer: torch.optim.Optimizer

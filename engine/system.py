@@ -48,13 +48,14 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def environment_of_tool(problem: Path) -> dict[str, str]:
+def environment_of_tool(problem: Path | None = None) -> dict[str, str]:
     """Return the environment for a command of this project that a run starts as a process.
 
     The process is not a rank, ends with this one, and writes the line of its error to the file ``problem``.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    return {**own, ERROR_FILE_VARIABLE: str(problem), PARENT_VARIABLE: str(os.getpid())}
+    reports = {} if problem is None else {ERROR_FILE_VARIABLE: str(problem)}
+    return {**own, **reports, PARENT_VARIABLE: str(os.getpid())}
 
 
 def usable_cores() -> int:

@@ -120,7 +120,8 @@ def test_the_version_is_said_once(said):
 
 
 def test_every_optional_module_is_in_the_extra_that_messages_name(said):
-    distributions = {"flash_attn": "flash-attn", "cryptography": "pypdf[crypto]"}
+    distributions = {"flash_attn": "flash-attn", "cryptography": "pypdf[crypto]", "mlflow": "mlflow-skinny"}
+    distributions["comet_ml"] = "comet-ml"
     for module, extra in EXTRA_OF.items():
         required = [re.split(r"[<>=]", requirement)[0] for requirement in said["extras_require"][extra]]
         assert {module, distributions.get(module)} & {*required, *(name.partition("[")[0] for name in required)}, module

@@ -128,6 +128,9 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
+    for path in config.callbacks:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
+            yield f"callbacks has {path!r}; write the import path of a class, such as my_module.MyCallback"
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
             yield (
@@ -228,6 +231,10 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
                 f"data.validation names a set '{source.identity}', which validation_fraction of the source of this "
                 "name makes; rename one of them"
             )
+    for name in data.validation:
+        whole, slash, _ = name.partition("/")
+        if slash and whole in {*data.validation, "held_out"}:
+            yield f"data.validation names a set '{name}', as the part of '{whole}' from one source is; rename it"
 
 
 def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:

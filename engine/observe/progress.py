@@ -13,6 +13,7 @@ import torch
 from ..parallel.process_group import Ranks
 from ..system import peak_memory
 from .flops import device_peak_flops
+from .observer import StepRecord
 
 
 class Stopwatch:
@@ -90,6 +91,16 @@ def human(number: float) -> str:
 def duration(seconds: float) -> str:
     """Format 3725 as '1:02:05'."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def live_text(record: StepRecord) -> str:
+    """Return the numbers of a step for the live line. A narrow terminal shows the first of them."""
+    step, values = record.progress.step, record.values
+    num_steps = step + record.remaining_steps
+    loss = "no targets" if values["loss"] is None else f"loss {values['loss']:.4f}"
+    mfu = f" | MFU {values['mfu']:.1%}" if "mfu" in values else ""
+    eta = duration(record.seconds_left)
+    return f"step {step:,}/{num_steps:,} | {loss} | ETA {eta} | {values['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, Any], seconds_left: float) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _CUDNN = SDPBackend.CUDNN_ATTENTION
 _uses_cudnn = False
 
@@ -96,7 +96,7 @@ def apply_sinks(output: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
 
 
 def _causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, kernels: Sequence[SDPBackend] = _WITHOUT_CUDNN
+    q: Tensor, k: Tensor, v: Tensor, options: Options, kernels: Sequence[SDPBackend] = WITHOUT_CUDNN
 ) -> Tensor:
     """Map [B, N, S, D] queries, [B, K, S, D] keys and [B, K, S, E] values to [B, N, S, E].
 
@@ -104,22 +104,22 @@ def _causal_attention(
         kernels: those to try on a GPU, in this order. By default without cuDNN's, which plan each new length.
     """
     if options.softcap is not None or options.sinks is not None:
-        return _explicit_attention(q, k, v, options)
+        return explicit_attention(q, k, v, _visible(q.shape[2], options.window, q.device), options)
     length = q.shape[2]
     windowed = options.window is not None and options.window < length
     mask = _visible(length, options.window, q.device) if windowed else None
     # The gradients of cuDNN's kernels with a mask are not numbers for some lengths (pytorch/pytorch#196678).
-    with _only(kernels if mask is None else _WITHOUT_CUDNN, q):
+    with only_kernels(kernels if mask is None else WITHOUT_CUDNN, q):
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=options.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
 def _batch_kernels() -> list[SDPBackend]:
-    return [_CUDNN, *_WITHOUT_CUDNN] if _uses_cudnn else _WITHOUT_CUDNN
+    return [_CUDNN, *WITHOUT_CUDNN] if _uses_cudnn else WITHOUT_CUDNN
 
 
-def _only(kernels: Sequence[SDPBackend], q: Tensor) -> AbstractContextManager[None]:
+def only_kernels(kernels: Sequence[SDPBackend], q: Tensor) -> AbstractContextManager[None]:
     """Return a context in which PyTorch uses only these kernels on a GPU; there is no choice elsewhere."""
     return sdpa_kernel(list(kernels), set_priority=True) if on_gpu(q) else nullcontext()
 
@@ -129,18 +129,25 @@ def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-    """Do the same with a soft cap and sinks. Scores and sums are fp32, or float64 for float64 inputs."""
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: Options) -> Tensor:
+    """Map [B, N, L, D] queries, [B, K, S, D] keys and [B, K, S, E] values to [B, N, L, E], with soft cap and sinks.
+
+    Scores and sums are fp32, or float64 for float64 inputs.
+
+    Args:
+        visible: [L, S] or [B, 1, L, S] bool, whether a query sees a key; None: each sees all. It includes the window.
+    """
     dtype, num_heads, kv_heads, length = q.dtype, q.shape[1], k.shape[1], q.shape[2]
     q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     # The queries of a group are rows of one matrix, so that its keys and values need no copies.
     q = (q * scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    scores = (q @ k.transpose(-1, -2)).view(-1, num_heads, length, length)
+    scores = (q @ k.transpose(-1, -2)).view(-1, num_heads, length, k.shape[2])
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~_visible(length, options.window, q.device), float("-inf"))
-    weights = scores.softmax(-1).view(-1, kv_heads, num_heads // kv_heads * length, length)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(-1).view(-1, kv_heads, num_heads // kv_heads * length, k.shape[2])
     output = (weights @ v).view(-1, num_heads, length, v.shape[-1])
     if options.sinks is not None:
         output = apply_sinks(output, scores.logsumexp(-1), options.sinks)

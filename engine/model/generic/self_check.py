@@ -83,6 +83,15 @@ def with_exact_documents(architecture: TransformersArchitecture) -> Transformers
     return replace(architecture, documents=finding.documents, remark=remark)
 
 
+def tiny_models(architecture: TransformersArchitecture) -> tuple[Any, TransformersModel]:
+    """Return a tiny random model of the type and options of ``architecture``: that of transformers, and ours.
+
+    Ours has the same weights, and keeps documents apart as ``architecture`` does.
+    """
+    reference = _Reference(tiny_config(library_config(dict(architecture.config), "config.json").to_dict()))
+    return reference.library, reference.model(replace(reference.architecture, documents=architecture.documents))
+
+
 @functools.cache
 def _find(config: str) -> Finding:
     threads = torch.get_num_threads()
@@ -101,7 +110,7 @@ class _Reference:
         made = library_config(config, "a tiny model")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model = library_model(made, library_attention(made))
+            self.library = model = library_model(made, library_attention(made))
             tokens = torch.randint(self.architecture.vocab_size, (sum(_LENGTHS),))
             self.state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             for name in model.state_dict():
@@ -114,11 +123,18 @@ class _Reference:
         self.loss = F.cross_entropy(self.logits.double(), targets, reduction="sum")
 
     @torch.no_grad()
-    def difference(self, architecture: TransformersArchitecture) -> float:
-        """Return the relative difference of logits and loss of our model."""
-        model = TransformersModel(architecture).materialize(torch.device("cpu"))
+    def model(self, architecture: TransformersArchitecture) -> TransformersModel:
+        """Return our model with the same weights."""
+        model = TransformersModel(architecture)
+        model.materialize(torch.device("cpu"))
         for name, parameter in model.named_parameters():
             parameter.copy_(self.state[name])
+        return model
+
+    @torch.no_grad()
+    def difference(self, architecture: TransformersArchitecture) -> float:
+        """Return the relative difference of logits and loss of our model."""
+        model = self.model(architecture)
         batch = self.batch.prepare(torch.device("cpu"), PER_DOCUMENT, architecture.sliding_windows)
         return max(_relative(model.logits(batch), self.logits), _relative(model(batch), self.loss))
 
