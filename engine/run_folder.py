@@ -105,6 +105,7 @@ def saving_on_failure(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        run.memory.note(error, run.guards.where())
         if isinstance(error, UnreadableData) or not isinstance(error, UserError):
             run.guards.pause_watchdog()
             if run.progress.step > run.report.totals.start.step:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ERROR_FILE_VARIABLE, UserError
-from ..system import child_environment
+from ..errors import UserError
+from ..system import environment_of_tool
 from .text_sources import TRAIN, VALID, TextSource
 
 PREPROCESS = Path(__file__).resolve().parents[2] / "tools" / "preprocess.py"
@@ -57,7 +57,7 @@ class TokenizingJob:
                 [sys.executable, str(PREPROCESS), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**child_environment(), ERROR_FILE_VARIABLE: str(problem)},
+                env=environment_of_tool(problem),
             )
             try:
                 status = self._process.wait()

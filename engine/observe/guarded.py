@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files.masking import without_secrets
 from ..schedule import Progress
 from .observer import Observer, RunDescription, Sample, StepRecord
-from .waiting import Say
+
+if TYPE_CHECKING:
+    from .waiting import Say
 
 
 class Guarded(Observer):

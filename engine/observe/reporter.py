@@ -22,7 +22,7 @@ from .flops import flops_per_token
 from .guarded import Guarded
 from .host_copy import HostCopy
 from .loss_changes import LossChange, part_of
-from .metrics_file import MetricsFile
+from .metrics_file import MetricsFile, SamplesFile
 from .metrics_server import MetricsServer, require_server
 from .observer import Observer, RunDescription, Sample, StepRecord
 from .progress import Stopwatch, speed
@@ -37,7 +37,8 @@ from .waiting import Say
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     """Return the configured observers; ``say`` prints a line for people."""
     folder = Path(config.run_folder)
-    observers: list[Observer] = [MetricsFile(folder, say)]  # the others may read its file
+    # The others may read the first file.
+    observers: list[Observer] = [MetricsFile(folder, say), SamplesFile(folder, say)]
     if config.logging.tensorboard:
         remedy = "metrics.jsonl has the same numbers (logging.tensorboard: false silences this)"
         observers.append(Guarded("TensorBoard", TensorBoard(folder), remedy, say))

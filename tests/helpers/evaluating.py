@@ -44,12 +44,12 @@ MORE_OF_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
-def save_model(folder: Path, model_type: str, tokenizer: Path, seed: int = 0) -> Path:
+def save_model(folder: Path, model_type: str, tokenizer: Path, seed: int = 0, **options: Any) -> Path:
     """Save a random model with the files of a tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**SHAPE, **MORE_OF_TYPE[model_type]})
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **MORE_OF_TYPE[model_type], **options})
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     return folder

@@ -23,7 +23,7 @@ from ...engine.run_folder import run_store
 from ...engine.schedule import BatchPlan, plan_batches
 from ...engine.start import Start, find_weights, open_start
 from ...engine.tokenizer.files import tokenizer_file_name
-from ...engine.weights.checkpoint.assets import asset_folder, newest_of_run
+from ...engine.weights.checkpoint.assets import asset_folder
 from ...engine.weights.checkpoint.manifest import read_manifest
 from ...engine.weights.hugging_face.config_source import architecture_source
 
@@ -112,26 +112,21 @@ def _choose(config: RunConfig, start: Start, ranks: Ranks, mesh: Mesh) -> tuple[
     return config, replace(start, architecture=architecture), ranks.fail_together(decide)
 
 
-def default_sequence_length(config: RunConfig) -> int:
-    """Return the sequence length of the run that trained a checkpoint, else that of the model up to 2048.
+def default_sequence_length(config: RunConfig, longest: int | None) -> int:
+    """Return the sequence length of the run that trained a checkpoint, else ``longest`` up to 2048."""
+    try:
+        recorded = read_manifest(config.model.initialize_from or "").config.get("training", {}).get("sequence_length")
+    except UserError:  # not a checkpoint
+        recorded = None
+    return recorded if type(recorded) is int else min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
+
+
+def longest_sequence(config: RunConfig) -> int | None:
+    """Return ``max_position_embeddings`` of the model, if its config has it.
 
     Raises:
         UserError: there is no such model.
     """
-    name = config.model.initialize_from or ""
-    folder = newest_of_run(name) or name
-    try:
-        recorded = read_manifest(folder).config.get("training", {}).get("sequence_length")
-    except UserError:  # not a checkpoint
-        recorded = None
-    if type(recorded) is int:
-        return recorded
-    longest = longest_sequence(config)
-    return min(LONGEST_SEQUENCE, longest or LONGEST_SEQUENCE)
-
-
-def longest_sequence(config: RunConfig) -> int | None:
-    """Return ``max_position_embeddings`` of the model, if its config has it."""
     found, _ = text_config_of(read_hf_config(architecture_source(config.model)))
     value = found.get("max_position_embeddings")
     return value if type(value) is int and value > 0 else None

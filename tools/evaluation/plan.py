@@ -16,9 +16,10 @@ from ...engine.data.text_sources import is_text
 from ...engine.errors import UserError
 from ...engine.files.paths import is_url
 from ...engine.parallel.layout import plan_layout
+from ...engine.weights.checkpoint.assets import newest_of_run
 from ...engine.weights.hugging_face.initial import INITIALIZE_FROM
 from .harness import require_harness
-from .model import default_sequence_length
+from .model import default_sequence_length, longest_sequence
 from .options import SETTINGS, EvaluateOptions
 
 _OPTIONS_OF_SETTINGS = {
@@ -92,7 +93,7 @@ def _configure(
     settings.tree = {
         "run_folder": "evaluation",  # never written
         "resume": "none",
-        "model": {"initialize_from": model},
+        "model": {"initialize_from": newest_of_run(model) or model},
         "data": {"train": [dict(entry) for entry in options.data] or [{"path": "none"}]},
         "training": {
             "train_tokens": 1,
@@ -103,10 +104,12 @@ def _configure(
     add_arguments(settings, words)
     settings.found.raise_if_any()
     drafted = build_config(settings)
+    longest = longest_sequence(drafted)  # also refuses a model that does not exist
     if former is not None:
         length = former.training.sequence_length
     else:
-        length = options.sequence_length or default_sequence_length(drafted)
+        length = options.sequence_length or default_sequence_length(drafted, longest)
+    options.stride_of(length)
     parallel = drafted.parallel
     layout = plan_layout(parallel, world_size)
     count = parallel.pipeline * parallel.pipeline_stages_per_rank if parallel.pipeline > 1 else 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...engine.observe.loss_changes import LossChange
 from ..reports.charts import WIDE, bar_chart, signed
-from ..reports.metrics import LossChange
 from ..reports.page import bullets, definitions, header, note, page, section, table
 from ..reports.text import table_lines, visible
 from .scores import DocumentScore, EvaluationResult, ModelScore, SetChange, SetScore, TaskScore
@@ -28,7 +28,7 @@ def describe_set(score: SetScore) -> str:
 
 def format_result(result: EvaluationResult) -> str:
     """Return the tables for the terminal."""
-    sides = [result.model, *filter(None, [result.baseline])]
+    sides = _sides(result)
     sections = [
         *(_titled(f"{_role(result, one)}{one.model}", _lines(set_table(one))) for one in sides),
         [*_lines(change_table(result)), *([_DIFFERENT] if not result.same_tokenizer else [])],
@@ -46,7 +46,7 @@ def format_result(result: EvaluationResult) -> str:
 def result_page(result: EvaluationResult) -> str:
     """Return the page."""
     title = f"Evaluation of {result.model.model}"
-    sides = [result.model, *filter(None, [result.baseline])]
+    sides = _sides(result)
     facts = {key: str(value) for key, value in result.settings.items() if value is not None}
     sections = [
         header(title, _cards(result)),
@@ -107,10 +107,7 @@ def _change_cells(change: SetChange, result: EvaluationResult) -> tuple[str, ...
 def _cells(change: LossChange | None) -> tuple[str, ...]:
     if change is None:
         return ("",) * 4
-    return (
-        *(f"{change.before.loss:.4f}", f"{change.after.loss:.4f}"),
-        *(f"{change.change:+.4f}", f"{change.percent:+.1f} %"),
-    )
+    return f"{change.before:.4f}", f"{change.after:.4f}", f"{change.change:+.4f}", f"{change.percent:+.1f} %"
 
 
 def document_table(found: Sequence[DocumentScore], characters: int) -> Table:
@@ -155,6 +152,11 @@ def _bits(score: SetScore) -> str:
     return "unknown" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
 
 
+def _sides(result: EvaluationResult) -> list[ModelScore]:
+    """Return the baseline, if there is one, and the model."""
+    return [*filter(None, [result.baseline]), result.model]
+
+
 def _role(result: EvaluationResult, score: ModelScore) -> str:
     if result.baseline is None:
         return ""
@@ -162,7 +164,7 @@ def _role(result: EvaluationResult, score: ModelScore) -> str:
 
 
 def _notes(result: EvaluationResult) -> list[str]:
-    sides = [result.model, *filter(None, [result.baseline])]
+    sides = _sides(result)
     return [f"{one.model}: {line}" for one in sides for line in one.notes]
 
 
@@ -185,7 +187,7 @@ def _cards(result: EvaluationResult) -> Iterator[tuple[str, str, str]]:
             continue
         unit = "nats per token" if change.loss is not None else "bits per byte"
         color = {"learned": "green", "forgotten": "red"}.get(change.verdict, "grey")
-        figures = f"{difference.before.loss:.3f} \u2192 {difference.after.loss:.3f}"
+        figures = f"{difference.before:.3f} \u2192 {difference.after:.3f}"
         yield color, figures, f"{change.name}: {change.verdict}, {difference.percent:+.1f} % ({unit})"
     if result.baseline is None:
         for one in result.model.sets:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..reports.metrics import UNCHANGED, Evaluation, LossChange
+from ...engine.observe.loss_changes import LossChange
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SetScore:
     @property
     def perplexity(self) -> float:
         """Exponential of the loss."""
-        return Evaluation(0, 0, self.loss).perplexity
+        return math.exp(min(self.loss, 700.0))
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -127,15 +127,13 @@ class SetChange:
         """The change of the loss per token; None with different tokenizers."""
         if not self.same_tokenizer:
             return None
-        return LossChange(Evaluation(0, 0, self.before.loss), Evaluation(0, 0, self.after.loss))
+        return LossChange(self.before.loss, self.after.loss)
 
     @property
     def bits_per_byte(self) -> LossChange | None:
         """The change of bits per byte; None if either is unknown."""
         before, after = self.before.bits_per_byte, self.after.bits_per_byte
-        if before is None or after is None:
-            return None
-        return LossChange(Evaluation(0, 0, before), Evaluation(0, 0, after))
+        return None if before is None or after is None else LossChange(before, after)
 
     @property
     def comparable(self) -> LossChange | None:
@@ -145,23 +143,13 @@ class SetChange:
     @property
     def verdict(self) -> str:
         """learned, forgotten, unchanged; empty if nothing can be compared."""
-        change = self.comparable
-        if change is None:
-            return ""
-        if abs(change.change) < UNCHANGED:
-            return "unchanged"
-        return "learned" if change.change < 0 else "forgotten"
+        return "" if self.comparable is None else self.comparable.outcome
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers, for JSON."""
         record: dict[str, Any] = {"name": self.name, "verdict": self.verdict}
         for key, change in (("loss", self.loss), ("bits_per_byte", self.bits_per_byte)):
-            record[key] = change and {
-                "before": change.before.loss,
-                "after": change.after.loss,
-                "change": change.change,
-                "percent": change.percent,
-            }
+            record[key] = change and {**change.to_dict(), "percent": change.percent}
         return record
 
 

@@ -94,7 +94,7 @@ class Windows:
         across = self.plan.attend_across_documents
         batches = validation_batches([self.source], plan, self.data_rank, self.vocab_size, across, self._limit)
         width = plan.micro_batch_size * plan.data_parallel_size
-        for number, batch in enumerate(batches):
+        for number, (_, batch) in enumerate(batches):
             first = number * width + self.data_rank * plan.micro_batch_size
             places = np.arange(first, first + plan.micro_batch_size)
             chunks_M1 = (places * ends[-1] // count)[:, None]

@@ -7,7 +7,6 @@ made from the vocabulary and the kind of the tokenizer's decoder, and is checked
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.tokenizer.json_file import parse_tokenizer
+from ...engine.tokenizer.backends import TokenizersReference
+from ...engine.tokenizer.files import tokenizer_kind
 from ...engine.tokenizer.probes import PROBES
 from ...engine.tokenizer.reference import open_reference
 
@@ -62,8 +62,11 @@ def read_token_bytes(file: Path, vocab_size: int) -> TokenBytes | str:
         UserError: the file is not a tokenizer.
     """
     reference, _ = open_reference(str(file), file)
-    read = {".json": _of_tokenizers, ".model": _of_sentencepiece, ".tiktoken": _of_tiktoken}[file.suffix]
-    texts, drops_first_space = read(file)
+    if isinstance(reference, TokenizersReference):
+        texts, drops_first_space = _of_tokenizers(reference)
+    else:
+        read = _of_sentencepiece if tokenizer_kind(file) == "sentencepiece" else _of_tiktoken
+        texts, drops_first_space = read(file)
     size = max(vocab_size, reference.vocab_size)
     num_bytes, has_text, spaces = np.zeros(size, np.int32), np.zeros(size, bool), np.zeros(size, bool)
     for token_id, text in texts:
@@ -73,9 +76,11 @@ def read_token_bytes(file: Path, vocab_size: int) -> TokenBytes | str:
     table = TokenBytes(num_bytes, has_text, spaces, drops_first_space)
     for text in PROBES:
         ids = reference.encode([text])[0]
+        if not len(ids) or not has_text[ids].all():
+            continue
         whole = reference.decode(ids.tolist(), False).encode("utf-8", "surrogatepass")
-        known = has_text[ids]
-        if known.all() and len(ids) and int(table.count(ids, np.arange(len(ids)) == 0).sum()) != len(whole):
+        whole = whole.removeprefix(b" ") if drops_first_space else whole  # no probe begins with a space
+        if int(table.count(ids, np.arange(len(ids)) == 0).sum()) != len(whole):
             return f"{file}: its decoder does not keep the bytes of tokens"
     return table
 
@@ -84,9 +89,8 @@ _Texts = tuple[Iterator[tuple[int, bytes]], bool]
 """Id and bytes of every token with text, and :attr:`TokenBytes.drops_first_space`."""
 
 
-def _of_tokenizers(file: Path) -> _Texts:
-    tokenizer = parse_tokenizer(file.read_bytes(), file)
-    rules = json.loads(tokenizer.to_str())
+def _of_tokenizers(reference: TokenizersReference) -> _Texts:
+    tokenizer, rules = reference.library_tokenizer, reference.outline([])
     decoders = list(_parts(rules["decoder"], "decoders"))
     kinds = {one["type"] for one in decoders}
     added = tokenizer.get_added_tokens_decoder()

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ...system import child_environment
+from ...system import environment_of_tool
 from .facts import TRACKERS_FOLDER
 
 REPORT = Path(__file__).resolve().parents[3] / "tools" / "report.py"
@@ -41,7 +41,7 @@ class ReportPage:
                 [sys.executable, str(REPORT), *words],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                env=child_environment(),
+                env=environment_of_tool(),
                 timeout=_SECONDS,
                 check=False,
             )

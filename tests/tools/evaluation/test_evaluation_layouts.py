@@ -53,6 +53,19 @@ def test_two_ranks_compute_what_one_does(layout: str, mode: str, one_rank, two_r
     assert expected.text_bytes
 
 
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv_zero_bubble"])
+def test_pipelines_with_several_stages_on_a_rank(
+    schedule: str, one_rank, two_ranks, tiny_tokenizer: Path, tmp_path: Path, data: str
+) -> None:
+    folder = save_model(tmp_path / "model", "qwen2", tiny_tokenizer, num_hidden_layers=4)
+    options = request(folder, data, sequence_length=32, batch_size=1)
+    words = ["--parallel.pipeline_schedule", schedule, "--parallel.pipeline_stages_per_rank", "2"]
+    words += ["--parallel.reshard_after_forward", "false"]
+    [expected] = evaluate(one_rank, options).model.sets
+    for result in two_ranks.run(evaluate, options, [*FP32, *LAYOUTS["pipeline"], *words]):
+        require_equal(result.model.sets[0], expected)
+
+
 @pytest.mark.parametrize("words", [["--data.attend_across_documents", "true"], []], ids=["across", "documents"])
 @pytest.mark.parametrize("eval_tokens", [500, 10_000_000], ids=["a part", "all"])
 def test_packed_is_the_validation_that_training_logs(
