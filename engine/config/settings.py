@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..files.masking import without_signature
 from .yaml_loader import dump_yaml
 
 PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
@@ -72,7 +73,7 @@ class SourceConfig:
     @property
     def identity(self) -> str:
         """Name of this source in logs and checkpoints, and key of its sample order."""
-        return self.name if self.name is not None else Path(self.path).name
+        return self.name if self.name is not None else Path(without_signature(self.path)).name
 
     @property
     def for_text(self) -> dict[str, Any]:
