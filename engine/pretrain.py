@@ -11,11 +11,13 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
+from retemper.engine.config.packages import require_trackers
 from retemper.engine.config.parser import build_parser as build_parser
-from retemper.engine.config.parser import parse_config
+from retemper.engine.config.parser import config_folders, parse_config
 from retemper.engine.config.settings import RunConfig
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.open_limit import raise_open_files_limit
@@ -60,6 +62,11 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config(arguments)
     check_layout(config, world_size)
+    require_trackers(config.logging)
+    if config.callbacks:
+        from retemper.engine.observe.callbacks import import_callbacks
+
+        import_callbacks(config.callbacks, [*config_folders(arguments), Path.cwd()])
     with without_gc():
         from retemper.engine import prepare_data, run, run_folder  # noqa: F401
         from retemper.engine.guards import rollback  # noqa: F401
@@ -80,12 +87,15 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.data.loader import TrainingData
     from retemper.engine.evaluation import Validation
     from retemper.engine.guards.run_guards import RunGuards
-    from retemper.engine.observe.reporter import Reporter
+    from retemper.engine.observe.profiler import StepProfiler
+    from retemper.engine.observe.reporter import Reporter, create_early_observers
     from retemper.engine.observe.waiting import rank0_printer, report_if_slow
     from retemper.engine.optim import build_optimizer
+    from retemper.engine.out_of_memory import MemoryGuard
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.prepare_data import prepare_data
+    from retemper.engine.prompt_samples import PromptSamples
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
@@ -94,6 +104,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     validate(config)
     stop, say, store = stop or StopRequest(ranks), rank0_printer(ranks.is_main), run_store(config, ranks)
     stop.stop_after(config.training.stop_after_minutes)
+    observers = ranks.run_on_rank0(lambda: create_early_observers(config, say)) or []
     config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
@@ -104,29 +115,31 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
         config, start, choices = choose_implementation(config, start, plan, ranks)
         architecture = start.architecture
         catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+    samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
-    mesh = build_mesh(layout, ranks.device.type)
-    with report_if_slow("building the model", say):
+    mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
+    with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
     stop.exit_if_agreed()
-    with report_if_slow("loading the weights", say):
+    with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):
         casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
     with report_if_slow("reading the validation sets", say):
-        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks)
+        validation = Validation(config, catalog, plan, architecture.vocab_size, mesh, ranks, start.resumed_from)
     ranks.fail_together(catalog.finish_checks)
     saver = Saver(store, ranks, config.checkpoint, say)
-    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say)
+    profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
+    guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
-        data=data, validation=validation, model=model, forward_backward=forward_backward, optimizer=optimizer,
-        store=store, saver=saver, guards=guards, report=report, remarks=[*casts, *found.remarks, *room],
-        progress=progress,
+        data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
+        optimizer=optimizer, store=store, saver=saver, guards=guards, memory=memory, report=report, profiler=profiler,
+        remarks=[*casts, *found.remarks, *room], progress=progress,
     )  # fmt: skip
 
 
@@ -138,7 +151,7 @@ def train(run: Run, console: Console | None = None) -> None:
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
 
-    with open_run_folder(run, console):
+    with run.memory.explained(run.guards.where), open_run_folder(run, console):
         run.say(*describe_start(run))
         with run.stop, run.guards, run.saver:  # main() may have entered run.stop already, which may be nested
             rollback = None
@@ -170,10 +183,10 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     run.report.stopwatch.restart()
     step_starts = range(run.progress.samples, run.end_sample, run.plan.global_batch_size)
     prefetcher = Prefetcher(run.data.micro_batches, step_starts, run.config.data.prefetch_steps)
-    with prefetcher, saving_on_failure(run):
+    with prefetcher, run.profiler.following(run.progress.step), saving_on_failure(run):
         for first_sample in step_starts:
             result = one_step(run, *next_batches(run, prefetcher))
-            run.report.stopwatch.step_done()
+            run.report.stopwatch.step_done(run.profiler.slows_down)
             first = first_sample == step_starts[0]
             if first:  # the optimizer has its states now
                 run.saver.reserve_host_memory(training_tensors(run.model, run.optimizer))
@@ -187,6 +200,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             run.guards.pause_watchdog()  # until the next step begins
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
+                run.profiler.step_done(run.progress.step)
             if stopping and not last:
                 run.saver.wait(raise_on_failure=True)
                 run.say(f"stopped at step {run.progress.step} as requested; resume: auto continues")
@@ -254,7 +268,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     if run.validation and run.evaluation_due() and (last or not stopping):
         # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.
         losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
-        stopping = stopping or not losses  # a stop request interrupted the evaluation
+        stopping = stopping or run.stop.agreed()  # asked during the evaluation, which may be interrupted
     if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
         report_pending(run)
         run.guards.require_savable(step, result)
@@ -266,13 +280,18 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
 def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool]:
     """Return the losses of the validation sets (none after a stop request), and whether they are the best so far."""
     report_pending(run)
+    run.guards.enter_phase("evaluate")
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
-    run.report.evaluation(run.progress, losses)
+    run.report.evaluation(run.progress, losses, run.validation.changes())
     run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
+    if losses and run.samples:
+        step = run.progress.step
+        texts = run.samples.generate(run.model, run.forward_backward, step, run.stop.agreed, run.say)
+        run.report.samples(run.progress, texts)
     best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)
-    return losses, best is not None
+    return run.validation.of_sets(losses), best is not None
 
 
 if __name__ == "__main__":

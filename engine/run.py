@@ -14,11 +14,14 @@ from .data.sample_order import SampleOrder
 from .evaluation import Validation
 from .guards.run_guards import RunGuards
 from .guards.stop_request import StopRequest
+from .observe.profiler import StepProfiler
 from .observe.reporter import Reporter
+from .out_of_memory import MemoryGuard
 from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
+from .prompt_samples import PromptSamples
 from .schedule import BatchPlan, Progress
 from .start import Start
 from .weights.checkpoint.manifest import Manifest
@@ -42,13 +45,16 @@ class Run:
     catalog: Catalog
     data: TrainingData
     validation: Validation
+    samples: PromptSamples
     model: ModelParts
     forward_backward: ForwardBackward
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
     saver: Saver
     guards: RunGuards
+    memory: MemoryGuard
     report: Reporter
+    profiler: StepProfiler
     remarks: list[str]
     """Lines for the log."""
     progress: Progress

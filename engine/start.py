@@ -78,12 +78,13 @@ class Start(ABC):
     """Manifest of the checkpoint from which the run continues; None for a new run."""
 
     @abstractmethod
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
         """Initialize or load the weights of ``model``, and return lines about casts. All ranks must call this.
 
         Args:
             model: this rank's part, without values.
-            optimizer: of its parameters; also loaded if the run continues from a checkpoint.
+            optimizer: of its parameters; also loaded if the run continues from a checkpoint. None: there is none, and
+                the run does not continue.
 
         Raises:
             UserError: the weights cannot be read.
@@ -102,7 +103,7 @@ class RandomStart(Start):
     _: KW_ONLY
     seed: int
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
         """See :class:`Start`."""
         for decoder in model.decoders:
             decoder.initialize_(self.seed, copy_full_)
@@ -116,7 +117,7 @@ class HuggingFaceStart(Start):
     _: KW_ONLY
     weights: HfModel
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
         """See :class:`Start`."""
         assert self.folder is not None
         tensors = model_tensors(model)
@@ -135,12 +136,13 @@ class CheckpointStart(Start):
     parts: TensorParts
     """The tensors of the checkpoint."""
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
         """See :class:`Start`."""
         assert self.folder is not None
         require_model_tensors(self.folder, self.parts.tensors, meta_model(self.architecture))
         wanted: dict[str, Tensor] = model_tensors(model)
         if self.resumed_from:
+            assert optimizer is not None
             allocate_states(optimizer)
             wanted = training_tensors(model, optimizer)
         casts = check_casts(self.folder, self.parts.tensors, wanted, resuming=self.resumed_from is not None)
@@ -163,10 +165,25 @@ def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple
         UserError: on every rank, if the start is missing or damaged.
     """
     config, found = _find(config, ranks, store)
-    if config.model.trust_remote_code:
-        # On one rank first: transformers copies the code to a folder that ranks share, and imports it there.
-        ranks.run_on_rank0(lambda: _register_code(config.model, found.folder))
+    _share_code(config.model, found, ranks)
     return config, found
+
+
+def find_weights(model: ModelConfig, ranks: Ranks, store: CheckpointStore) -> StartFolder:
+    """Find, download and verify the weights of ``model.initialize_from``. All ranks must call this.
+
+    Raises:
+        UserError: on every rank, if they are missing or damaged.
+    """
+    found = _find_weights(model, ranks, store)
+    _share_code(model, found, ranks)
+    return found
+
+
+def _share_code(model: ModelConfig, found: StartFolder, ranks: Ranks) -> None:
+    if model.trust_remote_code:
+        # On one rank first: transformers copies the code to a folder that ranks share, and imports it there.
+        ranks.run_on_rank0(lambda: _register_code(model, found.folder))
 
 
 def _find(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunConfig, StartFolder]:
@@ -177,9 +194,12 @@ def _find(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunC
         return replace(config, data=data), StartFolder(str(folder), manifest, True, tuple(lines))
     if config.model.initialize_from is None:
         return config, StartFolder()
-    model = config.model
+    return config, _find_weights(config.model, ranks, store)
+
+
+def _find_weights(model: ModelConfig, ranks: Ranks, store: CheckpointStore) -> StartFolder:
     kind, weights = local_weights(str(model.initialize_from), ranks, lambda folder: _check_model(folder, model))
-    return config, StartFolder(weights, store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None)
+    return StartFolder(weights, store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None)
 
 
 def _check_model(folder: Path, model: ModelConfig) -> None:

@@ -80,6 +80,56 @@ def test_all_targets_of_a_held_out_part_on_two_ranks(two_ranks, run_file, tmp_pa
         assert losses["held_out"] == pytest.approx(expected, rel=2e-6) and f"{count} targets" in said
 
 
+TWO_SOURCES = {"news": [30] * 20, "web": [9] * 70}
+"""Lengths of the documents of two sources, whose last tenth is held out: 2 of 30 tokens, and 7 of 9."""
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory):
+    """Options of a run that holds out a part of two sources, and the documents that are held out."""
+    folder = tmp_path_factory.mktemp("sources")
+    documents = {name: write(folder / name, lengths, len(name)) for name, lengths in TWO_SOURCES.items()}
+    train = ", ".join(f"{{path: {folder / name}}}" for name in TWO_SOURCES)
+    options = ["--data.train", f"[{train}]", "--data.validation", "{}", "--data.validation_fraction", "0.1"]
+    held_out = {name: of_source[-len(of_source) // 10 :] for name, of_source in documents.items()}
+    return options, held_out
+
+
+def check_sources(result, held_out):
+    losses, [said], weights = result
+    expected = {name: float64_loss(weights, documents) for name, documents in held_out.items()}
+    total = sum(count for _, count in expected.values())
+    assert f": {total} targets" in said and [*losses] == ["held_out", "held_out/news", "held_out/web"]
+    for name, (loss, _) in expected.items():
+        assert losses[f"held_out/{name}"] == pytest.approx(loss, rel=2e-6)
+    mean = sum(loss * count for loss, count in expected.values()) / total
+    assert losses["held_out"] == pytest.approx(mean, rel=2e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_the_loss_of_each_source(micro_batch, one_rank, run_file, two_sources, tmp_path):
+    options, held_out = two_sources
+    options = [*options, "--training.micro_batch_size", str(micro_batch), "--run_folder", str(tmp_path)]
+    check_sources(evaluated(one_rank, run_file, options), held_out)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--training.micro_batch_size 4",
+        "--training.micro_batch_size 1",
+        "--parallel.pipeline 2 --training.micro_batch_size 1",
+        "--parallel.tensor 2",
+        "--parallel.context 2",
+    ],
+)
+def test_the_loss_of_each_source_on_two_ranks(layout, two_ranks, one_rank, run_file, two_sources, tmp_path):
+    options = [*two_sources[0], "--model.architecture.vocab_size", "98", "--run_folder", str(tmp_path)]
+    expected, said, _ = evaluated(one_rank, run_file, options)
+    for losses, lines, _ in two_ranks.run(evaluated, run_file, [*options, *layout.split()]):
+        assert losses == pytest.approx(expected, rel=2e-6) and lines == said and len(losses) == 3
+
+
 def test_the_log_says_which_part_of_a_set_is_evaluated(one_rank, run_file, tmp_path):
     write(tmp_path / "v", [500])
     overrides = ["--data.validation", f"{{v: {tmp_path / 'v'}}}", "--training.eval_tokens", "100"]

@@ -14,6 +14,7 @@ from .settings import (
     ALLOWABLE_CHANGES,
     CheckpointConfig,
     DataConfig,
+    LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -127,6 +128,9 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
+    for path in config.callbacks:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
+            yield f"callbacks has {path!r}; write the import path of a class, such as my_module.MyCallback"
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
             yield (
@@ -141,6 +145,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     yield from _pipeline(config.parallel)
     yield from _schedule(training, config.optimizer)
     yield from _data(config.data, training)
+    yield from _profile(config.logging)
     if config.model.initialize_from is None and config.model.architecture is None:
         yield (
             "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
@@ -157,6 +162,12 @@ def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:
         yield f"checkpoint.push_to_hub is {name!r}; name a repository on the Hub, such as my-organization/my-model"
     if checkpoint.hub_message is not None and not checkpoint.hub_message.strip():
         yield "checkpoint.hub_message is empty; write a message, or remove it"
+
+
+def _profile(logging: LoggingConfig) -> Iterator[str]:
+    steps = logging.profile_steps
+    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= _LARGEST):
+        yield f"logging.profile_steps is {steps}; name the first and the last step, from 1 on, such as [10, 13]"
 
 
 def _schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[str]:
@@ -220,6 +231,10 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
                 f"data.validation names a set '{source.identity}', which validation_fraction of the source of this "
                 "name makes; rename one of them"
             )
+    for name in data.validation:
+        whole, slash, _ = name.partition("/")
+        if slash and whole in {*data.validation, "held_out"}:
+            yield f"data.validation names a set '{name}', as the part of '{whole}' from one source is; rename it"
 
 
 def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:

@@ -127,6 +127,11 @@ RULES = (
     Rule(("training.eval_interval",), _fits("eval_interval"), "the run has fewer steps; it evaluates only at the end"),
     Rule(("training.check_replicas_interval",), _fits("check_replicas_interval"), "the run has fewer steps"),
     Rule(
+        ("logging.profile_steps",),
+        lambda now: (now.config.logging.profile_steps or [0])[0] <= now.steps,
+        "the run has fewer steps",
+    ),
+    Rule(
         ("checkpoint.save_interval",),
         lambda now: now.config.checkpoint.save_interval <= now.steps,
         "the run has fewer steps; it saves only at the end",
@@ -192,6 +197,11 @@ RULES = (
         "the run computes on the CPU, where everything is in host memory",
     ),
     Rule(
+        ("logging.memory_snapshot",),
+        lambda now: now.device != "cpu",
+        "the run computes on the CPU, and snapshots are of a GPU's memory",
+    ),
+    Rule(
         ("allow_changes",),
         lambda now: now.resumed is not None,
         "the run starts fresh, not from a checkpoint",
@@ -218,7 +228,7 @@ ALWAYS = {
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
     *("logging.log_interval", "logging.stragglers", "logging.tensorboard", "logging.trackers", "logging.progress_bar"),
-    *("logging.profile_steps", "logging.memory_snapshot", "logging.metrics_port", "callbacks"),
+    *("logging.metrics_port", "callbacks"),
 }
 """Settings that matter in every run; ``[]`` stands for an item of a list."""
 ELSEWHERE = {

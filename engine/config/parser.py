@@ -12,11 +12,13 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checks import problems
 from .command_line import CommandParser
+from .files import find_config
 from .options import Settings
 from .settings import RunConfig, to_yaml
 from .spelling import known_keys
@@ -113,6 +115,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         print(to_yaml(run), end="")
         raise SystemExit(0)
     return run
+
+
+def config_folders(arguments: Sequence[str] | None = None) -> list[Path]:
+    """Return the folders of the files that ``--config`` names in a valid command line (default ``sys.argv[1:]``)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    names = [after for word, after in pairwise(words) if word == "--config"]
+    names += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return [found.parent for found in map(find_config, names) if isinstance(found, Path)]
 
 
 def add_arguments(settings: Settings, arguments: Sequence[str]) -> None:

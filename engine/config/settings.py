@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..files.masking import without_signature
 from .yaml_loader import dump_yaml
 
 PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
@@ -72,7 +73,7 @@ class SourceConfig:
     @property
     def identity(self) -> str:
         """Name of this source in logs and checkpoints, and key of its sample order."""
-        return self.name if self.name is not None else Path(self.path).name
+        return self.name if self.name is not None else Path(without_signature(self.path)).name
 
     @property
     def for_text(self) -> dict[str, Any]:
@@ -405,19 +406,26 @@ class LoggingConfig:
     offline: bool = False
     """Trackers write only files, under ``{run_folder}/trackers``, and use no network."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts that the model continues at every evaluation. The texts go to the console, to ``samples.jsonl`` and to
-    the trackers."""
+    """Prompts that the model continues greedily at every evaluation. They begin as documents do in training. The texts
+    go to the console, to ``samples.jsonl`` and to the trackers. Every token costs the forward pass of a micro-batch,
+    with a pipeline that of a step."""
     sample_tokens: int = 64
-    """Maximum number of new tokens for each of ``sample_prompts``."""
+    """Maximum number of new tokens for each of ``sample_prompts``. A text also ends with the end of a document, or at
+    ``training.sequence_length`` tokens."""
     progress_bar: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
-    """Show one live line instead of a line for each step. auto: on a terminal."""
+    """Show one live line instead of a line for each step: a bar, the loss, the time left, tokens/s and MFU. auto: if
+    standard output is a terminal, unless TERM is dumb. ``log.txt`` always has the line of each reported step."""
     profile_steps: list[int] | None = None
-    """First and last step, such as [10, 13], of which every rank writes a trace of the PyTorch profiler, under
-    ``{run_folder}/profile``."""
+    """First and last step, such as [10, 13], of which every rank writes a trace of the PyTorch profiler and a table,
+    under ``{run_folder}/profile``; see docs/profiling.md. These steps and the one before are slower, and do not count
+    in the speed of the run. Null: none."""
     memory_snapshot: Literal["never", "on_oom"] = "never"
-    """on_oom: record allocations on a GPU, and write a memory snapshot of PyTorch when memory runs out."""
+    """on_oom: record allocations on a GPU with their Python stacks, and when its memory runs out write
+    ``{run_folder}/memory_snapshot_rank0.pickle`` (of that rank) for https://pytorch.org/memory_viz. Recording takes
+    about 2 µs for each allocation, and some hundred MB of host memory for each rank."""
     metrics_port: int | None = None
-    """Port on which rank 0 serves the newest numbers for Prometheus. Null: none."""
+    """Port on which rank 0 serves the newest numbers for Prometheus, at ``http://HOST:PORT/metrics`` on all interfaces.
+    A port that is in use is refused. Null: none."""
 
 
 @dataclass(frozen=True)
@@ -434,8 +442,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     callbacks: list[str] = field(default_factory=list)
-    """Import paths of classes, such as ``my_module.MyCallback``, that receive the events of the run; see
-    docs/tracking.md."""
+    """Import paths of classes, such as ``my_module.MyCallback``, that receive the events of the run on rank 0; see
+    docs/tracking.md. Modules are also found in the folder of the ``--config`` file and in the working directory."""
     seed: int = 1234
     """Seed of the sample order and of random initialization."""
     allow_changes: list[str] = field(default_factory=list)

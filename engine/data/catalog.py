@@ -134,14 +134,33 @@ def open_catalog(
         )
     validation = {HELD_OUT: held_out} if held_out else {}
     for name, path in config.validation.items():
-        dataset, sidecar = _open(path, vocab_size, tokenizer)
+        source, sidecar = open_validation_set(name, path, plan.sequence_length, vocab_size, tokenizer)
         unchecked += [] if sidecar else [path]
-        opened.append(NamedDataset(f"validation set '{name}'", path, dataset, sidecar))
-        source = Source(name, dataset, plan.sequence_length, 0, dataset.num_tokens, bos_id=_bos_id(sidecar))
-        _require_targets(source, "the set has")
+        opened.append(NamedDataset(f"validation set '{name}'", path, source.dataset, sidecar))
         validation[name] = [source]
     remarks = [*dict.fromkeys(line for one in opened for line in one.dataset.remarks), *equal_datasets(opened)]
     return Catalog(list(train.values()), _stages(config, train), validation, fingerprints, unchecked, remarks)
+
+
+def open_validation_set(
+    name: str, path: str, sequence_length: int, vocab_size: int, tokenizer: TokenizerIdentity | None
+) -> tuple[Source, Sidecar | None]:
+    """Open a whole dataset as a validation set; return it with its sidecar, if it has one.
+
+    Args:
+        name: of the set.
+        path: prefix of the dataset.
+        sequence_length: of the chunks.
+        vocab_size: of the model.
+        tokenizer: of the model; None skips the comparison of tokenizers.
+
+    Raises:
+        UserError: the dataset is missing, damaged, made with another tokenizer, or has no targets.
+    """
+    dataset, sidecar = _open(path, vocab_size, tokenizer)
+    source = Source(name, dataset, sequence_length, 0, dataset.num_tokens, bos_id=_bos_id(sidecar))
+    _require_targets(source, "the set has")
+    return source, sidecar
 
 
 def _stages(config: DataConfig, sources: Mapping[str, Source]) -> list[CurriculumStage]:

@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from ..batch import Batch
 from ..schedule import BatchPlan
@@ -63,6 +64,14 @@ class TrainingData:
         return self.sources[sample.source].chunk(sample.chunk, self.vocab_size, sample.epoch)
 
 
+class SourceBatch(NamedTuple):
+    """A micro-batch of a validation set, with chunks of one source only."""
+
+    source: int
+    """Number of the source in the set."""
+    batch: Batch
+
+
 def validation_batches(
     sources: Sequence[Source],
     plan: BatchPlan,
@@ -70,31 +79,36 @@ def validation_batches(
     vocab_size: int,
     attend_across_documents: bool,
     max_tokens: int,
-) -> Iterator[Batch]:
+) -> Iterator[SourceBatch]:
     """Yield this rank's micro-batches of a validation set, the same ones each time.
 
     They hold all targets of the set, with a shorter last chunk of each source; or ``max_tokens`` tokens in whole
     chunks, spread evenly over all sources. Every rank gets the same number of micro-batches, since they compute
-    together: places beyond the last chunk are filled with masked tokens.
+    together: places beyond the last chunk of a source are filled with masked tokens.
     """
-    ends, count = _chunks_evaluated(sources, plan.sequence_length, max_tokens)
-
-    def chunk(place: int) -> Chunk | None:
-        if place >= count:
-            return None
-        number = place * ends[-1] // count
-        position = bisect.bisect_right(ends, number)
-        first = ends[position - 1] if position else 0
-        return sources[position].chunk(number - first, vocab_size)
-
-    width = plan.micro_batch_size * plan.data_parallel_size
-    for first in range(0, count, width):
-        mine = first + data_rank * plan.micro_batch_size
-        chunks = [chunk(place) for place in range(mine, mine + plan.micro_batch_size)]
-        yield pack(chunks, plan.sequence_length, attend_across_documents)
+    micro_batches = list(_chunks_by_micro_batch(sources, plan, max_tokens))
+    for first in range(0, len(micro_batches), plan.data_parallel_size):
+        mine = first + data_rank
+        source, numbers = micro_batches[mine] if mine < len(micro_batches) else (micro_batches[-1][0], [])
+        chunks: list[Chunk | None] = [sources[source].chunk(number, vocab_size) for number in numbers]
+        chunks += [None] * (plan.micro_batch_size - len(chunks))
+        yield SourceBatch(source, pack(chunks, plan.sequence_length, attend_across_documents))
 
 
-def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
+def _chunks_by_micro_batch(
+    sources: Sequence[Source], plan: BatchPlan, max_tokens: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (source, its chunks) of every micro-batch of all ranks."""
+    ends, count = chunks_evaluated(sources, plan.sequence_length, max_tokens)
+    numbers = [place * ends[-1] // count for place in range(count)]
+    for source, group in itertools.groupby(numbers, key=lambda number: bisect.bisect_right(ends, number)):
+        first = ends[source - 1] if source else 0
+        chunks = [number - first for number in group]
+        for start in range(0, len(chunks), plan.micro_batch_size):
+            yield source, chunks[start : start + plan.micro_batch_size]
+
+
+def chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> tuple[list[int], int]:
     """Return (running sum of the chunks of each source, number of evaluated chunks)."""
     ends = list(itertools.accumulate(source.num_chunks_with_tail for source in sources))
     if sum(source.num_targets for source in sources) <= max_tokens:
@@ -106,7 +120,7 @@ def _chunks_evaluated(sources: Sequence[Source], sequence_length: int, max_token
 
 def describe_evaluated(sources: Sequence[Source], sequence_length: int, max_tokens: int) -> str:
     """Describe which part of a validation set is evaluated."""
-    _, count = _chunks_evaluated(sources, sequence_length, max_tokens)
+    _, count = chunks_evaluated(sources, sequence_length, max_tokens)
     total = sum(source.num_chunks_with_tail for source in sources)
     if count == total:
         return f"all chunks ({total:,}), none left out"

@@ -82,6 +82,7 @@ def roll_back(run: Run, rollback: Rollback) -> None:
     checkpoint, manifest = rollback.checkpoint, rollback.manifest
     run.ranks.fail_together(lambda: start.at_checkpoint(checkpoint, manifest).load_into(run.model, run.optimizer))
     run.progress = rollback.progress
+    run.validation.continue_from(manifest)
     run.guards.step_guard.load_state_dict(rollback.health)
     run.evaluation_pending = run.must_evaluate_at(rollback.manifest)
     run.ranks.run_on_rank0(lambda: run.report.start(run.progress.step, run.evaluation_pending))

@@ -41,6 +41,7 @@ class RunGuards:
         model: this rank's part.
         say: prints a line for people, on the main rank.
         resumed: manifest of the checkpoint that the run continues from.
+        on_phase: called with the name of each part of a step that begins.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class RunGuards:
         model: ModelParts,
         say: Callable[[str], None],
         resumed: Manifest | None,
+        on_phase: Callable[[str], None],
     ):
         self._ranks, self._store, self._saver, self._model = ranks, store, saver, model
         seconds = config.parallel.timeout_seconds
@@ -62,7 +64,8 @@ class RunGuards:
         self.watchdog = Watchdog(seconds, ranks)
         self.emergency = EmergencySave(ranks, dict(model.named_parameters()), saver, say, seconds)
         self._garbage = GarbageCollection(config.training.gc_interval)
-        self._step = 0
+        self._step, self._on_phase = 0, on_phase
+        self._phase = "other"
 
     def __enter__(self) -> RunGuards:
         self.watchdog.__enter__()
@@ -82,7 +85,17 @@ class RunGuards:
 
     def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
-        self.watchdog.beat(f"step {self._step}, {phase}")
+        self.enter_phase(phase)
+        self.watchdog.beat(self.where())
+
+    def enter_phase(self, phase: str) -> None:
+        """Note that a part of a step or of the time after it begins, without a time limit."""
+        self._phase = phase
+        self._on_phase(phase)
+
+    def where(self) -> str:
+        """Return the newest step and the phase that has begun, for messages."""
+        return f"step {self._step}, {self._phase}"
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`~retemper.engine.step.StepGuards`."""

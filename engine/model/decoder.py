@@ -25,13 +25,13 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ...kernels.activations import ACTIVATIONS, gated
 from ...kernels.attention import attention
-from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel, SameInput
+from .language_model import Attend, LanguageModel, Loss, SameInput
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -54,7 +54,8 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(_loss_sum, architecture)
+        self.loss: Loss = functools.partial(_loss_sum, architecture)
+        self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -85,11 +86,7 @@ class Decoder(LanguageModel):
 
     def head_logits(self, hidden_TH: Tensor) -> Tensor:
         """See :class:`LanguageModel`."""
-        logits_TV = hidden_TH @ self.head_weight.t()
-        if self.architecture.logit_scale != 1.0:
-            logits_TV = logits_TV * self.architecture.logit_scale
-        cap = self.architecture.logit_softcap
-        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+        return scaled_logits(hidden_TH, self.head_weight, **self.architecture.head_options)
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
@@ -113,6 +110,16 @@ class Decoder(LanguageModel):
                     0.0, self.architecture.initializer_range, generator=generator
                 )
                 copy_(parameter, values)
+
+
+def scaled_logits(
+    hidden_TH: Tensor, weight_VH: Tensor, *, logit_scale: float = 1.0, logit_softcap: float | None = None
+) -> Tensor:
+    """Map [T, H] hidden states to the [T, V] logits of some rows of the head."""
+    logits_TV = hidden_TH @ weight_VH.t()
+    if logit_scale != 1.0:
+        logits_TV = logits_TV * logit_scale
+    return logits_TV if logit_softcap is None else logit_softcap * torch.tanh(logits_TV / logit_softcap)
 
 
 def _loss_sum(architecture: DecoderArchitecture, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:

@@ -15,18 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear_cross_entropy import IGNORE_INDEX
 from ..batch import Batch
 from .architecture import Architecture
 
 Attend = Callable[..., Tensor]
 """An attention operation with the arguments of :func:`retemper.kernels.attention.attention`."""
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
+
+NextTokens = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to the [n] most likely token after each
+position whose target is not masked."""
+
 
 class LanguageModel(nn.Module, ABC):
     """A causal language model on packed documents. It returns the summed loss of a batch and never forms all logits.
 
     Its parameters have the names of the transformers library. The number of ranks is unknown here: if ranks share the
-    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss`.
+    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss`,
+    :attr:`token_losses` and :attr:`next_tokens`.
     """
 
     architecture: Architecture
@@ -34,8 +43,16 @@ class LanguageModel(nn.Module, ABC):
     """Whether this part of the model has the first block, and so takes tokens."""
     is_last: bool
     """Whether this part has the last block, and so returns losses."""
+    loss: Loss
+    """Returns the [] fp32 sum of the losses, with gradients."""
+    token_losses: Loss
+    """Returns the [T] fp32 terms of that sum, zero where the target is masked, without gradients."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.next_tokens: NextTokens = self._most_likely
 
     @property
     @abstractmethod
@@ -75,6 +92,9 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, batch: Batch) -> Tensor:
         """Return the [T, V] logits of a whole model."""
         return self.head_logits(self.hidden_states(batch))
+
+    def _most_likely(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+        return self.head_logits(hidden_TH[targets_T != IGNORE_INDEX]).argmax(-1)
 
     @abstractmethod
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:

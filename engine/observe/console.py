@@ -2,7 +2,8 @@
 
 A terminal may close, a pipe may lose its reader, a disk may fill up, and an encoding may lack a character. None of
 these may end a run, whichever library prints, so :meth:`Console.install` replaces ``sys.stdout`` and ``sys.stderr``.
-Output of C++ code, which writes to the descriptors directly, is not in the log file.
+Output of C++ code, which writes to the descriptors directly, is not in the log file. Progress bars of tqdm on
+:func:`live_output` are not in the log file either, and stay below all printed lines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+
+from tqdm import tqdm
+
+from .terminal import colored, shows_colors
 
 LOG_FILE = "log.txt"
 _READER_SECONDS = 10.0
@@ -41,6 +46,8 @@ class Console:
         self._path = Path(LOG_FILE)
         self._failing = False
         self._former: tuple[Any, Any] | None = None
+        self.live: TextIO | None = None
+        """Standard output for bars; None before :meth:`install`."""
 
     def install(self) -> None:
         """Replace ``sys.stdout`` and ``sys.stderr``.
@@ -56,8 +63,9 @@ class Console:
                     os.dup2(null, descriptor)
                     os.close(null)
         self._former = sys.stdout, sys.stderr
-        sys.stdout = _Stream(sys.stdout, "standard output", self)
-        sys.stderr = _Stream(sys.stderr, "standard error", self)
+        output = _Stream(sys.stdout, "standard output", self)
+        self.live = cast(TextIO, _LiveOutput(output))
+        sys.stdout, sys.stderr = output, _Stream(sys.stderr, "standard error", self)
 
     def restore(self) -> None:
         """Undo :meth:`install`, and close the log file."""
@@ -65,7 +73,7 @@ class Console:
             sys.stdout, sys.stderr = self._former
         if self._descriptor is not None:
             os.close(self._descriptor)
-        self._descriptor = self._former = None
+        self._descriptor = self._former = self.live = None
 
     def open(self, run_folder: str | Path) -> None:
         """Append all lines so far, and all later ones, to the log file of a run. A failure is only printed."""
@@ -129,7 +137,7 @@ class _Stream(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO | None, name: str, console: Console):
-        self._stream, self._name, self._console = stream, name, console
+        self._stream, self._name, self.console = stream, name, console
         self._lock = threading.RLock()
         self._text, self._line = "", ""
         self.failing = False
@@ -139,6 +147,7 @@ class _Stream(io.TextIOBase):
                 stream.flush()
         with contextlib.suppress(OSError, ValueError):
             self._fd = stream.fileno() if stream is not None else None
+        self._colored = shows_colors(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -161,18 +170,25 @@ class _Stream(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._lock:
             self._text += text
-            if "\n" in text or "\r" in text:
-                self.flush()
+        if "\n" in text or "\r" in text:
+            # A bar would overwrite the beginning of a line.
+            self._print(whole_lines="\r" not in text)
         return len(text)
 
     def flush(self) -> None:
-        with self._lock:
-            text, self._text = self._text, ""
-            if text:
-                self._emit(text)
-                self._tee(text)
+        if self._text:
+            self._print(whole_lines=False)
 
-    def _emit(self, text: str) -> None:
+    def _print(self, whole_lines: bool) -> None:
+        # A bar takes tqdm's lock and then this one.
+        with tqdm.external_write_mode(self.console.live), self._lock:
+            end = self._text.rfind("\n") + 1 if whole_lines else len(self._text)
+            text, self._text = self._text[:end], self._text[end:]
+            self.emit(colored(text) if self._colored else text)
+            self._tee(text)
+
+    def emit(self, text: str) -> None:
+        """Write ``text`` as it is, and not to the log file."""
         try:
             if self._fd is not None:
                 self._write_bytes(text.encode(self.encoding, "backslashreplace"))
@@ -182,7 +198,7 @@ class _Stream(io.TextIOBase):
         except (OSError, ValueError) as error:
             if not self.failing:
                 self.failing = True
-                self._console.unwritable(self._name, getattr(error, "strerror", None) or str(error))
+                self.console.unwritable(self._name, getattr(error, "strerror", None) or str(error))
         else:
             self.failing = False
 
@@ -201,7 +217,43 @@ class _Stream(io.TextIOBase):
             # A progress bar redraws its line: log only the last version.
             *redrawn, shown = line.rstrip("\r").split("\r")
             if shown.strip() or not redrawn:
-                self._console.log(shown)
+                self.console.log(shown)
+
+
+class _LiveOutput(io.TextIOBase):
+    """Writes text that redraws itself: to the terminal, and not to the log file."""
+
+    def __init__(self, stream: _Stream):
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        self._stream.emit(text)
+        return len(text)
+
+
+def live_output() -> TextIO:
+    """Return the stream for bars: standard output without the log file; without a :class:`Console`, standard error."""
+    live = sys.stdout.console.live if isinstance(sys.stdout, _Stream) else None
+    return live if live is not None else sys.stderr
+
+
+def log_only(line: str) -> None:
+    """Add ``line`` to the log file of the run, if there is one, and print it nowhere."""
+    if isinstance(sys.stdout, _Stream):
+        sys.stdout.console.log(line)
 
 
 def _is_same_file(descriptor: int, other: int) -> bool:

@@ -10,13 +10,22 @@ from ..errors import command_name
 from ..run import Run
 from ..weights.checkpoint.names import step_of
 from ..weights.conversion.export_run import export_folder
+from .loss_changes import CHANGE_HEAD, change_rows
+from .terminal import heading
+from .text import table_lines
 
 
 def describe_end(run: Run) -> list[str]:
     """Notify the observers of the end of ``run``, and return lines about it. All ranks must call this."""
     complete = run.store.complete() if run.ranks.is_main else []
     newest, finished = complete[-1] if complete else None, run.remaining_steps == 0
-    return [*run.report.end(run.progress, finished), *next_command(run.config, newest, finished)]
+    changes = run.validation.changes()
+    return [
+        heading("Result"),
+        *run.report.end(run.progress, finished, changes),
+        *(table_lines(CHANGE_HEAD, change_rows(changes)) if changes else ()),
+        *next_command(run.config, newest, finished),
+    ]
 
 
 def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> list[str]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..files.masking import without_secrets
 from ..schedule import Progress
 from .observer import Observer, RunDescription, Sample, StepRecord
-from .waiting import Say
+
+if TYPE_CHECKING:
+    from .waiting import Say
 
 
 class Guarded(Observer):
-    """Passes events to ``observer`` until its first exception, which is printed as one line.
+    """Passes events to ``observer`` until its first exception, which is printed.
 
     Args:
         name: of the observer, for people.
         observer: that may fail.
         remedy: what the user may do, for the line.
         say: prints a line for people.
+        with_traceback: whether to print more than one line of an exception, for code of users.
     """
 
-    def __init__(self, name: str, observer: Observer, remedy: str, say: Say):
+    def __init__(self, name: str, observer: Observer, remedy: str, say: Say, with_traceback: bool = False):
         self.name, self._observer, self._remedy, self._say = name, observer, remedy, say
+        self._with_traceback = with_traceback
         self.failed = False
 
     def open(self, run: RunDescription) -> None:
@@ -59,5 +65,7 @@ class Guarded(Observer):
             getattr(self._observer, method)(*arguments)
         except (Exception, SystemExit) as error:  # imports of libraries have raised SystemExit
             self.failed = True
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             self._say(f"note: {self.name} failed: {reason}; training continues without it; {self._remedy}")
+            if self._with_traceback:
+                self._say(without_secrets("".join(traceback.format_exception(error)).rstrip()))

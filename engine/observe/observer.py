@@ -32,6 +32,10 @@ class RunDescription:
     """Whether the run continues from a checkpoint."""
     tracker_runs: Mapping[str, str] = field(default_factory=dict)
     """Ids of the run in its trackers, by name of the tracker, from the checkpoint."""
+    former_tracker_runs: Mapping[str, str] = field(default_factory=dict)
+    """Ids of the runs, by name of the tracker, on which this one is based without continuing their curves."""
+    recorded_step: int | None = None
+    """Last step in metrics.jsonl when the run was opened: the checkpoint may be older."""
     request_stop: Callable[[str], None] = lambda reason: None
     """Asks the run to save and to stop after the current step; takes the reason, for the log."""
 
@@ -83,7 +87,8 @@ class Observer:
         """Handle a reported step."""
 
     def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """Handle an evaluation of a validation set: ``loss`` and ``perplexity``.
+        """Handle an evaluation of a validation set: ``loss``, ``perplexity``, and ``change_since_start`` of the loss if
+        the run has evaluated the set before its first step.
 
         Args:
             progress: of the run.
@@ -102,5 +107,6 @@ class Observer:
 
         Args:
             summary: ``finished`` (whether the token budget is used up), ``step``, ``tokens``, ``seconds``, and first,
-                lowest and last losses by name; for JSON.
+                lowest and last losses by name; ``changes`` of validation losses since the start of the run, each with
+                ``before``, ``after`` and ``change``; for JSON.
         """

@@ -13,6 +13,7 @@ import torch
 from ..parallel.process_group import Ranks
 from ..system import peak_memory
 from .flops import device_peak_flops
+from .observer import StepRecord
 
 
 class Stopwatch:
@@ -23,16 +24,18 @@ class Stopwatch:
 
     def restart(self) -> None:
         """Start from zero."""
-        self._since, self._steps = time.perf_counter(), 0
+        self._since, self._steps, self._profiled = time.perf_counter(), 0, False
 
-    def step_done(self) -> None:
-        """Count one step."""
+    def step_done(self, profiled: bool = False) -> None:
+        """Count one step; ``profiled``: its time says nothing about others."""
         self._steps += 1
+        self._profiled |= profiled
 
-    def take_steps(self) -> int:
-        """Return the number of steps since the last call."""
-        steps, self._steps = max(1, self._steps), 0
-        return steps
+    def take_steps(self) -> tuple[int, bool]:
+        """Return the number of steps since the last call, and whether any of them was profiled."""
+        steps, profiled = max(1, self._steps), self._profiled
+        self._steps, self._profiled = 0, False
+        return steps, profiled
 
     def lap(self) -> float:
         """Return the seconds since the last lap."""
@@ -88,6 +91,16 @@ def human(number: float) -> str:
 def duration(seconds: float) -> str:
     """Format 3725 as '1:02:05'."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def live_text(record: StepRecord) -> str:
+    """Return the numbers of a step for the live line. A narrow terminal shows the first of them."""
+    step, values = record.progress.step, record.values
+    num_steps = step + record.remaining_steps
+    loss = "no targets" if values["loss"] is None else f"loss {values['loss']:.4f}"
+    mfu = f" | MFU {values['mfu']:.1%}" if "mfu" in values else ""
+    eta = duration(record.seconds_left)
+    return f"step {step:,}/{num_steps:,} | {loss} | ETA {eta} | {values['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, Any], seconds_left: float) -> str:

@@ -16,45 +16,48 @@ from ..model.architecture import Architecture
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
+from .callbacks import create_callbacks
+from .console_lines import console_lines
 from .flops import flops_per_token
+from .guarded import Guarded
 from .host_copy import HostCopy
-from .metrics_file import MetricsFile
+from .loss_changes import LossChange, part_of
+from .metrics_file import MetricsFile, SamplesFile
+from .metrics_server import MetricsServer, require_server
 from .observer import Observer, RunDescription, Sample, StepRecord
-from .progress import Stopwatch, speed, step_line
+from .progress import Stopwatch, speed
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
 from .totals import Totals
+from .trackers.all_trackers import Trackers
+from .trackers.creation import create_trackers
 from .waiting import Say
-
-
-class ConsoleLines(Observer):
-    """Prints a line for each reported step and evaluation."""
-
-    def __init__(self, say: Say):
-        self._say = say
-
-    def step(self, record: StepRecord) -> None:
-        """See :class:`Observer`."""
-        step, tokens = record.progress.step, record.progress.tokens
-        self._say(step_line(step, record.remaining_steps, tokens, record.values, record.seconds_left))
-        for line in record.remarks:
-            self._say(line)
-
-    def evaluation(self, progress: Progress, name: str, values: Mapping[str, Any]) -> None:
-        """See :class:`Observer`."""
-        self._say(
-            f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.2f}"
-        )
 
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     """Return the configured observers; ``say`` prints a line for people."""
     folder = Path(config.run_folder)
-    observers: list[Observer] = [MetricsFile(folder, say)]
+    # The others may read the first file.
+    observers: list[Observer] = [MetricsFile(folder, say), SamplesFile(folder, say)]
     if config.logging.tensorboard:
-        observers.append(TensorBoard(folder, say))
-    return [*observers, ConsoleLines(say)]
+        remedy = "metrics.jsonl has the same numbers (logging.tensorboard: false silences this)"
+        observers.append(Guarded("TensorBoard", TensorBoard(folder), remedy, say))
+    return [*observers, *create_trackers(config, say), console_lines(config.logging, say)]
+
+
+def create_early_observers(config: RunConfig, say: Say) -> list[Observer]:
+    """Return the observers whose settings may be wrong, so that such a run is refused before it loads anything.
+
+    Raises:
+        UserError: a callback cannot be created, or the port of ``logging.metrics_port`` cannot be used.
+    """
+    observers: list[Observer] = []
+    port = config.logging.metrics_port
+    if port is not None:
+        require_server(port)
+        remedy = "restart the run to serve its numbers, or set logging.metrics_port to null"
+        observers.append(Guarded("the server of logging.metrics_port", MetricsServer(port), remedy, say))
+    return [*observers, *create_callbacks(config.callbacks, say)]
 
 
 class ReportedStep(NamedTuple):
@@ -79,6 +82,8 @@ class _PendingStep:
     steps_without_targets: int
     steps: int
     """Number of steps since the last report."""
+    profiled: bool
+    """Whether any of these was profiled."""
     stragglers: Lap
 
 
@@ -93,6 +98,7 @@ class Reporter:
         blocks: of this rank.
         progress: at the start.
         say: prints a line for people, on the main rank.
+        early: observers from :func:`create_early_observers`, on the main rank.
     """
 
     def __init__(
@@ -104,12 +110,14 @@ class Reporter:
         blocks: Iterable[nn.Module],
         progress: Progress,
         say: Say,
+        early: Sequence[Observer] = (),
     ):
         self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
         self._flops = flops_per_token(
             architecture, plan.sequence_length, causal_halved=False, trainable=config.training.trainable
         )
         self.observers = create_observers(config, say) if ranks.is_main else []
+        self.observers += early
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
         self.totals = Totals(progress)
         self.stopwatch = Stopwatch()
@@ -117,6 +125,11 @@ class Reporter:
         self.reports_late = ranks.device.type == "cuda"
         """Whether :meth:`report_pending` is best called when the next step has been launched, because the numbers of a
         step are on a GPU. A host that waits for them at once lets the GPU run out of work."""
+
+    @property
+    def tracker_runs(self) -> dict[str, str]:
+        """Ids of the run in its trackers, by name of the tracker, on the main rank."""
+        return next((one.run_ids for one in self.observers if isinstance(one, Trackers)), {})
 
     def open(self, run: RunDescription) -> None:
         """Describe the run to the observers, on the main rank only."""
@@ -152,9 +165,9 @@ class Reporter:
         assert self._pending is None, "a step was not reported"
         # Without targets loss and norm are NaN, and on the host.
         of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
-        numbers, steps = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
+        numbers, (steps, profiled) = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
         self._pending = _PendingStep(
-            progress, remaining_steps, result, numbers, steps_without_targets, steps, self.stragglers.lap()
+            progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, self.stragglers.lap()
         )
 
     def report_pending(self) -> ReportedStep | None:
@@ -168,7 +181,8 @@ class Reporter:
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
         seconds = self.stopwatch.lap()
-        self.totals.add_steps(seconds, pending.steps)
+        if not pending.profiled:
+            self.totals.add_steps(seconds, pending.steps)
         self.totals.add_loss("training", progress.step, loss)
         values: dict[str, Any] = {
             "loss": loss if result.has_targets else None,
@@ -178,18 +192,30 @@ class Reporter:
             "steps_without_targets": pending.steps_without_targets,
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
+            **({"profiled": True} if pending.profiled else {}),
         }
-        seconds_left = pending.remaining_steps * self.totals.mean_step_seconds
+        seconds_left = pending.remaining_steps * (self.totals.mean_step_seconds or seconds / pending.steps)
         record = StepRecord(progress, values, pending.remaining_steps, seconds_left, stragglers.lines)
         for observer in self.observers:
             observer.step(record)
         return ReportedStep(progress.step, {"loss": loss, "gradient norm": grad_norm}, skips)
 
-    def evaluation(self, progress: Progress, losses: Mapping[str, float]) -> None:
-        """Report mean losses per target of validation sets, in nats, by name."""
+    def evaluation(
+        self, progress: Progress, losses: Mapping[str, float], changes: Mapping[str, LossChange] | None = None
+    ) -> None:
+        """Report mean losses per target, in nats.
+
+        Args:
+            progress: of the run.
+            losses: by name of the evaluation; see :meth:`Observer.evaluation`.
+            changes: since the start of the run.
+        """
         for name, loss in losses.items():
-            self.totals.add_loss(f"validation {name}", progress.step, loss)
+            if part_of(name, losses) is None:
+                self.totals.add_loss(f"validation {name}", progress.step, loss)
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            if changes and name in changes:
+                values["change_since_start"] = changes[name].change
             for observer in self.observers:
                 observer.evaluation(progress, name, values)
 
@@ -203,9 +229,16 @@ class Reporter:
         for observer in self.observers:
             observer.save()
 
-    def end(self, progress: Progress, finished: bool) -> list[str]:
-        """Notify the observers of the end, and return lines about this start of the run."""
-        summary = {"finished": finished, **self.totals.summary(progress)}
+    def end(self, progress: Progress, finished: bool, changes: Mapping[str, LossChange]) -> list[str]:
+        """Notify the observers of the end, and return lines about this start of the run.
+
+        Args:
+            progress: of the run.
+            finished: whether the token budget is used up.
+            changes: of validation losses since the start of the run.
+        """
+        of_losses = {name: change.to_dict() for name, change in changes.items()}
+        summary = {"finished": finished, **self.totals.summary(progress), "changes": of_losses}
         for observer in self.observers:
             observer.end(summary)
         return self.totals.table(progress, self._tokens_per_step, self._ranks)

@@ -34,7 +34,7 @@ class Totals:
     start: Progress
     began: float = field(default_factory=time.perf_counter)
     step_seconds: float = 0.0
-    """Time in steps, without evaluations and waits for checkpoints."""
+    """Time in steps, without evaluations, waits for checkpoints and profiled steps."""
     steps: int = 0
     losses: dict[str, LossRange] = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class Totals:
 
     @property
     def mean_step_seconds(self) -> float:
-        """Return the mean over all steps."""
+        """Return the mean over all steps; zero before the first one."""
         return self.step_seconds / max(1, self.steps)
 
     def add_loss(self, name: str, step: int, loss: float) -> None:

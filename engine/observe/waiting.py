@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from tqdm import tqdm
 
+from .console import live_output
 from .progress import duration
+from .terminal import shows_bars
 
 FIRST_SECONDS = 10.0
 LINE_SECONDS = 30.0
@@ -22,7 +24,7 @@ def rank0_printer(active: bool) -> Callable[..., None]:
 
     def say(*lines: str) -> None:
         for line in lines if active else ():
-            print(line, flush=True)
+            tqdm.write(line)  # above the bars on standard output and standard error
 
     return say
 
@@ -60,14 +62,18 @@ class ProgressBar:
         total: its amount.
         say: prints a line.
         active: whether this rank prints.
+        setting: ``logging.progress_bar``.
     """
 
-    def __init__(self, what: str, total: int, say: Say, active: bool = True):
+    def __init__(
+        self, what: str, total: int, say: Say, active: bool = True, setting: Literal["auto", "on", "off"] = "auto"
+    ):
         self._what, self._total, self._say, self._active = what, total, say, active
         self._done, self._began = 0, time.perf_counter()
         self._next = self._began + LINE_SECONDS
-        in_terminal = active and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=f"  {what}", leave=False, delay=2) if in_terminal else None
+        stream = live_output()
+        shown = active and shows_bars(stream, setting)
+        self._bar = tqdm(total=total, desc=f"  {what}", file=stream, leave=False, delay=2) if shown else None
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention import Choice
 from ..batch import Batch
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, Loss
 from .data_parallel import DataParallel
 from .mesh import Mesh
 
@@ -80,6 +81,19 @@ class ModelParts:
         """Return the parameters without those that an earlier stage has as well: a tied head."""
         return iter(self._unique)
 
+    @contextmanager
+    def other_losses(self, make: Callable[[LanguageModel], Loss]) -> Iterator[None]:
+        """Inside, let forward passes call ``make`` of the decoder with the last block instead of its loss."""
+        last = [decoder for decoder in self.decoders if decoder.is_last]
+        former = [decoder.loss for decoder in last]
+        try:
+            for decoder in last:
+                decoder.loss = make(decoder)
+            yield
+        finally:
+            for decoder, loss in zip(last, former, strict=True):
+                decoder.loss = loss
+
 
 def _unique_parameters(decoder: LanguageModel) -> list[nn.Parameter]:
     copied = decoder.is_last and not decoder.is_first and decoder.architecture.tie_word_embeddings
@@ -89,11 +103,11 @@ def _unique_parameters(decoder: LanguageModel) -> list[nn.Parameter]:
 class ForwardBackward(Protocol):
     """Computes the losses and gradients of a step.
 
-    Losses are [] on the device and only this rank's part: the loss is their sum over all ranks.
+    Losses are on the device and only this rank's part: the loss is their sum over all ranks.
     """
 
     def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
-        """Accumulate gradients over micro-batches and ranks, and return the loss in fp32.
+        """Accumulate gradients over micro-batches and ranks, and return the loss, [] fp32.
 
         The loss is divided by ``num_targets`` of the *global* batch, so that every token counts the same, however
         unevenly they are distributed to documents, ranks and micro-batches. ``on_phase`` is called with the name of
@@ -101,7 +115,7 @@ class ForwardBackward(Protocol):
         """
 
     def evaluate(self, batches: list[Batch]) -> Tensor:
-        """Return the sum of losses in fp64, without gradients."""
+        """Return the sum of losses of each micro-batch, [batches] fp64, without gradients."""
 
 
 class NonPipelined:
@@ -129,11 +143,11 @@ class NonPipelined:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
         """See :class:`ForwardBackward`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
+        losses = torch.zeros(len(batches), dtype=torch.float64, device=self._prepare.device)
         with self._wrapped.computing():
-            for batch in batches:
-                total += self.loss_sum(batch)
-        return counted_once(total, self._prepare.mesh)
+            for number, batch in enumerate(batches):
+                losses[number] = self.loss_sum(batch)
+        return counted_once(losses, self._prepare.mesh)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Return [] fp32: the sum of the losses of this rank's tokens."""
@@ -141,5 +155,7 @@ class NonPipelined:
 
 
 def counted_once(loss: Tensor, mesh: Mesh) -> Tensor:
-    """Return ``loss`` on the first of the tensor-parallel ranks, which all have it, and zero on the others."""
+    """Return ``loss``, of any shape, on the first of the tensor-parallel ranks, which all have it, and zero on the
+    others.
+    """
     return loss if mesh.coordinate.tensor == 0 else torch.zeros_like(loss)

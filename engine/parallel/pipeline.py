@@ -210,7 +210,7 @@ class Pipelined:
         self._num_micro_batches = num_micro_batches
         self._batches: list[Batch] = []
         self._num_targets = 1.0
-        self._losses: list[Tensor] = []
+        self._losses: dict[int, Tensor] = {}
         layout = prepare.mesh.layout
         tokens = config.training.micro_batch_size * config.training.sequence_length // (layout.context * layout.tensor)
         width = decoders[0].architecture.hidden_size
@@ -249,21 +249,22 @@ class Pipelined:
         with self._computing():
             self._run(self._schedule.step, batches)
         self._join_tied_embedding()
-        return self._loss(torch.float32) / num_targets
+        return self._loss() / num_targets
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
         """Evaluate, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._prepare.device)
+        losses = torch.zeros(len(batches), dtype=torch.float64, device=self._prepare.device)
         count = self._num_micro_batches
         with self._computing():
             for first in range(0, len(batches), count):
                 some = batches[first : first + count]
                 # The schedule has a fixed length: the remaining micro-batches are copies without targets.
-                some += [some[0].without_targets()] * (count - len(some))
-                self._run(self._schedule.eval, some)
-                total += self._loss(torch.float64)
-        return total
+                self._run(self._schedule.eval, some + [some[0].without_targets()] * (count - len(some)))
+                for number, loss in self._losses.items():
+                    if number < len(some):
+                        losses[first + number] = loss
+        return counted_once(losses, self._prepare.mesh)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -273,7 +274,7 @@ class Pipelined:
             yield
 
     def _run(self, run: Callable[..., Any], batches: list[Batch]) -> None:
-        self._batches, self._losses = batches, []
+        self._batches, self._losses = batches, {}
         # Stages look up their micro-batch by its number: documents differ in number, so one tensor cannot hold them
         # all.
         numbers = torch.arange(len(batches))
@@ -292,14 +293,14 @@ class Pipelined:
         """Return the micro-batch with this number, [1] int64 on the host."""
         return self._batches[int(number)]
 
-    def _scaled_loss(self, loss_sum: Tensor, _: Tensor) -> Tensor:
-        self._losses.append(loss_sum.detach())
+    def _scaled_loss(self, loss_sum: Tensor, number: Tensor) -> Tensor:
+        self._losses[int(number)] = loss_sum.detach()
         return loss_sum / self._num_targets
 
-    def _loss(self, dtype: torch.dtype) -> Tensor:
+    def _loss(self) -> Tensor:
         """Return the sum of the losses of all micro-batches on the rank with the last stage, zero elsewhere."""
-        total = torch.zeros((), dtype=dtype, device=self._prepare.device)
-        for loss in self._losses:
+        total = torch.zeros((), device=self._prepare.device)
+        for loss in self._losses.values():
             total += loss
         return counted_once(total, self._prepare.mesh)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,14 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
-from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.decoder import Decoder, Norm
 from ..model.families import DecoderArchitecture
+from ..model.language_model import Loss
+from .next_tokens import most_likely_of_all_ranks
 
 TOKENS = 0
 """The dimension of tokens in every activation; there is no batch dimension."""
@@ -142,7 +145,9 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
         parallelize_module(block, mesh, _present(block, block_plan(model.architecture)))
     if model.model.embeds and model.model.embed_tokens is not None:
         model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
-    model.loss = _vocabulary_parallel_loss(mesh, model.architecture)
+    model.loss = _on_whole_vocabulary(mesh, model.architecture, _loss_sum)
+    model.token_losses = _on_whole_vocabulary(mesh, model.architecture, token_losses)
+    model.next_tokens = _on_whole_vocabulary(mesh, model.architecture, most_likely_of_all_ranks)
     if overlap:
         _overlap_exchange(mesh)
 
@@ -177,9 +182,11 @@ def _present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Par
     return {name: style for name, style in plan.items() if name in there}
 
 
-def _vocabulary_parallel_loss(
-    mesh: DeviceMesh, architecture: DecoderArchitecture
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **options: Any) -> Tensor:
+    return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).loss_sum
+
+
+def _on_whole_vocabulary(mesh: DeviceMesh, architecture: DecoderArchitecture, compute: Callable[..., Tensor]) -> Loss:
     group, options = mesh.get_group(), architecture.head_options
 
     def loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
@@ -189,6 +196,6 @@ def _vocabulary_parallel_loss(
         assert isinstance(weight_VH, DTensor)
         tokens = DTensor.from_local(hidden_TH, mesh, [Shard(TOKENS)], run_check=False)
         all_TH = tokens.redistribute(placements=[Replicate()]).to_local()
-        return linear_cross_entropy(all_TH, weight_VH.to_local(), targets_T, vocab_group=group, **options).loss_sum
+        return compute(all_TH, weight_VH.to_local(), targets_T, vocab_group=group, **options)
 
     return loss

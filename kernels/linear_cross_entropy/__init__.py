@@ -110,6 +110,31 @@ def linear_cross_entropy(
     return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
 
 
+@torch.no_grad()
+def token_losses(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return [T] fp32: the terms of the sum of :func:`linear_cross_entropy`, without gradients. Ignored ones are zero.
+
+    The arguments are those of that function. Every rank of ``vocab_group`` gets all terms.
+
+    Raises:
+        ValueError: unknown backend, or one that does not support this.
+    """
+    options = Options(ignore_index, 0.0, logit_softcap, logit_scale, vocab_group)
+    compute = _choose(backend, hidden_TH, weight_VH)
+    return compute(hidden_TH, weight_VH, bias, targets_T, options, needs=Needs(False, False, False)).losses_T
+
+
 def backend_refusal(backend: str, hidden_TH: Tensor, weight_VH: Tensor) -> str | None:
     """Return why a backend cannot compute this, with the remedy; None if it can."""
     if not backend.startswith("triton"):

@@ -57,8 +57,31 @@ def chunked_cross_entropy(
     return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
 
 
+@torch.no_grad()
+def chunked_token_losses(
+    head: Callable[[Tensor], Tensor],
+    hidden_TH: Tensor,
+    targets_T: Tensor,
+    vocab_size: int,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    budget: int = LOGIT_BYTES,
+) -> Tensor:
+    """Return [T] fp32: the terms of the sum of :func:`chunked_cross_entropy`, without gradients. Ignored ones are zero.
+
+    The arguments are those of that function.
+    """
+    parts = chunks(hidden_TH.shape[0], budget // (BYTES_PER_LOGIT * vocab_size)) or [slice(0, 0)]
+    options = Options(ignore_index)
+    return torch.cat([_chunk_losses(head, options, hidden_TH[part], targets_T[part]) for part in parts])
+
+
 def _chunk_loss(head: Callable[[Tensor], Tensor], options: Options, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:
+    return _chunk_losses(head, options, hidden_TH, targets_T).sum()
+
+
+def _chunk_losses(head: Callable[[Tensor], Tensor], options: Options, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:
     logits = head(hidden_TH).float()
     targets = Targets.of(targets_T, logits.shape[1], options)
     target_logit = logits.gather(1, targets.index_T[:, None])[:, 0] * targets.owned_T
-    return row_terms(logits.logsumexp(1), target_logit, targets, options).losses_T.sum()
+    return row_terms(logits.logsumexp(1), target_logit, targets, options).losses_T

@@ -193,7 +193,8 @@ def test_validation_covers_each_chunk_once_and_ranks_stay_in_step(tmp_path, rank
         make_source(tmp_path / "b", [30, 1, 70], length, "b"),
     ]
     plan = BatchPlan(length, 12, micro, ranks)
-    per_rank = [list(validation_batches(sources, plan, rank, VOCAB, False, max_tokens)) for rank in range(ranks)]
+    made = [list(validation_batches(sources, plan, rank, VOCAB, False, max_tokens)) for rank in range(ranks)]
+    per_rank = [[batch for _, batch in batches] for batches in made]
     assert len({len(batches) for batches in per_rank}) == 1
     # Of a set that fits, the shorter last chunk of each source as well.
     with_tails = max_tokens >= sum(source.num_targets for source in sources)
@@ -213,6 +214,12 @@ def test_validation_covers_each_chunk_once_and_ranks_stay_in_step(tmp_path, rank
     assert seen == Counter(part for chunk in chunks for part in cut([chunk], length))
     targets = sum(batch.num_targets for batches in per_rank for batch in batches)
     assert targets == sum(chunk.num_targets for chunk in chunks)
+    of_sources = [
+        {part for i in range(n) for part in cut([pack([source.chunk(i, VOCAB)], length, False)], length)}
+        for source, n in zip(sources, numbers, strict=True)
+    ]
+    for source, batch in (one for batches in made for one in batches):
+        assert {part for part in cut([batch], length) if set(part[1]) != {IGNORE_INDEX}} <= of_sources[source]
     if with_tails:  # every token but the first of its document
         assert targets == (200 - 40 - 20) - 60 + (101 - 3)
 

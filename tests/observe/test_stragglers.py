@@ -14,7 +14,7 @@ from torch import nn
 from retemper.engine import pretrain
 from retemper.engine.data.loader import Prefetcher
 from retemper.engine.observe import stragglers
-from retemper.engine.observe.reporter import ConsoleLines
+from retemper.engine.observe.console_lines import ConsoleLines
 from retemper.engine.observe.stragglers import Stragglers, Times
 
 STEPS = 4

@@ -177,9 +177,9 @@ def evaluated(ranks, path: Path, options: str) -> list[float]:
     """Losses of two evaluations, with a step in between."""
     run = pretrain.build(parse_config(["--config", str(path), *options.split()]), ranks)
     batches = run.data.micro_batches(0)
-    losses = [run.forward_backward.evaluate(batches).item()]
+    losses = [run.forward_backward.evaluate(batches).sum().item()]
     pretrain.one_step(run, batches, 50.0)
-    return [ranks.all_reduce(loss) for loss in (*losses, run.forward_backward.evaluate(batches).item())]
+    return [ranks.all_reduce(loss) for loss in (*losses, run.forward_backward.evaluate(batches).sum().item())]
 
 
 @pytest.mark.parametrize("schedule", ["zbv_zero_bubble", "interleaved_zero_bubble"])

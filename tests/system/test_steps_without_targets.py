@@ -179,7 +179,7 @@ def test_neither_spikes_nor_skipped_steps_take_notice_of_it():
 
 def test_tensorboard_gets_no_scalar_for_what_there_is_none_of(tmp_path):
     record = StepRecord(Progress(3, 3, 96), {"loss": None, "grad_norm": None, "learning_rate": 0.5}, 0, 0.0, [])
-    for observer in (MetricsFile(tmp_path, print), TensorBoard(tmp_path, print)):
+    for observer in (MetricsFile(tmp_path, print), TensorBoard(tmp_path)):
         observer.start(None)
         observer.step(record)
         observer.end({})

@@ -110,6 +110,15 @@ def refused(capsys: pytest.CaptureFixture[str]):
     return check
 
 
+def test_profiled_steps_do_not_count_as_speed(run: Path) -> None:
+    records = [training_record(step, 2.0, mfu=0.4) for step in range(1, 6)]
+    slow = [training_record(step, 2.0, mfu=0.1, profiled=True) for step in range(6, 12)]
+    write_lines(run / "metrics.jsonl", [*records, *[record | {"tokens_per_second": 1.0} for record in slow]])
+    found = read_run(run)
+    assert found.median("tokens_per_second") == 1003.0 and found.median("mfu") == 0.4
+    assert found.seconds_in_steps == 5 * 0.25 and len(found.curves.points("loss")) == 11
+
+
 def table_row(text: str, name: str) -> list[str]:
     """Cells of the row that begins with ``name``, in the terminal's summary."""
     return next(re.split(r"  +", line) for line in text.splitlines() if re.match(rf"{re.escape(name)}  ", line))
@@ -127,7 +136,7 @@ def test_the_numbers_are_those_of_the_metrics_file(run: Path, capsys: pytest.Cap
     assert table_row(out, "peak memory")[1] == "3.00 GiB on rank 0"
     last = statistics.mean(record["loss"] for record in steps[-10:])
     assert table_row(out, "training loss")[1] == f"3.9000 at first, {last:.4f} in the last records"
-    change = ("0 → 20", "3.000", "2.500", "-0.500", "-16.7 %", "20.1", "12.2", "-39.3 %", "2.500 (step 20)")
+    change = ("0 → 20", "3.000", "2.500", "-0.500", "-16.7 %", "20.1", "12.2", "-39.3 %", "2.500 (step 20)", "learned")
     assert table_row(out, "domain") == ["domain", *change]
     assert "domain loss fell by 0.500 nats (-16.7 %): learned\ngeneral loss fell by" in out
     # Of four samples, three are of the first source; 160 samples of 32 tokens have been trained on.
@@ -305,6 +314,42 @@ def test_json_is_strict_and_holds_the_facts(run: Path, capsys: pytest.CaptureFix
     assert record["median"]["tokens_per_second"] == 1001.5
     assert record["evaluations"] == {"domain": [{"step": 2, "tokens": 2 * BATCH, "loss": None}]}
     assert [one["trained_tokens"] for one in record["sources"]] == [3840, 1280]
+
+
+def test_sources_are_parts_of_their_set(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("held_out", "general", "held_out/a", "held_out/b")  # as by a version that recorded no sources at first
+    write_lines(run / "metrics.jsonl", [*losses(3.0, 2.5, names), evaluation_record(20, "held_out/b", 3.25)])
+    out = show(capsys, run)
+    rows = [line.split()[0] for line in out.splitlines() if " (step 20)" in line or " (step 0)" in line]
+    assert rows == ["held_out", "held_out/a", "held_out/b", "general"]
+    assert table_row(out, "held_out/b")[-1] == "forgotten" and table_row(out, "held_out/b")[4] == "+0.250"
+    assert "held_out loss fell" in out and "held_out/a loss fell" not in out
+    page = Page((run / "report.html").read_text("utf-8"))
+    assert "Forgotten: a higher loss on general." in page.text
+
+
+def test_a_resumed_run_without_the_first_records_has_its_losses_before(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [training_record(12, 2.0), {**evaluation_record(12, "domain", 2.75), "change_since_start": -0.25}]
+    write_lines(run / "metrics.jsonl", records)
+    assert table_row(show(capsys, run), "domain")[1:5] == ["0 → 12", "3.000", "2.750", "-0.250"]
+    changes = json.loads(show(capsys, run, "--json", "--overwrite"))["changes"]
+    assert changes == {"domain": {"before": 3.0, "after": 2.75, "change": -0.25}}
+
+
+def test_the_first_and_the_last_sample_of_each_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"step": s, "tokens": BATCH * s, "prompt": p, "text": f"{p}{s}"} for s in (0, 10, 20) for p in "xy"]
+    write_lines(run / "samples.jsonl", samples)
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 20, "tok')
+    show(capsys, run)
+    page = Page((run / "report.html").read_text("utf-8"))
+    for prompt in "xy":
+        assert f"before (step 0) {prompt} {prompt}0 after (step 20) {prompt} {prompt}20" in page.text
+    assert "x10" not in page.text and "samples are not shown" not in page.text
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "x"}\n')
+    assert "samples are not shown" in show(capsys, run, "--overwrite")
 
 
 def test_every_text_is_escaped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

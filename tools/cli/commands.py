@@ -60,6 +60,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("export-packed", "write packed sequences as Parquet for other trainers", "tools.export_packed"),
     ),
     "model": (
+        Command("evaluate", "measure a model on texts: loss, bits per byte, what it forgot", "tools.evaluate_model"),
         Command("export", "write a checkpoint as a Hugging Face folder", "checkpoint_convert.dcp_to_hf"),
         Command("generate", "continue prompts with a model or a checkpoint, or talk with it", "tools.generate"),
         Command("models", "list shipped configurations and families of models", "tools.models"),

@@ -37,6 +37,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.12f}".rstrip("0").rstrip(".") + "%"
 
 
+def signed(number: float) -> str:
+    """Format a change: 2.5 -> '+2.5'."""
+    return f"{number:+.4g}"
+
+
 @dataclass(frozen=True)
 class Axis:
     """Range and number format of an axis."""
@@ -165,21 +170,31 @@ def line_chart(
 
 
 def bar_chart(
-    title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str, size: tuple[int, int]
+    title: str,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    size: tuple[int, int],
+    write: Callable[[float], str] = percent,
 ) -> str:
-    """Draw a group of bars for each of ``labels``, with one bar for each of ``series``; values are shares."""
+    """Draw a group of bars for each of ``labels``, with one bar for each of ``series``; by default values are shares.
+
+    Bars begin at zero, and those of negative values are below it. ``write`` formats values.
+    """
     drawing = _Drawing(title, size)
     heights = [value for values in series.values() for value in values]
     places = [-0.5, len(labels) - 0.5]
-    across, up = _frame(drawing, Axis(x_label), Axis(start=0, write=percent), places, heights, labels)
+    negative = min(heights, default=0.0) < 0
+    vertical = Axis(start=None if negative else 0, write=write)
+    across, up = _frame(drawing, Axis(x_label), vertical, places, [*heights, 0.0] if negative else heights, labels)
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
         drawing.name(name, f"8px solid var(--{COLORS[number]})")
         for place, value in enumerate(values):
             left = place - 0.4 + number * width
-            box = {"width": round(across(left + width) - across(left), 1), "height": round(up(0) - up(value), 1)}
-            tip = f"<title>{escape(f'{labels[place]}, {name}: {percent(round(value, 4))}')}</title>"
-            drawing.add("rect", f"fill:var(--{COLORS[number]})", tip, x=across(left), y=up(value), **box)
+            box = {"width": round(across(left + width) - across(left), 1), "height": round(abs(up(0) - up(value)), 1)}
+            tip = f"<title>{escape(f'{labels[place]}, {name}: {write(round(value, 4))}')}</title>"
+            drawing.add("rect", f"fill:var(--{COLORS[number]})", tip, x=across(left), y=up(max(value, 0.0)), **box)
     return drawing.html()
 
 

@@ -1,7 +1,8 @@
 """Read the curves of a run from its ``metrics.jsonl`` (written by engine/observe/metrics_file.py).
 
 A training record has ``step``, ``tokens`` and the values of :data:`COLUMNS`. A record of an evaluation has the name of
-the validation set in ``evaluation``, and its ``loss``. A value that was not finite is null.
+the validation set, or of a part of it, ``set/source``, in ``evaluation``, its ``loss``, and the change of the loss
+since the start of the run. A value that was not finite is null.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import orjson
 
 from ...engine.errors import UserError
 from ...engine.files.regular import open_regular
+from ...engine.observe.loss_changes import LossChange, part_of
 
 COLUMNS = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu"),
     *("peak_memory_bytes", "skipped_steps", "steps_without_targets"),
 )
-UNCHANGED = 0.0005
-"""Smaller changes of a loss, in nats, count as no change: they print as 0.000."""
+SPEED_COLUMNS = ("tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu")
+"""Columns that are left out of records with ``profiled``: PyTorch's profiler slows steps down."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +36,33 @@ class Evaluation:
     step: int
     tokens: int
     loss: float
+    change_since_start: float | None = None
+    """Change of the loss since the start of the run; None if that is unknown."""
 
     @property
     def perplexity(self) -> float:
         """Return the perplexity, as the trainer records it."""
         return math.exp(min(self.loss, 700.0))
 
+    def to_dict(self) -> dict[str, float]:
+        """Return the known values, for JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 @dataclass(frozen=True)
-class LossChange:
-    """First and last loss of a validation set."""
+class EvaluationChange:
+    """The loss of a validation set at the start of the run, or else its first one, and its last one."""
 
     before: Evaluation
     after: Evaluation
 
     @property
-    def change(self) -> float:
-        """Return the change in nats."""
-        return self.after.loss - self.before.loss
+    def losses(self) -> LossChange:
+        """Return the losses alone."""
+        return LossChange(self.before.loss, self.after.loss)
 
-    @property
-    def percent(self) -> float:
-        """Return the change in percent of the loss before."""
-        return 100 * self.change / self.before.loss if self.before.loss else math.nan
 
-    @property
-    def perplexity_percent(self) -> float:
-        """Return the change of the perplexity in percent."""
-        return 100 * math.expm1(min(self.change, 700.0))
+_ByStep = dict[int, Evaluation]
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Curves:
     columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
     """A value for each of ``steps``; NaN if the record has none."""
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
-    """By validation set, the first one first."""
+    """By name: validation sets in their order, each followed by its parts, ``set/source``."""
     is_cut_off: bool = False
     """Whether the last line is incomplete, because the run is writing it or was killed."""
 
@@ -82,9 +83,27 @@ class Curves:
         values = zip(self.tokens, self.columns[name], strict=True)
         return [(tokens, value) for tokens, value in values if math.isfinite(value)]
 
-    def changes(self) -> dict[str, LossChange]:
-        """Return first and last evaluation of each validation set with at least two."""
-        return {name: LossChange(found[0], found[-1]) for name, found in self.evaluations.items() if len(found) > 1}
+    @property
+    def sets(self) -> list[str]:
+        """Return the names of the validation sets, without their parts."""
+        return [name for name in self.evaluations if part_of(name, self.evaluations) is None]
+
+    def changes(self) -> dict[str, EvaluationChange]:
+        """Return start and end of each evaluation with more than one loss."""
+        found = {name: _start_of(ones) for name, ones in self.evaluations.items()}
+        return {
+            name: EvaluationChange(start, self.evaluations[name][-1])
+            for name, start in found.items()
+            if start is not self.evaluations[name][-1]
+        }
+
+
+def _start_of(found: list[Evaluation]) -> Evaluation:
+    """Return the loss at the start of the run: of the first record, or, if a resumed run has none, by its change."""
+    first, last = found[0], found[-1]
+    if first.step == 0 or last.change_since_start is None:
+        return first
+    return Evaluation(0, 0, last.loss - last.change_since_start)
 
 
 def read_curves(path: Path) -> Curves:
@@ -94,7 +113,7 @@ def read_curves(path: Path) -> Curves:
         UserError: the file cannot be read, or a line (named by its number) is damaged.
     """
     training: dict[int, tuple[int, array[float]]] = {}
-    evaluations: dict[str, dict[int, Evaluation]] = {}
+    evaluations: dict[str, _ByStep] = {}
     is_cut_off = False
     for number, line in _lines(path):
         try:
@@ -112,9 +131,15 @@ def read_curves(path: Path) -> Curves:
         steps=array("q", (step for step, _, _ in rows)),
         tokens=array("q", (tokens for _, tokens, _ in rows)),
         columns={name: array("d", (row[place] for _, _, row in rows)) for place, name in enumerate(COLUMNS)},
-        evaluations={name: [found[step] for step in sorted(found)] for name, found in evaluations.items()},
+        evaluations={name: [found[step] for step in sorted(found)] for name, found in _grouped(evaluations)},
         is_cut_off=is_cut_off,
     )
+
+
+def _grouped(evaluations: dict[str, _ByStep]) -> list[tuple[str, _ByStep]]:
+    """Return the evaluations with the parts of each set after it."""
+    places = {name: place for place, name in enumerate(evaluations)}
+    return sorted(evaluations.items(), key=lambda one: places[part_of(one[0], places) or one[0]])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -137,17 +162,20 @@ def _record(line: bytes) -> dict[str, Any]:
 
 def _add(
     training: dict[int, tuple[int, array[float]]],
-    evaluations: dict[str, dict[int, Evaluation]],
+    evaluations: dict[str, _ByStep],
     record: dict[str, Any],
 ) -> None:
     step, tokens = record["step"], record["tokens"]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in (step, tokens)):
         raise TypeError("step or tokens is not a whole number >= 0")
     if "evaluation" in record:
-        found = Evaluation(step, tokens, _number(record["loss"]))
+        change = record.get("change_since_start")
+        found = Evaluation(step, tokens, _number(record["loss"]), None if change is None else _number(change))
         evaluations.setdefault(str(record["evaluation"]), {})[step] = found
     else:
-        training[step] = tokens, array("d", [_number(record.get(name)) for name in COLUMNS])
+        left_out = SPEED_COLUMNS if record.get("profiled") else ()
+        values = [math.nan if name in left_out else _number(record.get(name)) for name in COLUMNS]
+        training[step] = tokens, array("d", values)
 
 
 def _number(value: Any) -> float:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from ...engine.observe.loss_changes import LossChange
 from ..checkpoint_report.listing import COLUMNS, listing_cells
 from .charts import COLORS, SMALL, Axis, ChartLine, Mark, compact, line_chart, percent
-from .metrics import UNCHANGED, LossChange
 from .page import bullets, definitions, escape, header, note, page, preformatted, section, table
 from .run import GeneratedSample, RecordedRun, Restart, differences
 from .text import fact_lines, table_lines, visible
@@ -17,7 +17,7 @@ Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
 """Header, and rows with as many cells."""
 _LOSS_HEAD = (
     *("validation set", "steps", "loss before", "after", "change", "%"),
-    *("perplexity before", "after", "%", "lowest"),
+    *("perplexity before", "after", "%", "lowest", ""),
 )
 _MOST_CHECKPOINTS = 12
 """Maximum number of checkpoints shown in the terminal."""
@@ -94,29 +94,33 @@ def run_facts(run: RecordedRun) -> dict[str, str]:
 
 
 def loss_table(run: RecordedRun) -> Table:
-    """Return first, last and lowest loss of each validation set."""
+    """Return first, last and lowest loss of each validation set and of its parts."""
     changes = run.curves.changes()
     rows = []
     for name, found in run.curves.evaluations.items():
         last, best = found[-1], min(found, key=lambda one: one.loss)
         after, lowest = (f"{last.loss:.3f}", f"{last.perplexity:.1f}"), f"{best.loss:.3f} (step {best.step:,})"
-        cells = [name, f"{last.step:,}", "", after[0], "", "", "", after[1], "", lowest]
-        if loss := changes.get(name):
-            cells[1:3] = f"{loss.before.step:,} → {last.step:,}", f"{loss.before.loss:.3f}"
-            cells[4:7] = f"{loss.change:+.3f}", f"{loss.percent:+.1f} %", f"{loss.before.perplexity:.1f}"
-            cells[8] = f"{loss.perplexity_percent:+.1f} %"
+        cells = [name, f"{last.step:,}", "", after[0], "", "", "", after[1], "", lowest, ""]
+        if change := changes.get(name):
+            before, losses = change.before, change.losses
+            cells[1:3] = f"{before.step:,} → {last.step:,}", f"{before.loss:.3f}"
+            cells[4:7] = *losses.cells(), f"{before.perplexity:.1f}"
+            cells[8], cells[10] = f"{losses.perplexity_percent:+.1f} %", losses.outcome
         rows.append(tuple(cells))
     return _LOSS_HEAD, rows
 
 
 def verdicts(run: RecordedRun) -> list[str]:
     """Return a sentence for each validation set with several evaluations: learned or forgotten."""
-    first = next(iter(run.curves.evaluations), None)
-    return [_verdict(name, loss, is_domain=name == first) for name, loss in run.curves.changes().items()]
+    first, *_ = [*run.curves.sets, None]
+    changes = run.curves.changes()
+    return [
+        _verdict(name, changes[name].losses, is_domain=name == first) for name in run.curves.sets if name in changes
+    ]
 
 
 def _verdict(name: str, loss: LossChange, is_domain: bool) -> str:
-    if abs(loss.change) < UNCHANGED:
+    if loss.outcome == "unchanged":
         return f"{name} loss did not change"
     if loss.change < 0:
         verb, meaning = "fell", "learned" if is_domain else "nothing forgotten"
@@ -197,7 +201,7 @@ def _lines(content: Table) -> list[str]:
 
 
 def _cards(run: RecordedRun) -> Iterator[tuple[str, str, str]]:
-    changes = run.curves.changes()
+    changes = {name: one for name, one in run.curves.changes().items() if name in run.curves.sets}
     for color, loss, sentence in zip(COLORS, changes.values(), verdicts(run), strict=False):
         yield color, f"{loss.before.loss:.3f} → {loss.after.loss:.3f}", sentence
     if not changes and run.final_loss is not None:
@@ -215,12 +219,13 @@ def _validation(run: RecordedRun) -> str:
             "No evaluation is recorded; set data.validation or data.validation_fraction to evaluate during a run."
         )
     words = "Loss in nats per token on held-out documents; perplexity is its exponential."
-    if len(found) > 1:
-        first, *others = found
+    first, *others = run.curves.sets
+    if others:
         words += f" Learned: a lower loss on {first}, the first set. Forgotten: a higher loss on {', '.join(others)}."
+    colors = _colors(run.curves.evaluations)
     lines = [
-        ChartLine(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], color, dots=True)
-        for color, (name, change) in zip(_colors(run), run.curves.changes().items(), strict=False)
+        ChartLine(name, [(one.tokens, one.loss - change.before.loss) for one in found[name]], colors[name], dots=True)
+        for name, change in run.curves.changes().items()
     ]
     axes = Axis("tokens consumed"), Axis()
     chart = line_chart("Learned and forgotten: loss since the first evaluation", lines, *axes) if len(lines) > 1 else ""
@@ -232,8 +237,8 @@ def _side(is_other: int) -> str:
     return "red" if is_other else "grey"
 
 
-def _colors(run: RecordedRun) -> Iterator[str]:
-    return (COLORS[number % len(COLORS)] for number in range(len(run.curves.evaluations)))
+def _colors(names: Iterable[str]) -> dict[str, str]:
+    return {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
 
 
 def _curves(run: RecordedRun, other: RecordedRun | None) -> str:
@@ -243,8 +248,8 @@ def _curves(run: RecordedRun, other: RecordedRun | None) -> str:
         of = f", {name}" if other is not None else ""
         dashed = one is not run
         lines.append(ChartLine(f"training{of}", one.curves.points("loss"), _side(dashed), dashed))
-        for color, (label, found) in zip(_colors(one), one.curves.evaluations.items(), strict=True):
-            points = [(evaluation.tokens, evaluation.loss) for evaluation in found]
+        for label, color in _colors(one.curves.sets).items():
+            points = [(evaluation.tokens, evaluation.loss) for evaluation in one.curves.evaluations[label]]
             lines.append(ChartLine(f"{label}{of}", points, color, dashed, dots=True))
     marks = [_mark(restart) for restart in run.restarts]
     loss = line_chart("Loss, in nats per token", lines, Axis("tokens consumed"), marks=marks)
@@ -297,7 +302,11 @@ def _sample(sample: GeneratedSample) -> str:
         text = f"<mark>{escape(sample.prompt)}</mark>{escape(continuation)}"
         return f"<figure><figcaption>{label}</figcaption><pre>{text}</pre></figure>"
 
-    return f'<div class="sample">{column("before", sample.before)}{column("after", sample.after)}</div>'
+    before, after = (
+        name if step is None else f"{name} (step {step:,})"
+        for name, step in (("before", sample.before_step), ("after", sample.after_step))
+    )
+    return f'<div class="sample">{column(before, sample.before)}{column(after, sample.after)}</div>'
 
 
 STYLE = """

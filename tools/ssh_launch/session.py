@@ -83,7 +83,10 @@ def run_session(settings: Settings, transport: Transport, logs: Path) -> int:
         transport: how to reach the hosts.
         logs: folder of a log for each host; the output of the first one is printed as well.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--logs {logs}: {error.strerror or error}; name a folder that can be written") from None
     session = _Session(settings, transport, logs)
     with _signals(session.request), contextlib.ExitStack() as files:
         session.start(files)
@@ -181,9 +184,15 @@ def _status(process: subprocess.Popen[bytes]) -> int:
 
 
 def _copy(source: BinaryIO, log: BinaryIO, printed: bool) -> None:
-    """Copy lines of a host to its log, and to the terminal."""
+    """Copy lines of a host to its log, and to the terminal. A full disk loses lines of the log, not the job."""
+    failed = False
     for line in source:
-        log.write(line)
+        try:
+            log.write(line)
+        except OSError as error:
+            if not failed:
+                print(f"note: {log.name} cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
+            failed = True
         if printed:
             with contextlib.suppress(OSError, ValueError):  # the reader of our output has gone; the log is complete
                 sys.stdout.buffer.write(line)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....kernels.linear_cross_entropy import linear_cross_entropy
-from ....kernels.linear_cross_entropy.any_head import chunked_cross_entropy
+from ....kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from ....kernels.linear_cross_entropy.any_head import chunked_cross_entropy, chunked_token_losses
 from ...batch import Batch
-from ..language_model import Attend, LanguageModel
+from ..language_model import Attend, LanguageModel, Loss
 from .architecture import TransformersArchitecture
 from .attention import PackedAttention, register
 from .documents import one_document_at_a_time
-from .head import LibraryHead
+from .head import HeadForm, LibraryHead
 from .initialization import Initializer
 from .library import ATTENTION, constructed_values, find_parts, library_attention, library_config, meta_library_model
 
@@ -50,7 +50,8 @@ class TransformersModel(LanguageModel):
         self._attentions = [self._prepare(block) for block in self._blocks]
         self._takes_positions = "position_ids" in inspect.signature(parts.backbone.forward).parameters
         self._batch: Batch | None = None
-        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = self._loss_sum
+        self.loss: Loss = self._loss_sum
+        self.token_losses: Loss = self._token_losses
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -124,17 +125,19 @@ class TransformersModel(LanguageModel):
         return arguments, {**named, "batch": self._batch}
 
     def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        form, head = self._form, self._parts.head
+        form = self._form
         if form is None:
             return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, self.architecture.vocab_size).loss_sum
-        return linear_cross_entropy(
-            hidden_TH,
-            weight_VH,
-            targets_T,
-            logit_scale=form.logit_scale,
-            logit_softcap=form.softcap,
-            bias=head.bias,
-        ).loss_sum
+        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **self._head_options(form)).loss_sum
+
+    def _token_losses(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+        form = self._form
+        if form is None:
+            return chunked_token_losses(self.head_logits, hidden_TH, targets_T, self.architecture.vocab_size)
+        return token_losses(hidden_TH, weight_VH, targets_T, **self._head_options(form))
+
+    def _head_options(self, form: HeadForm) -> dict[str, Any]:
+        return {"logit_scale": form.logit_scale, "logit_softcap": form.softcap, "bias": self._parts.head.bias}
 
 
 def _turn_buffers_into_parameters(model: nn.Module) -> frozenset[str]:

@@ -30,7 +30,7 @@ WITH_DCP, WITHOUT_HASHES = 2, 1
 """Former formats that are still read. In both, PyTorch's distributed checkpoint (DCP) wrote the tensors. The manifest
 of the second lists no files."""
 _CHECKSUM = "manifest_xxh3_128"
-_OPTIONAL = {"emergency", "trackers"}
+_OPTIONAL = {"emergency", "trackers", "start_evaluation"}
 """Fields that are written only if they are not empty: older manifests do not have them."""
 
 
@@ -64,7 +64,10 @@ class Manifest:
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fingerprint of every training source: see :class:`retemper.engine.data.catalog.Catalog`."""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """Validation losses measured at this step."""
+    """Losses of the validation sets at this step."""
+    start_evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Losses before the first step, with which later ones are compared, by validation set: ``{"measured", "losses"}``.
+    ``measured`` is the fingerprint of the evaluated data; ``losses`` are those of the set and of its sources."""
     best: dict[str, Any] = field(default_factory=dict)
     """Best evaluation so far: ``{"step", "name", "loss"}``."""
     health: dict[str, Any] = field(default_factory=dict)

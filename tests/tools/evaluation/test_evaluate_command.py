@@ -1,0 +1,138 @@
+"""The command: its tables, JSON and page, and errors of one line before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evaluating import FP32, save_model, texts, write_dataset, write_jsonl
+from oracles.html_page import Page
+
+from retemper.tools import evaluate_model
+from retemper.tools.evaluation import harness
+from retemper.tools.evaluation.report import format_result, result_page
+from retemper.tools.evaluation.scores import DocumentScore, EvaluationResult, ModelScore, SetScore, TaskScore
+
+SCRIPT = Path(evaluate_model.__file__)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "qwen2", tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", [[5, 6, 7, 8, 0], [9, 10, 0]])
+
+
+def set_score(name: str, nats: float, text_nats: float) -> SetScore:
+    document = DocumentScore(7, 30, 20, 2.5, None, "a <b>\x1b[31m beginning")
+    return SetScore(name, f"{name}.jsonl", 3, 120, 100, nats, 95, text_nats, 400, [document], [document])
+
+
+def result_of(same_tokenizer: bool) -> EvaluationResult:
+    after = [set_score("domain", 200.0, 190.0), set_score("general", 310.0, 300.0), set_score("same", 250.0, 240.0)]
+    before = [set_score("domain", 250.0, 240.0), set_score("general", 300.0, 295.0), set_score("same", 250.0, 240.0)]
+    tasks = [TaskScore("mini", "acc", 0.75, 0.1, 4)]
+    return EvaluationResult(
+        ModelScore("new", "new", {"layout": "one rank"}, "x", after, tasks, ["a remark"]),
+        ModelScore("old", "old", {}, "x" if same_tokenizer else "y", before, [TaskScore("mini", "acc", 0.5, 0.1, 4)]),
+    )
+
+
+def test_what_was_learned_and_forgotten(tmp_path: Path) -> None:
+    result = result_of(same_tokenizer=True)
+    assert [one.verdict for one in result.changes] == ["learned", "forgotten", "unchanged"]
+    record = json.loads(json.dumps(result.to_dict()))
+    [domain, general, _] = record["changes"]
+    assert domain["loss"] == {"before": 2.5, "after": 2.0, "change": -0.5, "percent": -20.0}
+    bits = general["bits_per_byte"]
+    assert bits["after"] == pytest.approx(300 / 400 / math.log(2)) and bits["before"] < bits["after"]
+    text = format_result(result)
+    row = next(line.split() for line in text.splitlines() if line.startswith("general") and "forgotten" in line)
+    assert row[1:6] == ["3.0000", "3.1000", "+0.1000", "+3.3", "%"]
+    assert "\x1b" not in text
+    page = Page(result_page(result))
+    page.require_self_contained()
+    for words in ("forgotten", "learned", "+3.3 %", "a remark", "mini"):
+        assert words in page.text
+    heights = [float(value) for name, value in page.attributes if name == "height"]
+    assert page.tags.count("rect") == 3 and len(heights) == 3 and min(heights) == 0.0 < heights[1] < heights[0]
+
+
+def test_losses_of_other_tokenizers_are_not_compared() -> None:
+    result = result_of(same_tokenizer=False)
+    [domain, general, _] = result.to_dict()["changes"]
+    assert domain["loss"] is None and (domain["verdict"], general["verdict"]) == ("learned", "forgotten")
+    assert "different tokenizers" in format_result(result) and "different tokenizers" in Page(result_page(result)).text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere.jsonl"], ["--data nowhere.jsonl", "no such file"]),
+        ([], ["--data is missing"]),
+        (["--data", "{data}", "--stride", "4"], ["--stride 4", "--mode sliding"]),
+        (["--data", "{data}", "--mode", "sliding", "--stride", "64", "--sequence-length", "32"], ["64", "32 at most"]),
+        (["--data", "{data}", "--batch-size", "0"], ["--batch-size 0"]),
+        (["--data", "a={data}", "a={data}"], ["two sets are named 'a'"]),
+        (["--data", "{{path: {data}, weight: 2}}"], ["weight"]),
+        (["--data", "{data}", "--optimizer.learning_rate", "1"], ["--optimizer.learning_rate", "no effect"]),
+        (["--data", "{data}", "--baseline", "nowhere/x/y"], ["--baseline nowhere/x/y"]),
+        (["--data", "{data}", "--parallel.tensor", "2"], ["parallel.tensor 2"]),
+        (["--data", "{data}", "--training.precision", "fp64"], ["training.precision"]),
+        (["--data", "{data}", "--output", "{model}/config.json"], ["--output", "config.json"]),
+        (["--data", "{data}", "--json", "missing/x.json"], ["--json missing/x.json", "does not exist"]),
+    ],
+)
+def test_wrong_requests_take_one_line(
+    arguments: list[str], words: list[str], run, model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled = [one.format(data=data, model=model) for one in arguments]
+    command = run(evaluate_model, "--model", model, *filled)
+    assert command.status == 1 and command.stdout == ""
+    [line] = command.stderr.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_harness_names_the_command_that_installs_it(run, model: Path, monkeypatch) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    command = run(evaluate_model, "--model", model, "--lm-eval", "arc_easy")
+    [line] = command.stderr.splitlines()
+    assert "lm_eval" in line and "[eval]" in line and command.status == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_command(ranks: int, model: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """From the command line, also under torchrun: text in two sets, a baseline, JSON and page."""
+    baseline = save_model(tmp_path / "baseline", "qwen2", tiny_tokenizer, seed=1)
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts(8, seed=len(name)))
+    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    words = ["--model", str(model), "--baseline", str(baseline), "--data", "one.jsonl", "second=two.jsonl"]
+    more = ["--json", "result.json", "--output", "result.html", "--sequence-length", "64", "--batch-size", "2", *FP32]
+    environment = {**os.environ, "RETEMPER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, str(SCRIPT), *words, *more],
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert [one["name"] for one in record["model"]["sets"]] == ["one", "second"]
+    assert record["baseline"]["sets"][0]["targets"] == record["model"]["sets"][0]["targets"]
+    Page((tmp_path / "result.html").read_text()).require_self_contained()
+    assert f"{record['model']['sets'][1]['loss']:.4f}" in done.stdout
