@@ -41,7 +41,7 @@ def build_parser() -> CommandParser:
         "--lengths", type=_numbers, default="128,256,512,1024,2048", metavar="LIST", help="default: %(default)s"
     )
     parser.add_argument(
-        "--new-tokens", type=int, default=8, metavar="N", help="timed tokens after the first (default: %(default)s)"
+        "--new-tokens", type=int, default=16, metavar="N", help="timed tokens after the first (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="measurements, whose median counts (default: %(default)s)"

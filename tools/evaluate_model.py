@@ -19,7 +19,6 @@ from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report, write_report
 from retemper.engine.guards.garbage_collection import without_gc
-from retemper.engine.guards.stop_request import StopRequest
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.tools.evaluation.options import SETTINGS, EvaluateOptions, HarnessOptions, parse_sets
 
@@ -125,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("json", "output"):
         if (path := getattr(options, name)) is not None:
             require_report(f"--{name}", path, [Use("--model", request.model)])
-    with StopRequest() as stop:
-        result = _evaluate(request, words, stop)
+    result = _evaluate(request, words)
     if result is not None:
         _write(result, options)
 
@@ -157,7 +155,7 @@ def _request(options: argparse.Namespace) -> EvaluateOptions:
     )
 
 
-def _evaluate(request: EvaluateOptions, words: Sequence[str], stop: StopRequest) -> EvaluationResult | None:
+def _evaluate(request: EvaluateOptions, words: Sequence[str]) -> EvaluationResult | None:
     """Return the result on the main rank."""
     with without_gc():
         from retemper.engine.guards.rank_consistency import agree_on_config
@@ -176,11 +174,9 @@ def _evaluate(request: EvaluateOptions, words: Sequence[str], stop: StopRequest)
         return plans[0].config
 
     config, rendezvous = agree_on_config(read, world_size > 1)
-    stop.defer()
     with process_group(config.device, config.parallel.timeout_seconds, rendezvous) as ranks:
-        stop.defer(ranks)
         mesh = build_mesh(plan_layout(config.parallel, ranks.world_size), ranks.device.type)
-        result = evaluate_models(plans[0], ranks, mesh, stop, rank0_printer(ranks.is_main))
+        result = evaluate_models(plans[0], ranks, mesh, rank0_printer(ranks.is_main))
         is_main = ranks.is_main
     return with_tasks(plans[0], result, rank0_printer(True)) if is_main else None
 

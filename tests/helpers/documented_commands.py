@@ -33,7 +33,10 @@ data: {train: [{path: dataset}], validation_fraction: 0.01}
 training: {train_tokens: 1_000_000_000, warmup_tokens: 10_000_000}
 """
 """Stands for a configuration that a page names without showing it."""
-TAKE_SETTINGS = ("engine.pretrain", "tools.train", "tools.plan", "tools.benchmark", "tools.doctor", "launch.over_ssh")
+TAKE_SETTINGS = (
+    *("engine.pretrain", "tools.train", "tools.plan", "tools.benchmark", "tools.doctor", "tools.evaluate_model"),
+    "launch.over_ssh",
+)
 """Modules that pass the options that they do not know to the configuration of a run."""
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from oracles.tiny_tokenizer import sample_text
 
-from retemper.engine.guards.stop_request import StopRequest
 from retemper.engine.parallel import mesh
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
@@ -83,4 +82,4 @@ def evaluate(ranks: Ranks, options: EvaluateOptions, words: Sequence[str] = FP32
     """What ``retemper evaluate`` does on every rank of a process group."""
     plan = plan_evaluation(options, words, ranks.world_size)
     found = mesh.build_mesh(plan_layout(plan.config.parallel, ranks.world_size), ranks.device.type)
-    return evaluate_models(plan, ranks, found, StopRequest(ranks), lambda *lines: None)
+    return evaluate_models(plan, ranks, found, lambda *lines: None)

@@ -37,7 +37,7 @@ _CHARACTERS = 200
 _TOKENS_SHOWN = 128
 
 
-def evaluate_models(plan: EvaluationPlan, ranks: Ranks, mesh: Mesh, stop: StopRequest, say: Say) -> EvaluationResult:
+def evaluate_models(plan: EvaluationPlan, ranks: Ranks, mesh: Mesh, say: Say) -> EvaluationResult:
     """Evaluate all sets with the model, and with the baseline. All ranks must call this.
 
     Raises:
@@ -51,13 +51,13 @@ def evaluate_models(plan: EvaluationPlan, ranks: Ranks, mesh: Mesh, stop: StopRe
                 found = find_weights(config.model, ranks, run_store(config, ranks))
                 scores[option] = ModelScore(name, str(found.folder))
                 continue
-            config = prepare_data(config, ranks, stop, say)
+            # Never entered, so a signal ends the process: there is nothing to save.
+            config = prepare_data(config, ranks, StopRequest(ranks), say)
             model = open_model(config, ranks, mesh, say)
             say(f"model       {name}", *(f"{key:<12}{value}" for key, value in model.facts.items()))
             scores[option] = _evaluate(name, model, plan.options, say)
             del model
             gc.collect()
-        stop.exit_if_agreed()
     training, options = plan.config.training, plan.options
     settings = {
         "mode": options.mode,

@@ -22,7 +22,7 @@ from ...engine.parallel.process_group import Ranks
 from ...engine.run_folder import run_store
 from ...engine.schedule import BatchPlan, plan_batches
 from ...engine.start import Start, find_weights, open_start
-from ...engine.tokenizer.files import tokenizer_file_name
+from ...engine.tokenizer.files import find_local_tokenizer, tokenizer_file_name
 from ...engine.weights.checkpoint.assets import asset_folder
 from ...engine.weights.checkpoint.manifest import read_manifest
 from ...engine.weights.hugging_face.config_source import architecture_source
@@ -63,6 +63,8 @@ class EvaluatedModel:
     @property
     def tokenizer_file(self) -> Path | None:
         """The file of its tokenizer, if it has one."""
+        if self.config.model.tokenizer is not None:
+            return find_local_tokenizer(self.config.model.tokenizer)
         assert self.start.folder is not None
         folder = asset_folder(self.start.folder)
         name = tokenizer_file_name([path.name for path in folder.iterdir()])

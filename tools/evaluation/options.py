@@ -20,6 +20,7 @@ SETTINGS = (
     "model.implementation",
     "model.trust_remote_code",
     "model.dropout",
+    "model.tokenizer",
     "data.attend_across_documents",
     "data.cache_folder",
     "device",

@@ -10,7 +10,7 @@ from ..reports.page import bullets, definitions, header, note, page, section, ta
 from ..reports.text import table_lines, visible
 from .scores import DocumentScore, EvaluationResult, ModelScore, SetChange, SetScore, TaskScore
 
-Table = tuple[Sequence[str], list[tuple[str, ...]]]
+Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
 _SHOWN = 60
 """Characters of a document's beginning in the terminal."""
 _DIFFERENT = (
@@ -112,12 +112,12 @@ def _cells(change: LossChange | None) -> tuple[str, ...]:
 
 def document_table(found: Sequence[DocumentScore], characters: int) -> Table:
     """Return documents with extreme losses."""
-    head = ("document", "tokens", "loss", "bits per byte", "beginning")
+    head = ("beginning", "document", "tokens", "loss", "bits per byte")
     rows = [
         (
+            " ".join(one.beginning.split())[:characters],
             *(f"{one.index:,}", f"{one.tokens:,}", f"{one.loss:.4f}"),
             "" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}",
-            " ".join(one.beginning.split())[:characters],
         )
         for one in found
     ]

@@ -1,24 +1,29 @@
 """Measure the generation of text: prompts and tokens, with the cache, without it, and by ``transformers.generate``.
 
-All ways generate the same number of tokens greedily from the same random prompts, in turn, so that changes of the
-machine affect all of them. The time of a prompt is that of one token; the time per token is the additional time of more
-tokens, divided by their number.
+All ways generate tokens greedily from the same random prompts, in turn, so that changes of the machine affect all of
+them. The moment of each token is recorded: the first one ends the time of the prompt.
+
+On one CPU thread the times are processor time, which other programs on the machine disturb little. Elsewhere they are
+wall time.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...benchmarks.machine import describe_torch
 from ...benchmarks.report import BenchmarkReport, table
-from ...benchmarks.timing import time_calls
+from ...benchmarks.timing import now, seconds_between
 from ...engine.files.outputs import GENERATOR, write_report
 from ...engine.model.architecture import Architecture
 from ...engine.model.implementations import parse_architecture
@@ -33,8 +38,8 @@ from .token_choice import TokenChoice, random_numbers
 
 OURS, LIBRARY_CACHE, RECOMPUTED = "own cache", "cache of transformers", "without a cache"
 PEER = "transformers.generate"
-Way = Callable[[list[list[int]], int], object]
-"""Generates so many tokens after each prompt."""
+Way = Callable[[list[list[int]], int, Callable[[], None]], object]
+"""Generates so many tokens after each prompt. The last argument is called after each of them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class MeasureOptions:
     lengths: tuple[int, ...]
     """Tokens of a prompt."""
     new_tokens: int
-    """Tokens after the first one, by which the time per token is measured."""
+    """Number of timed tokens after the first one."""
     repeats: int
     dtype: str
     device: str
@@ -68,6 +73,7 @@ def measure(options: MeasureOptions, command: str) -> BenchmarkReport:
     ways, architecture = _ways(options, device)
     name = "random weights" if options.model is None else options.model.name
     settings = {**asdict(options), "model": name, "parameters": architecture.num_parameters}
+    settings["clock"] = clock_name(device)
     report = BenchmarkReport(command, machine, settings)
     for length in options.lengths:
         for batch_size in options.batch_sizes:
@@ -175,12 +181,13 @@ def _with_session(backend: Backend, open_session: Callable[[int], Session]) -> W
     choice, random = TokenChoice(Sampling()), random_numbers(0, 0)
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]], count: int) -> None:
+    def generate(prompts: list[list[int]], count: int, after_token: Callable[[], None]) -> None:
         session = open_session(len(prompts[0]) + count)
         texts, new = [list(prompt) for prompt in prompts], prompts
         for _ in range(count):
             tokens = choice.choose(session.append(new), texts, [random] * len(texts))
             new = [[token] for token in tokens]
+            after_token()
 
     return generate
 
@@ -189,10 +196,15 @@ def _library_way(backend: LibraryBackend) -> Way:
     module: Any = backend.module
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]], count: int) -> None:
+    def generate(prompts: list[list[int]], count: int, after_token: Callable[[], None]) -> None:
         ids = torch.tensor(prompts, device=backend.device)
         fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        module.generate(ids, attention_mask=torch.ones_like(ids), **fixed)
+
+        def mark(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            after_token()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        module.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[mark], **fixed)
 
     return generate
 
@@ -207,31 +219,46 @@ def _rows(
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(length)
     prompts = torch.randint(architecture.vocab_size, (batch_size, length), generator=generator).tolist()
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    # Without a cache each token takes as long as a prompt, so few are enough.
+    counted = {way: min(2, options.new_tokens) if way == RECOMPUTED else options.new_tokens for way in ways}
+    found: dict[str, list[list[float]]] = {way: [] for way in ways}
     for repeat in range(options.repeats + 1):
         for name, way in ways.items():
-            one, all_ = (time_calls(_call(way, prompts, count), 1, device)[0] for count in (1, 1 + options.new_tokens))
+            seconds = _token_seconds(way, prompts, 1 + counted[name], device)
             if repeat:  # the first one prepares
-                seconds[name].append((one, all_))
-    rows = [_row(name, batch_size, length, found, options.new_tokens) for name, found in seconds.items()]
+                found[name].append(seconds)
+    rows = [_row(name, batch_size, length, seconds) for name, seconds in found.items()]
     peer = next((row["token_ms"] for row in rows if row["way"] == PEER), None)
     return [{**row, "speed_ratio": None if peer is None else peer / row["token_ms"]} for row in rows]
 
 
-def _call(way: Way, prompts: list[list[int]], count: int) -> Callable[[], object]:
-    return lambda: way(prompts, count)
+def _token_seconds(way: Way, prompts: list[list[int]], count: int, device: torch.device) -> list[float]:
+    """Return the seconds from the start to the first token, and from each token to the next one."""
+    moments = [_moment(device)]
+    way(prompts, count, lambda: moments.append(_moment(device)))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    assert len(moments) == count + 1
+    return [seconds_between(begin, end) for begin, end in itertools.pairwise(moments)]
 
 
-def _row(
-    way: str, batch_size: int, length: int, found: Sequence[tuple[float, float]], new_tokens: int
-) -> dict[str, Any]:
-    token = statistics.median((all_ - one) / new_tokens for one, all_ in found)
+def clock_name(device: torch.device) -> str:
+    """Return which time is measured."""
+    return "processor time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall time"
+
+
+def _moment(device: torch.device) -> Any:
+    return time.process_time() if clock_name(device) == "processor time" else now(device)
+
+
+def _row(way: str, batch_size: int, length: int, seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    token = statistics.median(second for tokens in seconds for second in tokens[1:])
     return {
         "way": way,
         "batch_size": batch_size,
         "length": length,
-        "prompt_ms": 1e3 * statistics.median(one for one, _ in found),
+        "prompt_ms": 1e3 * statistics.median(tokens[0] for tokens in seconds),
         "token_ms": 1e3 * token,
         "tokens_per_second": batch_size / token,
-        "seconds": [list(pair) for pair in found],
+        "seconds": [list(tokens) for tokens in seconds],
     }

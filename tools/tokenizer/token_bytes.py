@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.tokenizer.backends import TokenizersReference
+from ...engine.tokenizer.backends import Reference, TokenizersReference
 from ...engine.tokenizer.files import tokenizer_kind
 from ...engine.tokenizer.probes import PROBES
 from ...engine.tokenizer.reference import open_reference
@@ -74,15 +74,18 @@ def read_token_bytes(file: Path, vocab_size: int) -> TokenBytes | str:
     if (unknown := reference.unknown_id()) is not None:
         num_bytes[unknown], has_text[unknown] = 0, False
     table = TokenBytes(num_bytes, has_text, spaces, drops_first_space)
-    for text in PROBES:
-        ids = reference.encode([text])[0]
-        if not len(ids) or not has_text[ids].all():
-            continue
-        whole = reference.decode(ids.tolist(), False).encode("utf-8", "surrogatepass")
-        whole = whole.removeprefix(b" ") if drops_first_space else whole  # no probe begins with a space
-        if int(table.count(ids, np.arange(len(ids)) == 0).sum()) != len(whole):
-            return f"{file}: its decoder does not keep the bytes of tokens"
-    return table
+    kept = all(_keeps_bytes(table, reference, probe) for probe in PROBES)
+    return table if kept else f"{file}: its decoder does not keep the bytes of tokens"
+
+
+def _keeps_bytes(table: TokenBytes, reference: Reference, probe: str) -> bool:
+    """Return whether the bytes of the tokens of a text are those that the library decodes."""
+    ids = reference.encode([probe])[0]
+    if not len(ids) or not table.has_text_V[ids].all():
+        return True
+    whole = reference.decode(ids.tolist(), False).encode("utf-8", "surrogatepass")
+    whole = whole.removeprefix(b" ") if table.drops_first_space else whole  # no probe begins with a space
+    return int(table.count(ids, np.arange(len(ids)) == 0).sum()) == len(whole)
 
 
 _Texts = tuple[Iterator[tuple[int, bytes]], bool]

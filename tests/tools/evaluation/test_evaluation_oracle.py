@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from retemper.engine.errors import UserError
 from retemper.engine.weights.conversion import hf_to_dcp
 
 DOCUMENTS = texts(12)
@@ -148,12 +149,26 @@ def test_a_checkpoint_and_its_folder_are_the_same(one_rank, tiny_tokenizer: Path
 
 
 def test_bits_per_byte_compare_models_with_other_tokenizers(
-    one_rank, corpus: Path, tiny_tokenizer: Path, sentencepiece_folder: Path, tmp_path: Path
+    one_rank, corpus: Path, tiny_tokenizer: Path, sentencepiece_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.setenv("RETEMPER_CACHE", str(tmp_path / "cache"))
     model = save_model(tmp_path / "model", "qwen2", tiny_tokenizer)
     other = save_model(tmp_path / "other", "qwen2", sentencepiece_folder, seed=1)
     result = evaluate(one_rank, request(model, corpus, baseline=str(other), sequence_length=64), FP32)
     [change] = result.changes
+    # Prepared datasets belong to one of the tokenizers, and are refused for the other model.
+    prefixes = [path.with_suffix("") for path in tmp_path.glob("cache/datasets/*/dataset.idx")]
+    assert len(prefixes) == 2
+    for folder in (model, other):
+        refusals = 0
+        for prefix in prefixes:
+            try:
+                [score] = evaluate(one_rank, request(folder, f"corpus={prefix}", sequence_length=64)).model.sets
+                assert score.nats == (change.after if folder == model else change.before).nats
+            except UserError as error:
+                assert "made with tokenizer" in str(error) and str(prefix) in str(error)
+                refusals += 1
+        assert refusals == 1
     assert not result.same_tokenizer and change.loss is None and change.bits_per_byte is not None
     difference = change.after.bits_per_byte - change.before.bits_per_byte
     assert change.verdict == ("learned" if difference < 0 else "forgotten")
