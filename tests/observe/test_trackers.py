@@ -1,6 +1,9 @@
 """Trackers have the curves of metrics.jsonl, each point once, whatever happens to a run. Their own readers say so."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -174,3 +177,46 @@ def test_missing_packages_are_refused_before_anything_starts(monkeypatch):
         require_trackers(LoggingConfig(trackers=["wandb", "mlflow", "comet", "csv"]))
     assert len(refused.value.problems) == 2
     assert all("pip install" in line for line in refused.value.problems)
+
+
+UNREACHABLE = """
+import sys, time
+from pathlib import Path
+from helpers.tracker_runs import description
+from retemper.engine.config.settings import LoggingConfig
+from retemper.engine.observe.guarded import Guarded
+from retemper.engine.observe.observer import StepRecord
+from retemper.engine.observe.trackers.all_trackers import Trackers
+from retemper.engine.observe.trackers.background import Background
+from retemper.engine.observe.trackers.creation import CLIENTS
+from retemper.engine.observe.trackers.curve import TrackedCurve
+from retemper.engine.schedule import Progress
+
+folder, end = Path(sys.argv[1]), sys.argv[2]
+say = lambda line: print(line, flush=True)
+curves = {name: TrackedCurve(name, CLIENTS[name](), lambda: None, say) for name in ("wandb", "mlflow")}
+workers = [Background(name, Guarded(name, curve, "", say), say) for name, curve in curves.items()]
+trackers = Trackers(workers, end_seconds=5.0)
+trackers.open(description(folder, LoggingConfig()))
+trackers.start(None, False)
+for step in range(1, 100):
+    trackers.step(StepRecord(Progress(step, step, step), {"loss": 1.0}, 0, 0.0, []))
+time.sleep(5)  # they are busy with their server
+if end == "crash":
+    raise SystemExit(3)
+trackers.end({"finished": True})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["regular", "crash"])
+def test_the_process_ends_although_no_server_can_be_reached(tmp_path, end):
+    servers = {"WANDB_BASE_URL": "http://127.0.0.1:9", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    environment = {**os.environ, **servers, "WANDB_API_KEY": "0" * 40, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", UNREACHABLE, str(tmp_path), end]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == (3 if end == "crash" else 0), done.stderr
+    assert time.perf_counter() - began < 60
+    if end == "regular":
+        assert {line.split()[1] for line in done.stdout.splitlines() if line.startswith("note")} == {"wandb", "mlflow"}

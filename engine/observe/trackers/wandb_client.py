@@ -14,7 +14,8 @@ from .record_files import last_steps_in_wandb
 if TYPE_CHECKING:
     from wandb import Run, Settings
 
-_INIT_SECONDS, _FINISH_SECONDS = 90.0, 45.0
+_INIT_SECONDS, _FINISH_SECONDS = 30.0, 45.0
+"""How long wandb waits for its server at the beginning and at the end. The process cannot end in the meantime."""
 _FLUSH_SECONDS = 1.0
 """A killed run loses what wandb has not written to its file: the next start sends it again."""
 
