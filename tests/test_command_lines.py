@@ -23,7 +23,7 @@ COMMANDS = sorted(
 )
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
-    *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset"),
+    *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset", "--lm-eval", "--lm-eval-batch-size"),
     *("--languages", "--bins", "--bin-weights"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
