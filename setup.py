@@ -25,7 +25,12 @@ EXTRAS = {
     "dedup": ["rensa>=0.5,<0.6"],
     "clean": ["ftfy>=6.2,<7", "py3langid>=0.4,<0.5"],
     "tiktoken": ["tiktoken>=0.7"],
-    "trackers": ["tensorboard>=2.16"],  # a run's curves; part of every installation
+    "wandb": ["wandb>=0.25"],
+    "mlflow": ["mlflow-skinny>=3.0"],
+    "trackio": ["trackio>=0.30"],
+    "swanlab": ["swanlab>=0.6"],
+    "comet": ["comet-ml>=3.47"],
+    "trackers": ["tensorboard>=2.16", "wandb>=0.22", "mlflow-skinny>=3.0", "trackio>=0.30"],
     "prometheus": ["prometheus_client>=0.19"],
     "eval": ["lm-eval[hf]>=0.4.13"],
     "hub": ["hf-xet>=1.1", "datasets>=4"],
@@ -48,8 +53,9 @@ EXTRAS = {
         "types-PyYAML",
     ],
 }
-# What users of any machine can install: no compiler, no GPU.
-EXTRAS["all"] = sorted({each for name in EXTRAS if name not in ("gpu", "fp8", "docs", "dev") for each in EXTRAS[name]})
+# What users of any machine can install: no compiler, no GPU. swanlab and comet limit the versions of other packages.
+NOT_IN_ALL = ("gpu", "fp8", "docs", "dev", "swanlab", "comet")
+EXTRAS["all"] = sorted({each for name in EXTRAS if name not in NOT_IN_ALL for each in EXTRAS[name]})
 
 
 class BuildPackage(build_py):

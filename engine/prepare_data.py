@@ -11,6 +11,7 @@ from .config.settings import ModelConfig, RunConfig
 from .data.text_sources import TextSource, cache_folder, text_sources, with_datasets
 from .data.tokenizing import CachedDataset, TokenizingJob
 from .errors import UserError
+from .files.masking import without_url_secrets
 from .guards.background import run_in_background
 from .guards.stop_request import StopRequest
 from .parallel.launcher import read_launcher
@@ -34,8 +35,9 @@ def prepare_data(config: RunConfig, ranks: Ranks, stop: StopRequest, say: Callab
         return config
     datasets = {text.key: _tokenize(text, config, ranks, stop) for text in texts}
     for text in texts:
+        path = without_url_secrets(text.path)
         for one in datasets[text.key].values():
-            say(f"data        {text.path}: {one.documents:,} documents, {one.tokens:,} tokens in {one.prefix}")
+            say(f"data        {path}: {one.documents:,} documents, {one.tokens:,} tokens in {one.prefix}")
     ranks.fail_together(lambda: _require_visible([one for made in datasets.values() for one in made.values()]))
     prefixes = {key: {side: one.prefix for side, one in made.items()} for key, made in datasets.items()}
     return replace(config, data=with_datasets(config.data, prefixes))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.checks import validate
+from retemper.engine.config.packages import require_trackers
 from retemper.engine.config.parser import build_parser as build_parser
 from retemper.engine.config.parser import config_folders, parse_config
 from retemper.engine.config.settings import RunConfig
@@ -61,6 +62,7 @@ def prepare(world_size: int, arguments: Sequence[str] | None = None) -> RunConfi
     """Return the configuration, and import all that the run needs: errors in both end it before other ranks wait."""
     config = parse_config(arguments)
     check_layout(config, world_size)
+    require_trackers(config.logging)
     if config.callbacks:
         from retemper.engine.observe.callbacks import import_callbacks
 
@@ -89,9 +91,11 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.observe.reporter import Reporter, create_early_observers
     from retemper.engine.observe.waiting import rank0_printer, report_if_slow
     from retemper.engine.optim import build_optimizer
+    from retemper.engine.out_of_memory import MemoryGuard
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
     from retemper.engine.prepare_data import prepare_data
+    from retemper.engine.prompt_samples import PromptSamples
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
@@ -111,14 +115,15 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
         config, start, choices = choose_implementation(config, start, plan, ranks)
         architecture = start.architecture
         catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+    samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
-    mesh = build_mesh(layout, ranks.device.type)
-    with report_if_slow("building the model", say):
+    mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
+    with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
     stop.exit_if_agreed()
-    with report_if_slow("loading the weights", say):
+    with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):
         casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
@@ -132,8 +137,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
-        data=data, validation=validation, model=model, forward_backward=forward_backward, optimizer=optimizer,
-        store=store, saver=saver, guards=guards, report=report, profiler=profiler,
+        data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
+        optimizer=optimizer, store=store, saver=saver, guards=guards, memory=memory, report=report, profiler=profiler,
         remarks=[*casts, *found.remarks, *room], progress=progress,
     )  # fmt: skip
 
@@ -146,7 +151,7 @@ def train(run: Run, console: Console | None = None) -> None:
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
 
-    with open_run_folder(run, console):
+    with run.memory.explained(run.guards.where), open_run_folder(run, console):
         run.say(*describe_start(run))
         with run.stop, run.guards, run.saver:  # main() may have entered run.stop already, which may be nested
             rollback = None
@@ -263,7 +268,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     if run.validation and run.evaluation_due() and (last or not stopping):
         # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.
         losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
-        stopping = stopping or not losses  # a stop request interrupted the evaluation
+        stopping = stopping or run.stop.agreed()  # asked during the evaluation, which may be interrupted
     if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
         report_pending(run)
         run.guards.require_savable(step, result)
@@ -279,6 +284,10 @@ def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool
     losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
     run.report.evaluation(run.progress, losses, run.validation.changes())
     run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
+    if losses and run.samples:
+        step = run.progress.step
+        texts = run.samples.generate(run.model, run.forward_backward, step, run.stop.agreed, run.say)
+        run.report.samples(run.progress, texts)
     best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)

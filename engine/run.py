@@ -16,10 +16,12 @@ from .guards.run_guards import RunGuards
 from .guards.stop_request import StopRequest
 from .observe.profiler import StepProfiler
 from .observe.reporter import Reporter
+from .out_of_memory import MemoryGuard
 from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
+from .prompt_samples import PromptSamples
 from .schedule import BatchPlan, Progress
 from .start import Start
 from .weights.checkpoint.manifest import Manifest
@@ -43,12 +45,14 @@ class Run:
     catalog: Catalog
     data: TrainingData
     validation: Validation
+    samples: PromptSamples
     model: ModelParts
     forward_backward: ForwardBackward
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
     saver: Saver
     guards: RunGuards
+    memory: MemoryGuard
     report: Reporter
     profiler: StepProfiler
     remarks: list[str]

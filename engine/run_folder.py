@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from .config.settings import RunConfig, to_dict, to_yaml
+from .config.settings import RunConfig, to_dict
+from .config.yaml_loader import dump_yaml
 from .errors import UserError
+from .files.masking import masked, without_signature
 from .guards.run_guards import UnreadableData
 from .model.architecture import Architecture
 from .observe.console import Console
@@ -82,7 +84,7 @@ def _open(run: Run, console: Console | None) -> None:
     run.report.start(run.progress.step if resumed else None, run.evaluation_pending)
     if console is not None:
         console.open(folder)
-    (folder / CONFIG_FILE).write_text(to_yaml(run.config), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(dump_yaml(masked(to_dict(run.config), without_signature)), encoding="utf-8")
     note_start(folder, resumed is None, run.store.origin)
 
 
@@ -103,6 +105,7 @@ def saving_on_failure(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        run.memory.note(error, run.guards.where())
         if isinstance(error, UnreadableData) or not isinstance(error, UserError):
             run.guards.pause_watchdog()
             if run.progress.step > run.report.totals.start.step:
@@ -134,7 +137,8 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         best=run.progress.best,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
-        config=to_dict(run.config),
+        trackers=run.report.tracker_runs,
+        config=masked(to_dict(run.config), without_signature),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),
         retemper_version=__version__,

@@ -12,11 +12,14 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
-from .errors import UserError
+from .errors import ERROR_FILE_VARIABLE, UserError
 
 PARENT_VARIABLE = "RETEMPER_PARENT"
 """Environment variable with the process id of a parent with which its child is to end."""
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS")
+"""Beginnings of the variables of torchrun, which would make another process believe that it is a rank."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
@@ -43,6 +46,16 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != parent:  # it has ended in the meantime
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def environment_of_tool(problem: Path | None = None) -> dict[str, str]:
+    """Return the environment for a command of this project that a run starts as a process.
+
+    The process is not a rank, ends with this one, and writes the line of its error to the file ``problem``.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
+    reports = {} if problem is None else {ERROR_FILE_VARIABLE: str(problem)}
+    return {**own, **reports, PARENT_VARIABLE: str(os.getpid())}
 
 
 def usable_cores() -> int:

@@ -15,7 +15,7 @@ from rank_cluster import CPU, RankCluster, share_meshes
 
 from retemper.engine.parallel.process_group import Ranks
 
-pytest_plugins = ("fixtures.checkpoints", "fixtures.models", "fixtures.runs", "fixtures.tokenizers")
+pytest_plugins = tuple(f"fixtures.{name}" for name in ("checkpoints", "generation", "models", "runs", "tokenizers"))
 
 # Without a GPU, Triton runs kernels in Python. It decides that when it is imported, which other libraries do as well.
 if not torch.cuda.is_available():

@@ -23,8 +23,8 @@ COMMANDS = sorted(
 )
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
-    *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset", "--lm-eval", "--lm-eval-batch-size"),
-    *("--languages", "--bins", "--bin-weights"),
+    *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset"),
+    *("--languages", "--bins", "--bin-weights", "--lm-eval", "--lm-eval-batch-size", "--stop", "--system"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
         "--kernels",

@@ -62,7 +62,7 @@ def test_a_run_is_killed_past_a_checkpoint_and_reported(tmp_path, monkeypatch):
     page.require_self_contained()
     assert "retemper first 4.2 s retemper train # killed" in page.text and "all commands" in page.text
     assert "before without replay with replay domain 3.000 2.500 2.500" in page.text
-    assert "before The function returns the <array> after The function returns return x" in page.text
+    assert "before (step 0) The function returns the <array> after (step 5) The function returns return x" in page.text
     assert f"Python {sys.version_info.major}." in page.text and "step-00000003" in page.text
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.command_line import CommandParser
-from retemper.engine.errors import run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report, write_report
 from retemper.engine.files.paths import expand_path
 from retemper.engine.guards.garbage_collection import without_gc

@@ -16,9 +16,10 @@ from pathlib import Path
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.config.parser import build_parser as build_settings_parser
 from retemper.engine.config.parser import parse_config
-from retemper.engine.errors import run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report
 from retemper.engine.guards.garbage_collection import without_gc
+from retemper.engine.system import end_with_parent
 from retemper.tools.planning.gpus import GPUS
 from retemper.tools.planning.options import EFFICIENCY, RESERVE, PlanOptions, read_architecture
 
@@ -44,8 +45,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--quick", action="store_true", help="dry run a few blocks and extrapolate, instead of all of them"
     )
+    parser.add_argument("--savings", action="store_true", help="list changes of single settings that need less memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    parser.mark_usual("--config", "--nodes", "--gpus-per-node", "--gpu", "--search", "--quick", "--json")
+    parser.mark_usual("--config", "--nodes", "--gpus-per-node", "--gpu", "--search", "--quick", "--savings", "--json")
     parser.take_settings(build_settings_parser)
     return parser
 
@@ -107,6 +109,7 @@ def _add_assumptions(group: argparse._ArgumentGroup) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options, run_arguments = parse_arguments(arguments)
+    end_with_parent()
     config = parse_config(run_arguments)
     if options.json is not None:
         require_report("--json", options.json, [Use("--config", path) for path in options.config])
@@ -124,12 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     cluster = plan_options.cluster(read_architecture(config.model))
     with without_gc():
-        from retemper.tools.planning.command import make_plan
+        from retemper.tools.planning.command import list_savings, make_plan
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    text, record = make_plan(config, cluster, options.search, options.quick, say)
+    if options.savings and (options.search or options.quick):
+        raise UserError("--savings dry runs a few blocks of the configured layout; remove --search and --quick")
+    if options.savings:
+        text, record = list_savings(config, cluster, say)
+    else:
+        text, record = make_plan(config, cluster, options.search, options.quick, say)
     print(text)
     if options.json is not None:
         write_json_report("--json", options.json, record)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..files.masking import without_signature
 from .yaml_loader import dump_yaml
 
 PATH_MARK = "a path: ~ and $VARIABLE are expanded when the configuration is read"
@@ -72,7 +73,7 @@ class SourceConfig:
     @property
     def identity(self) -> str:
         """Name of this source in logs and checkpoints, and key of its sample order."""
-        return self.name if self.name is not None else Path(self.path).name
+        return self.name if self.name is not None else Path(without_signature(self.path)).name
 
     @property
     def for_text(self) -> dict[str, Any]:
@@ -405,10 +406,12 @@ class LoggingConfig:
     offline: bool = False
     """Trackers write only files, under ``{run_folder}/trackers``, and use no network."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts that the model continues at every evaluation. The texts go to the console, to ``samples.jsonl`` and to
-    the trackers."""
+    """Prompts that the model continues greedily at every evaluation. They begin as documents do in training. The texts
+    go to the console, to ``samples.jsonl`` and to the trackers. Every token costs the forward pass of a micro-batch,
+    with a pipeline that of a step."""
     sample_tokens: int = 64
-    """Maximum number of new tokens for each of ``sample_prompts``."""
+    """Maximum number of new tokens for each of ``sample_prompts``. A text also ends with the end of a document, or at
+    ``training.sequence_length`` tokens."""
     progress_bar: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
     """Show one live line instead of a line for each step: a bar, the loss, the time left, tokens/s and MFU. auto: if
     standard output is a terminal, unless TERM is dumb. ``log.txt`` always has the line of each reported step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ERROR_FILE_VARIABLE, UserError
-from ..system import PARENT_VARIABLE
+from ..errors import UserError
+from ..system import environment_of_tool
 from .text_sources import TRAIN, VALID, TextSource
 
 PREPROCESS = Path(__file__).resolve().parents[2] / "tools" / "preprocess.py"
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS")
-"""Beginnings of the variables of torchrun, which would make the process believe that it is a rank."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class TokenizingJob:
                 [sys.executable, str(PREPROCESS), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_environment(problem),
+                env=environment_of_tool(problem),
             )
             try:
                 status = self._process.wait()
@@ -84,11 +81,6 @@ class TokenizingJob:
         self._stopped = True
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-
-
-def _environment(problem: Path) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    return {**own, ERROR_FILE_VARIABLE: str(problem), PARENT_VARIABLE: str(os.getpid())}
 
 
 def side_of(prefix: str) -> str:

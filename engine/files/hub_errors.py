@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import UserError
+from .masking import without_url_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -56,7 +56,6 @@ def _without_secrets(error: BaseException) -> str:
     """Return the message of ``error`` in one line, without the token, passwords in URLs, or signatures of URLs."""
     from huggingface_hub import get_token
 
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    text = re.sub(r"\?\S+", "", re.sub(r"(?<=://)[^/\s@]+@", "", text))
+    text = without_url_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
     token = get_token()
     return text.replace(token, "***") if token else text

@@ -65,9 +65,7 @@ class RunGuards:
         self.emergency = EmergencySave(ranks, dict(model.named_parameters()), saver, say, seconds)
         self._garbage = GarbageCollection(config.training.gc_interval)
         self._step, self._on_phase = 0, on_phase
-        self.phase = "other"
-        """The part of the step that has begun: a phase of :class:`~retemper.engine.step.StepGuards`, evaluate or
-        save."""
+        self._phase = "other"
 
     def __enter__(self) -> RunGuards:
         self.watchdog.__enter__()
@@ -88,12 +86,16 @@ class RunGuards:
     def begin_phase(self, phase: str) -> None:
         """See :class:`~retemper.engine.step.StepGuards`."""
         self.enter_phase(phase)
-        self.watchdog.beat(f"step {self._step}, {phase}")
+        self.watchdog.beat(self.where())
 
     def enter_phase(self, phase: str) -> None:
         """Note that a part of a step or of the time after it begins, without a time limit."""
-        self.phase = phase
+        self._phase = phase
         self._on_phase(phase)
+
+    def where(self) -> str:
+        """Return the newest step and the phase that has begun, for messages."""
+        return f"step {self._step}, {self._phase}"
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`~retemper.engine.step.StepGuards`."""

@@ -86,11 +86,7 @@ class Decoder(LanguageModel):
 
     def head_logits(self, hidden_TH: Tensor) -> Tensor:
         """See :class:`LanguageModel`."""
-        logits_TV = hidden_TH @ self.head_weight.t()
-        if self.architecture.logit_scale != 1.0:
-            logits_TV = logits_TV * self.architecture.logit_scale
-        cap = self.architecture.logit_softcap
-        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+        return scaled_logits(hidden_TH, self.head_weight, **self.architecture.head_options)
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
@@ -114,6 +110,16 @@ class Decoder(LanguageModel):
                     0.0, self.architecture.initializer_range, generator=generator
                 )
                 copy_(parameter, values)
+
+
+def scaled_logits(
+    hidden_TH: Tensor, weight_VH: Tensor, *, logit_scale: float = 1.0, logit_softcap: float | None = None
+) -> Tensor:
+    """Map [T, H] hidden states to the [T, V] logits of some rows of the head."""
+    logits_TV = hidden_TH @ weight_VH.t()
+    if logit_scale != 1.0:
+        logits_TV = logits_TV * logit_scale
+    return logits_TV if logit_softcap is None else logit_softcap * torch.tanh(logits_TV / logit_softcap)
 
 
 def _loss_sum(architecture: DecoderArchitecture, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear_cross_entropy import IGNORE_INDEX
 from ..batch import Batch
 from .architecture import Architecture
 
@@ -24,13 +25,17 @@ Attend = Callable[..., Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
 
+NextTokens = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to the [n] most likely token after each
+position whose target is not masked."""
+
 
 class LanguageModel(nn.Module, ABC):
     """A causal language model on packed documents. It returns the summed loss of a batch and never forms all logits.
 
     Its parameters have the names of the transformers library. The number of ranks is unknown here: if ranks share the
-    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss` and
-    :attr:`token_losses`.
+    work, ``engine/parallel`` transforms the blocks, wraps the attention or replaces :attr:`loss`,
+    :attr:`token_losses` and :attr:`next_tokens`.
     """
 
     architecture: Architecture
@@ -44,6 +49,10 @@ class LanguageModel(nn.Module, ABC):
     """Returns the [T] fp32 terms of that sum, zero where the target is masked, without gradients."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.next_tokens: NextTokens = self._most_likely
 
     @property
     @abstractmethod
@@ -83,6 +92,9 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, batch: Batch) -> Tensor:
         """Return the [T, V] logits of a whole model."""
         return self.head_logits(self.hidden_states(batch))
+
+    def _most_likely(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+        return self.head_logits(hidden_TH[targets_T != IGNORE_INDEX]).argmax(-1)
 
     @abstractmethod
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:

@@ -7,11 +7,14 @@ import traceback
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .guarded import Guarded
 from .observer import Observer
-from .waiting import Say
+
+if TYPE_CHECKING:
+    from .waiting import Say
 
 
 def import_callbacks(paths: Sequence[str], folders: Iterable[Path]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -11,9 +12,10 @@ from tqdm import tqdm
 from ..config.settings import LoggingConfig
 from ..schedule import Progress
 from .console import live_output, log_only
-from .observer import Observer, StepRecord
+from .observer import Observer, Sample, StepRecord
 from .progress import live_text, step_line
 from .terminal import shows_bars
+from .text import visible
 from .waiting import Say
 
 
@@ -85,6 +87,12 @@ class ConsoleLines(Observer):
             f"  evaluation of {name} at step {progress.step}: loss {values['loss']:.4f}, perplexity "
             f"{values['perplexity']:.2f}{since}"
         )
+
+    def samples(self, progress: Progress, samples: Sequence[Sample]) -> None:
+        """See :class:`Observer`. Long texts are shortened."""
+        for sample in samples:
+            prompt, text = textwrap.shorten(sample.prompt, 40), textwrap.shorten(sample.text, 100)
+            self._say(f"  sample at step {progress.step}: {visible(prompt)} -> {visible(text)}")
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """See :class:`Observer`."""

@@ -1,4 +1,4 @@
-"""Prepare ``metrics.jsonl`` when a run starts, so that it always holds one curve.
+"""Prepare ``metrics.jsonl`` and ``samples.jsonl`` when a run starts, so that they always hold one curve.
 
 Records are renamed, never deleted. A resumed run repeats the steps after its checkpoint; their records move to
 ``metrics.{last step}.jsonl``. A run that starts over moves the whole file and the TensorBoard events.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..files.atomic import replace_file
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _TAIL_BYTES = 1 << 20
 """Number of bytes at the end of the file in which the last record is searched."""
@@ -36,18 +37,27 @@ def last_record(run_folder: Path) -> dict[str, Any] | None:
     return next((record for record in map(_record, reversed(lines)) if record is not None), None)
 
 
-def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list[str]:
-    """Keep the records up to ``step`` in ``metrics.jsonl``, and move later ones to another file.
+def read_metrics(run_folder: Path, step: int) -> Iterator[dict[str, Any]]:
+    """Yield the records up to ``step``; none if there is no file."""
+    path = run_folder / METRICS_FILE
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (record for record in map(_record, file) if record is not None and record["step"] <= step)
+
+
+def truncate_records(run_folder: Path, name: str, step: int, evaluates_again: bool) -> list[str]:
+    """Keep the records up to ``step`` in a file, and move later ones to another file.
 
     Args:
         run_folder: of the run.
+        name: of the file: ``metrics.jsonl`` or ``samples.jsonl``.
         step: of the checkpoint that the run continues from.
         evaluates_again: whether the run repeats the evaluations of ``step``: then their records move as well.
 
     Returns:
         lines for the log.
     """
-    path = run_folder / METRICS_FILE
+    path = run_folder / name
     if not path.exists():
         return []
     kept, others, last = [], [], None
@@ -55,7 +65,8 @@ def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list
         record = _record(line)
         if record is None and not line.endswith(b"\n"):
             continue  # the record that a killed run was writing
-        again = record is not None and evaluates_again and record["step"] == step and "evaluation" in record
+        of_evaluation = name == SAMPLES_FILE or (record is not None and "evaluation" in record)
+        again = record is not None and evaluates_again and record["step"] == step and of_evaluation
         if record is not None and record["step"] <= step and not again:
             kept.append(line if line.endswith(b"\n") else line + b"\n")
         else:
@@ -63,9 +74,9 @@ def truncate_metrics(run_folder: Path, step: int, evaluates_again: bool) -> list
             last = max(record["step"], last or 0) if record is not None else last
     lines = []
     if others:
-        target = _free_name(run_folder, _named("metrics", last, ".jsonl"))
+        target = _free_name(run_folder, _named(path.stem, last, path.suffix))
         replace_file(target, others)
-        lines.append(f"records     {len(others):,} of metrics.jsonl after step {step:,} moved to {target}")
+        lines.append(f"records     {len(others):,} of {name} after step {step:,} moved to {target}")
     replace_file(path, kept)
     return lines
 
@@ -83,7 +94,7 @@ def archive_metrics(run_folder: Path, names: tuple[str, ...] = ()) -> list[str]:
     last = last_record(run_folder)
     step = last["step"] if last else None
     lines: list[str] = []
-    for name in (METRICS_FILE, TENSORBOARD_FOLDER, *names):
+    for name in (METRICS_FILE, SAMPLES_FILE, TENSORBOARD_FOLDER, *names):
         path = run_folder / name
         if not _holds_something(path) or (name in names and not lines):
             continue

@@ -12,6 +12,7 @@ from ..files.code import PACKAGE
 from ..parallel import trainable
 from ..run import Run
 from ..weights.checkpoint.manifest import code_versions
+from .curves import last_record
 from .observer import RunDescription
 
 _GIT_SECONDS = 10.0
@@ -20,6 +21,10 @@ _GIT_SECONDS = 10.0
 def describe(run: Run) -> RunDescription:
     """Return the facts of ``run`` for trackers and callbacks. Only rank 0 needs them."""
     architecture, resumed = run.start.architecture, run.start.resumed_from
+    ids = dict(resumed.trackers) if resumed else {}
+    # With resume: PATH the run repeats steps that trackers may have already, with other settings, or in another folder.
+    branches = run.store.origin is not None
+    last = last_record(Path(run.config.run_folder))
 
     def request_stop(reason: str) -> None:
         run.say(f"stop requested: {reason}")
@@ -38,7 +43,9 @@ def describe(run: Run) -> RunDescription:
         code={"retemper": __version__, **code_versions(), **git_state(PACKAGE)},
         world_size=run.ranks.world_size,
         resumed=resumed is not None,
-        tracker_runs=resumed.trackers if resumed else {},
+        tracker_runs={} if branches else ids,
+        former_tracker_runs=ids if branches else {},
+        recorded_step=last["step"] if last else None,
         request_stop=request_stop,
     )
 

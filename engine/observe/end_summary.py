@@ -11,6 +11,7 @@ from ..run import Run
 from ..weights.checkpoint.names import step_of
 from ..weights.conversion.export_run import export_folder
 from .loss_changes import CHANGE_HEAD, change_rows
+from .terminal import heading
 from .text import table_lines
 
 
@@ -20,6 +21,7 @@ def describe_end(run: Run) -> list[str]:
     newest, finished = complete[-1] if complete else None, run.remaining_steps == 0
     changes = run.validation.changes()
     return [
+        heading("Result"),
         *run.report.end(run.progress, finished, changes),
         *(table_lines(CHANGE_HEAD, change_rows(changes)) if changes else ()),
         *next_command(run.config, newest, finished),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..files.masking import without_secrets
 from ..schedule import Progress
 from .observer import Observer, RunDescription, Sample, StepRecord
-from .waiting import Say
+
+if TYPE_CHECKING:
+    from .waiting import Say
 
 
 class Guarded(Observer):
@@ -62,7 +65,7 @@ class Guarded(Observer):
             getattr(self._observer, method)(*arguments)
         except (Exception, SystemExit) as error:  # imports of libraries have raised SystemExit
             self.failed = True
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             self._say(f"note: {self.name} failed: {reason}; training continues without it; {self._remedy}")
             if self._with_traceback:
-                self._say("".join(traceback.format_exception(error)).rstrip())
+                self._say(without_secrets("".join(traceback.format_exception(error)).rstrip()))

@@ -32,6 +32,10 @@ class RunDescription:
     """Whether the run continues from a checkpoint."""
     tracker_runs: Mapping[str, str] = field(default_factory=dict)
     """Ids of the run in its trackers, by name of the tracker, from the checkpoint."""
+    former_tracker_runs: Mapping[str, str] = field(default_factory=dict)
+    """Ids of the runs, by name of the tracker, on which this one is based without continuing their curves."""
+    recorded_step: int | None = None
+    """Last step in metrics.jsonl when the run was opened: the checkpoint may be older."""
     request_stop: Callable[[str], None] = lambda reason: None
     """Asks the run to save and to stop after the current step; takes the reason, for the log."""
 

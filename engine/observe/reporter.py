@@ -22,24 +22,27 @@ from .flops import flops_per_token
 from .guarded import Guarded
 from .host_copy import HostCopy
 from .loss_changes import LossChange, part_of
-from .metrics_file import MetricsFile
+from .metrics_file import MetricsFile, SamplesFile
 from .metrics_server import MetricsServer, require_server
 from .observer import Observer, RunDescription, Sample, StepRecord
 from .progress import Stopwatch, speed
 from .stragglers import Lap, Stragglers
 from .tensorboard import TensorBoard
 from .totals import Totals
+from .trackers.all_trackers import Trackers
+from .trackers.creation import create_trackers
 from .waiting import Say
 
 
 def create_observers(config: RunConfig, say: Say) -> list[Observer]:
     """Return the configured observers; ``say`` prints a line for people."""
     folder = Path(config.run_folder)
-    observers: list[Observer] = [MetricsFile(folder, say)]
+    # The others may read the first file.
+    observers: list[Observer] = [MetricsFile(folder, say), SamplesFile(folder, say)]
     if config.logging.tensorboard:
         remedy = "metrics.jsonl has the same numbers (logging.tensorboard: false silences this)"
         observers.append(Guarded("TensorBoard", TensorBoard(folder), remedy, say))
-    return [*observers, console_lines(config.logging, say)]
+    return [*observers, *create_trackers(config, say), console_lines(config.logging, say)]
 
 
 def create_early_observers(config: RunConfig, say: Say) -> list[Observer]:
@@ -122,6 +125,11 @@ class Reporter:
         self.reports_late = ranks.device.type == "cuda"
         """Whether :meth:`report_pending` is best called when the next step has been launched, because the numbers of a
         step are on a GPU. A host that waits for them at once lets the GPU run out of work."""
+
+    @property
+    def tracker_runs(self) -> dict[str, str]:
+        """Ids of the run in its trackers, by name of the tracker, on the main rank."""
+        return next((one.run_ids for one in self.observers if isinstance(one, Trackers)), {})
 
     def open(self, run: RunDescription) -> None:
         """Describe the run to the observers, on the main rank only."""

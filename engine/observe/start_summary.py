@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import socket
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -27,9 +29,13 @@ from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.resume_changes import describe_changes
 from ..weights.checkpoint.retention import describe_rule
+from ..weights.checkpoint.run_record import CONFIG_FILE
 from ..weights.checkpoint.slabs import plan_slabs
+from .console import LOG_FILE
+from .curves import METRICS_FILE
 from .flops import device_peak_flops, flops_per_token
 from .progress import duration, human
+from .terminal import heading
 from .tokenizer_notes import tokenizer_notes
 
 _MANY_EPOCHS = 4
@@ -37,11 +43,30 @@ _GROUPS_COUNTED = 8  # per source, to estimate how many documents are cut
 
 
 def describe_start(run: Run) -> list[str]:
-    """Return all lines that are logged before the first step of ``run``."""
+    """Return all lines that are logged before the first step of ``run``: sections of facts, then notes."""
+    config, catalog, last_sample = run.config, run.catalog, run.end_sample
+    validation = next(iter(catalog.validation), None)
+    sections = {
+        "Model": describe_model(run),
+        "Data": [*describe_data(config.data, catalog, run.order, last_sample), *run.validation.describe()],
+        "Budget": _describe_budget(run),
+        "Ranks and memory": _describe_ranks(run),
+        "Checkpoints": [
+            describe_saving(config, run.model.parameters()),
+            describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
+        ],
+        "Outputs": describe_outputs(config),
+        "Notes": _describe_notes(run),
+    }
+    lines = [line for title, lines in sections.items() if lines for line in (heading(title), *lines)]
+    return [*lines, heading("Training")]
+
+
+def _describe_notes(run: Run) -> list[str]:
+    """Return lines about changes since the checkpoint, settings and data that may be mistakes, and the rest."""
     config, start, catalog, last_sample = run.config, run.start, run.catalog, run.end_sample
     assert start.assets.config is not None
     was, layout, given = start.resumed_from, run.mesh.layout._asdict(), config.model.architecture
-    validation = next(iter(catalog.validation), None)
     text, _ = text_config_of(start.assets.config)
     return [
         *(describe_changes(was, config, layout, catalog.fingerprints) if was else []),
@@ -49,11 +74,6 @@ def describe_start(run: Run) -> list[str]:
         *notes(config, catalog, start.assets),
         *data_notes(catalog, run.order, last_sample),
         *(f"note: {line}" for line in [*_budget_used(run), *without_effect(_situation(run))]),
-        *describe_run(run),
-        describe_saving(config, run.model.parameters()),
-        describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
-        *describe_data(config.data, catalog, run.order, last_sample),
-        *run.validation.describe(),
         *run.remarks,
         *(run.validation.metric.describe_reset(run.progress.best) if run.validation.metric is not None else []),
     ]
@@ -91,35 +111,68 @@ def _describe_weights(run: Run) -> str:
     return f"weights of {name or 'a random initialization'}" + (f": {folder}" if folder != name else "")
 
 
-def describe_run(run: Run) -> list[str]:
-    """Return lines about model, ranks, step and budget."""
-    config, plan, ranks, choices = run.config, run.plan, run.ranks, run.choices
-    remaining_steps = run.remaining_steps
-    training, architecture, attention = config.training, run.start.architecture, choices.attention
-    compiled = "compiled" if choices.compiled else "not compiled"
-    all_pairs, causal_pairs = (
-        flops_per_token(architecture, plan.sequence_length, halved, training.trainable) for halved in (False, True)
-    )
-    # A lower bound by arithmetic. The line of every step has the measured remaining time.
-    peak = device_peak_flops(ranks.device)
-    seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
-    shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
+def describe_model(run: Run) -> list[str]:
+    """Return lines about the model and how it is computed."""
+    training, architecture, attention = run.config.training, run.start.architecture, run.choices.attention
+    all_pairs, causal_pairs = _flops_per_token(run)
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
         f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
         f"computed by {architecture.describe_implementation()}",
+        f"attention   {attention.backend}: {attention.reason}",
+        f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
+    ]
+
+
+def _describe_budget(run: Run) -> list[str]:
+    training, plan, ranks, remaining_steps = run.config.training, run.plan, run.ranks, run.remaining_steps
+    # A lower bound by arithmetic. The line of every step has the measured remaining time.
+    peak = device_peak_flops(ranks.device)
+    _, causal_pairs = _flops_per_token(run)
+    seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
+    shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
+    return [
+        f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
+        f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
+        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
+        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
+    ]
+
+
+def _describe_ranks(run: Run) -> list[str]:
+    config, training, ranks, choices = run.config, run.config.training, run.ranks, run.choices
+    compiled = "compiled" if choices.compiled else "not compiled"
+    return [
         f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {training.precision} "
         f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
-        f"attention   {attention.backend}: {attention.reason}",
-        f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
-        f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
-        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
-        f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
     ]
+
+
+def _flops_per_token(run: Run) -> tuple[float, float]:
+    """Return the FLOPs per token that count all pairs of positions, and causal pairs."""
+    architecture, training = run.start.architecture, run.config.training
+    all_pairs, causal_pairs = (
+        flops_per_token(architecture, run.plan.sequence_length, halved, training.trainable) for halved in (False, True)
+    )
+    return all_pairs, causal_pairs
+
+
+def describe_outputs(config: RunConfig) -> list[str]:
+    """Return lines about what the run writes, and where its numbers can be seen."""
+    folder, logging = config.run_folder, config.logging
+    lines = [f"run folder  {folder}: {LOG_FILE}, {METRICS_FILE}, {CONFIG_FILE}, checkpoints"]
+    if logging.tensorboard:
+        lines.append(f"tensorboard tensorboard --logdir {shlex.quote(folder)}")
+    if logging.trackers:
+        lines.append(f"trackers    {', '.join(logging.trackers)}; project {logging.project}")
+    if logging.metrics_port is not None:
+        lines.append(f"prometheus  http://{socket.gethostname()}:{logging.metrics_port}/metrics")
+    if config.callbacks:
+        lines.append(f"callbacks   {', '.join(config.callbacks)}")
+    return lines
 
 
 def _describe_recompute(config: RunConfig) -> str:

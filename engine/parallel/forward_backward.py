@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention import Choice
 from ..batch import Batch
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, Loss
 from .data_parallel import DataParallel
 from .mesh import Mesh
 
@@ -79,6 +80,19 @@ class ModelParts:
     def unique_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters without those that an earlier stage has as well: a tied head."""
         return iter(self._unique)
+
+    @contextmanager
+    def other_losses(self, make: Callable[[LanguageModel], Loss]) -> Iterator[None]:
+        """Inside, let forward passes call ``make`` of the decoder with the last block instead of its loss."""
+        last = [decoder for decoder in self.decoders if decoder.is_last]
+        former = [decoder.loss for decoder in last]
+        try:
+            for decoder in last:
+                decoder.loss = make(decoder)
+            yield
+        finally:
+            for decoder, loss in zip(last, former, strict=True):
+                decoder.loss = loss
 
 
 def _unique_parameters(decoder: LanguageModel) -> list[nn.Parameter]:

@@ -33,6 +33,7 @@ from ..model.architecture import Architecture
 from ..model.decoder import Decoder, Norm
 from ..model.families import DecoderArchitecture
 from ..model.language_model import Loss
+from .next_tokens import most_likely_of_all_ranks
 
 TOKENS = 0
 """The dimension of tokens in every activation; there is no batch dimension."""
@@ -146,6 +147,7 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
         model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
     model.loss = _on_whole_vocabulary(mesh, model.architecture, _loss_sum)
     model.token_losses = _on_whole_vocabulary(mesh, model.architecture, token_losses)
+    model.next_tokens = _on_whole_vocabulary(mesh, model.architecture, most_likely_of_all_ranks)
     if overlap:
         _overlap_exchange(mesh)
 

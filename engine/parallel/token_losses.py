@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -20,23 +18,9 @@ def token_losses(model: ModelParts, forward_backward: ForwardBackward, batches: 
     a pipeline without the last block get an empty list.
     """
     losses: list[Tensor] = []
-    with _recorded(model, losses):
+    with model.other_losses(lambda decoder: functools.partial(_sum_and_record, decoder, losses)):
         forward_backward.evaluate(batches)
     return losses[: len(batches)]  # a pipeline evaluates more, to fill its schedule
-
-
-@contextmanager
-def _recorded(model: ModelParts, losses: list[Tensor]) -> Iterator[None]:
-    """Append the losses of the tokens of every forward pass inside to ``losses``."""
-    last = [decoder for decoder in model.decoders if decoder.is_last]
-    former = [decoder.loss for decoder in last]
-    try:
-        for decoder in last:
-            decoder.loss = functools.partial(_sum_and_record, decoder, losses)
-        yield
-    finally:
-        for decoder, loss in zip(last, former, strict=True):
-            decoder.loss = loss
 
 
 def _sum_and_record(

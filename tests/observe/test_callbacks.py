@@ -87,7 +87,8 @@ def test_modules_are_found_in_the_folder_of_the_configuration(tmp_path, monkeypa
     }  # fmt: skip
 
 
-def test_a_file_of_the_user_does_not_replace_a_library(folder):
+def test_a_file_of_the_user_does_not_replace_a_library(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     (folder / "colorsys.py").write_text("raise RuntimeError")
     (folder / "user_library.py").write_text(f"import colorsys\n{IMPORT}class Mine(Observer): pass")
     created(folder, "user_library.Mine")
@@ -144,13 +145,34 @@ def test_the_documented_callback_posts_the_result(folder, one_rank, monkeypatch)
     assert server.posted == [{"text": expected}]
 
 
-def stopped(ranks, folder: Path, options: list[str]) -> tuple[int, list[str]]:
-    """The step at which this rank stops, and the modules of users that it has imported."""
+def built(ranks, folder: Path, options: list[str]):
     words = ["--config", str(folder / "run.yaml"), *options]
-    config = pretrain.prepare(ranks.world_size, words)
-    run = pretrain.build(config, ranks)
+    return pretrain.build(pretrain.prepare(ranks.world_size, words), ranks)
+
+
+def stopped(ranks, folder: Path, options: list[str]) -> tuple[int, list[str], int]:
+    """The step at which this rank stops, the modules of users that it has imported, and the number of observers."""
+    run = built(ranks, folder, options)
     pretrain.train(run)
-    return run.progress.step, [name for name in sys.modules if name.startswith("user_")]
+    return run.progress.step, [name for name in sys.modules if name.startswith("user_")], len(run.report.observers)
+
+
+def refused(ranks, folder: Path, options: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        built(ranks, folder, options)
+    return str(error.value)
+
+
+def test_a_callback_that_rank_0_cannot_create_ends_all_ranks(two_ranks, tmp_path):
+    tiny_run.write_config(tmp_path)
+    (tmp_path / "user_broken.py").write_text(
+        f"{IMPORT}class Mine(Observer):\n    def __init__(self):\n        raise OSError('no such service')\n"
+    )
+    first, second = two_ranks.run(refused, tmp_path, ["--callbacks", "[user_broken.Mine]"])
+    assert (
+        first.startswith("callbacks: user_broken.Mine cannot be created: OSError: no such service") and first in second
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_callback_stops_all_ranks_at_the_same_step_and_they_save(two_ranks, tmp_path):
@@ -158,8 +180,8 @@ def test_a_callback_stops_all_ranks_at_the_same_step_and_they_save(two_ranks, tm
     bound = 3.0
     (tmp_path / "user_stops.py").write_text(documented("StopWhenGood").replace("2.0", str(bound)), encoding="utf-8")
     options = ["--callbacks", "[user_stops.StopWhenGood]", "--checkpoint.save_interval", "1000"]
-    (step, modules), (other_step, other_modules) = two_ranks.run(stopped, tmp_path, options)
-    assert step == other_step < 20 and "user_stops" in modules and "user_stops" in other_modules
+    (step, modules, _), (other_step, other_modules, observers) = two_ranks.run(stopped, tmp_path, options)
+    assert step == other_step < 20 and "user_stops" in modules and "user_stops" in other_modules and observers == 0
     losses = {record["step"]: record["loss"] for record in tiny_run.records(tmp_path / "run") if "evaluation" in record}
     first = min(step for step, loss in losses.items() if loss < bound)
     assert step in (first, first + 1)

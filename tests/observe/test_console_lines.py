@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,6 +190,28 @@ def test_a_bar_of_an_evaluation_is_below_and_leaves_nothing(terminal, monkeypatc
         lines.step(record(2))
         assert len(bars_in(terminal.shown())) == 1
     assert steps_in(logged(tmp_path)) == [1, 2] and not bars_in(logged(tmp_path))
+
+
+def test_threads_that_print_neither_tear_lines_nor_block(terminal, monkeypatch, tmp_path):
+    terminal.resize(100, 50)
+    with standard_streams(monkeypatch, tmp_path, terminal.descriptor):
+        lines = console_lines(LoggingConfig(), say)
+
+        def talk(name: str) -> None:
+            for number in range(50):
+                print(f"{name} {number}", file=sys.stderr if number % 2 else sys.stdout)
+
+        threads = [threading.Thread(target=talk, args=(name,), daemon=True) for name in ("a", "b", "c")]
+        for thread in threads:
+            thread.start()
+        step = 0
+        while any(thread.is_alive() for thread in threads):
+            step = step % 18 + 1
+            lines.step(record(step))
+            terminal.shown()  # the buffer of a terminal is small
+        *printed, bar = terminal.shown()
+    assert sorted(printed) == sorted(f"{name} {number}" for name in "abc" for number in range(50)) and "%|" in bar
+    assert sorted(line for line in logged(tmp_path) if not line.startswith("step ")) == sorted(printed)
 
 
 def test_a_rollback_moves_the_bar_back(terminal, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.engine import pretrain
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.observe import progress
-from retemper.engine.observe.start_summary import describe_run
+from retemper.engine.observe.start_summary import describe_model
 from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.weights.checkpoint.tensors import stored_tensors
 from retemper.tools.plan import main as plan
@@ -190,8 +190,7 @@ def test_speed_counts_no_gradients_of_frozen_weights(one_rank, untied_file, tmp_
     assert len(records) == 2
     for record in records:
         assert record["mfu"] * 1e9 / record["tokens_per_second_per_rank"] == pytest.approx(expected)
-    lines = describe_run(run)
-    assert lines[-1].startswith(f"FLOPs/token {expected:.4g} (all pairs")
+    assert describe_model(run)[-1].startswith(f"FLOPs/token {expected:.4g} (all pairs")
 
 
 def test_benchmark_counts_no_gradients_of_frozen_weights(one_rank, untied_file):

@@ -145,9 +145,8 @@ def test_prompts_begin_as_the_documents_in_training(folders: dict[str, Path], mo
     bare = TextGenerator(checkpoint, device="cpu").encode(PROMPT)
     for recorded, begin in (([[1], [1]], [1]), ([[1], []], []), ([[1], None], []), ([[]], [])):
         datasets = {str(number): {"bos": ids} for number, ids in enumerate(recorded)}
-        monkeypatch.setattr(
-            model_loading, "read_manifest", lambda _, found=datasets: Manifest("training", datasets=found)
-        )
+        manifest = Manifest("training", datasets=datasets)
+        monkeypatch.setattr(model_loading, "read_manifest", lambda _, found=manifest: found)
         model = TextGenerator(checkpoint, device="cpu")
         assert model.encode(PROMPT) == [*begin, *bare]
         assert bool(model.notes) is bool(begin)
@@ -280,6 +279,7 @@ def drawn_shares(logits: torch.Tensor, sampling: Sampling, draws: int = 4000) ->
         (Sampling(temperature=1.0, top_p=0.75), [4 / 9, 0, 3 / 9, 2 / 9]),
         (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
         (Sampling(temperature=1.0, top_k=3, top_p=0.7), [4 / 7, 0, 3 / 7, 0]),
+        (Sampling(temperature=1.0, min_p=0.6), [4 / 7, 0, 3 / 7, 0]),
         (Sampling(), [1, 0, 0, 0]),
     ],
 )
@@ -308,6 +308,11 @@ def test_a_seed_repeats_its_text(folders: dict[str, Path]) -> None:
         ({"temperature": 1.0, "seed": -1}, "--seed -1"),
         ({"top_p": 0.9}, "--temperature above 0"),
         ({"top_k": 5}, "--temperature above 0"),
+        ({"min_p": 0.1}, "--temperature above 0"),
+        ({"temperature": 1.0, "min_p": 1.5}, "--min-p 1.5"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0"),
+        ({"samples": 2}, "--samples 2"),
+        ({"stop": ("a", "")}, "--stop"),
     ],
 )
 def test_refuses_impossible_sampling(options: dict[str, Any], named: str) -> None:
@@ -351,9 +356,77 @@ def test_prompts_from_options_lines_and_a_terminal(folders: dict[str, Path], run
     assert err.count("error: ") == 1
 
 
+def test_files_of_prompts_and_results(folders: dict[str, Path], tmp_path: Path, run: Callable[..., tuple]) -> None:
+    model, prompts = TextGenerator(folders["qwen2"], device="cpu"), [PROMPT, "old\u2028roofs", "a"]
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(f"{json.dumps({'prompt': prompt, 'id': 1})}\n" for prompt in prompts)
+    )
+    options = (
+        "--model",
+        folders["qwen2"],
+        "--max-new-tokens",
+        6,
+        "--temperature",
+        1,
+        "--samples",
+        2,
+        "--batch-size",
+        4,
+    )
+    output = tmp_path / "results.jsonl"
+    files = ("--input", tmp_path / "prompts.jsonl", "--output", output)
+    status, out, _ = run(*options, *files)
+    records = [json.loads(line) for line in output.read_text("utf-8").split("\n")[:-1]]
+    assert (status, out) == (0, "")
+    expected = model.generate_all(
+        [model.encode(prompt) for prompt in prompts], Sampling(6, temperature=1, samples=2), 1
+    )
+    for number, (record, completion) in enumerate(zip(records, expected, strict=True)):
+        assert record == {
+            "prompt": prompts[number // 2],
+            "sample": number % 2,
+            "text": completion.text,
+            "tokens": completion.num_tokens,
+            "reason": completion.ended_by,
+        }
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    # An output is not replaced, and lines of plain text are prompts.
+    status, _, err = run(*options, *files)
+    assert status == 1 and "exists already" in err
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na\n")
+    status, out, err = run("--model", folders["qwen2"], "--max-new-tokens", 4, "--input", tmp_path / "prompts.txt")
+    assert status == 0 and out.startswith(PROMPT) and err.count("[4 tokens, ended by") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ("", "is empty"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2"),
+        ('{"text": "a"}\n', "line 1"),
+        ("{}\n{\n", "line 1"),
+        ('{"prompt": "a"}\n\n', "line 2"),
+    ],
+)
+def test_refuses_bad_files_of_prompts(
+    folders: dict[str, Path], tmp_path: Path, run: Callable[..., tuple], content: str, fragment: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    status, out, err = run(
+        "--model", folders["qwen2"], "--input", tmp_path / "p.jsonl", "--output", tmp_path / "r.jsonl"
+    )
+    assert (status, out) == (1, "") and not (tmp_path / "r.jsonl").exists()
+    assert len(err.splitlines()) == 1 and err.startswith("error: --input") and fragment in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "fragment"),
     [
+        (["--prompt", "a", "--input", "p.txt"], "", "--input"),
+        (["--input", "nowhere.txt"], "", "nowhere.txt"),
+        (["--prompt", "a", "--batch-size", "0"], "", "--batch-size 0"),
+        (["--prompt", "a", "--system", "b"], "", "--system"),
+        (["--prompt", "a", "--output", "nowhere/r.jsonl"], "", "nowhere"),
         (["--prompt", PROMPT, "--prompt", ""], "", "the prompt is empty"),
         ([], "", "stdin is empty"),
         ([], "a\n\nb\n", "stdin, line 2"),

@@ -338,6 +338,20 @@ def test_a_resumed_run_without_the_first_records_has_its_losses_before(
     assert changes == {"domain": {"before": 3.0, "after": 2.75, "change": -0.25}}
 
 
+def test_the_first_and_the_last_sample_of_each_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"step": s, "tokens": BATCH * s, "prompt": p, "text": f"{p}{s}"} for s in (0, 10, 20) for p in "xy"]
+    write_lines(run / "samples.jsonl", samples)
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 20, "tok')
+    show(capsys, run)
+    page = Page((run / "report.html").read_text("utf-8"))
+    for prompt in "xy":
+        assert f"before (step 0) {prompt} {prompt}0 after (step 20) {prompt} {prompt}20" in page.text
+    assert "x10" not in page.text and "samples are not shown" not in page.text
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "x"}\n')
+    assert "samples are not shown" in show(capsys, run, "--overwrite")
+
+
 def test_every_text_is_escaped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "samples.jsonl").write_text(json.dumps(dict.fromkeys(("prompt", "before", "after"), HOSTILE)))
     config = yaml.safe_dump({"data": {"train": [], "validation": {HOSTILE: HOSTILE}}, "model": HOSTILE})

@@ -62,7 +62,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "model": (
         Command("evaluate", "measure a model on texts: loss, bits per byte, what it forgot", "tools.evaluate_model"),
         Command("export", "write a checkpoint as a Hugging Face folder", "checkpoint_convert.dcp_to_hf"),
-        Command("generate", "continue prompts with a model or a checkpoint", "tools.generate"),
+        Command("generate", "continue prompts with a model or a checkpoint, or talk with it", "tools.generate"),
         Command("models", "list shipped configurations and families of models", "tools.models"),
         Command("download", "download a model, or only its tokenizer", "tools.download"),
         Command("convert", "convert between Hugging Face, checkpoints and Megatron", subcommands=CONVERT),

@@ -29,7 +29,7 @@ from retemper.engine.config.files import SHIPPED
 from retemper.engine.config.yaml_loader import load_yaml
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import write_report
-from retemper.engine.observe.curves import METRICS_FILE
+from retemper.engine.observe.curves import METRICS_FILE, SAMPLES_FILE
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.checkpoint.names import EXPORTS
 from retemper.tools.cli.commands import find
@@ -37,7 +37,7 @@ from retemper.tools.demo.bpe import train_tokenizer
 from retemper.tools.demo.corpora import build_corpora
 from retemper.tools.reports.metrics import read_curves
 from retemper.tools.reports.page import definitions, section, table
-from retemper.tools.reports.run import SAMPLES_FILE, RecordedRun, read_run
+from retemper.tools.reports.run import RecordedRun, read_run
 from retemper.tools.reports.run_page import format_run, run_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,10 +190,12 @@ def write_samples(demo: Demo) -> None:
     demo.say("load both models with transformers")
     after = newest_export(demo.folder / WITH_REPLAY)
     old_texts, new_texts = (generate(demo.folder / folder) for folder in (BASE, after))
+    step = read_run(demo.folder / WITH_REPLAY).step
     with (demo.folder / WITH_REPLAY / SAMPLES_FILE).open("w", encoding="utf-8") as file:
         for prompt, old, new in zip(PROMPTS, old_texts, new_texts, strict=True):
             print(f"\n{prompt}\n  before: {old!r}\n  after:  {new!r}")
-            file.write(json.dumps({"prompt": prompt, "before": old, "after": new}) + "\n")
+            for progress, text in ((0, old), (step, new)):
+                file.write(json.dumps({"step": progress, "prompt": prompt, "text": text}) + "\n")
 
 
 def write_page(demo: Demo) -> str:

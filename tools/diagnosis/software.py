@@ -28,11 +28,13 @@ _PURPOSES = {
     "fast": "faster tokenization",
     "hub": "datasets of the Hub (hf://)",
     "cloud": "s3:// and gs:// as input",
-    "trackers": "TensorBoard",
+    "trackers": "wandb, mlflow and trackio",
+    "swanlab": "the tracker SwanLab",
+    "comet": "the tracker Comet",
     "eval": "evaluation with lm-eval",
 }
 """What the extras of setup.py are for."""
-_NOT_REPORTED = frozenset({"all", "benchmarks", "demo", "dev", "docs"})
+_NOT_REPORTED = frozenset({"all", "benchmarks", "demo", "dev", "docs", "wandb", "mlflow", "trackio"})
 """Extras that repeat others, or are for developers."""
 _GPU_EXTRAS = ("gpu", "fp8")
 """Reported only on a machine with an NVIDIA driver."""

@@ -43,14 +43,23 @@ class Backend(ABC):
     device: torch.device
     needs_equal_lengths: bool = False
     """Whether all prompts of a session must have the same length."""
-    notes: tuple[str, ...] = ()
-    """Remarks for the user, a line each."""
-    has_cache: bool = True
-    """Whether sessions remember the computation of earlier tokens."""
+    obstacle: str | None = None
+    """Why sessions compute all earlier tokens again for each new one, in words; None: they have a cache."""
+
+    @abstractmethod
+    def compute(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Return the [B, V] fp32 logits after each of several whole sequences, without the cache."""
 
     @abstractmethod
     def open(self, longest: int) -> Session:
         """Return a session without sequences. No sequence gets longer than ``longest`` tokens."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the user, a line each."""
+        if self.obstacle is None:
+            return []
+        return [f"every token computes the whole text again, without a key/value cache: {self.obstacle}"]
 
     def cache_bytes(self, num_sequences: int, length: int) -> int:
         """Return the bytes of all keys and values of so many sequences of ``length`` tokens."""
@@ -62,10 +71,10 @@ class Backend(ABC):
     def describe_cache(self, num_sequences: int, length: int) -> str | None:
         """Return a remark about the size of the cache; None if it is small or there is none."""
         size = self.cache_bytes(num_sequences, length)
-        if not self.has_cache or size < LARGE_CACHE_BYTES:
+        if self.obstacle is not None or size < LARGE_CACHE_BYTES:
             return None
         return (
-            f"the key/value cache of {num_sequences} sequences of {length:,} tokens takes up to {size / 2**30:.1f} GiB; "
+            f"the key/value cache of {num_sequences} texts of {length:,} tokens takes up to {size / 2**30:.1f} GiB; "
             "--batch-size and --max-new-tokens make it smaller"
         )
 
@@ -77,7 +86,7 @@ class RecomputingSession(Session):
         compute: returns the [B, V] logits of the token after each of several whole sequences.
     """
 
-    def __init__(self, compute: Callable[[list[list[int]]], Tensor]):
+    def __init__(self, compute: Callable[[Sequence[Sequence[int]]], Tensor]):
         self._compute = compute
         self._sequences: list[list[int]] = []
 

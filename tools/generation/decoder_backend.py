@@ -11,14 +11,11 @@ from ...engine.batch import Batch
 from ...engine.model.attention_choice import choose_for_model
 from ...engine.model.families import DecoderArchitecture
 from ...engine.model.generic.architecture import TransformersArchitecture
+from ...engine.model.generic.self_check import tiny_models
 from ...engine.model.language_model import LanguageModel
 from .backend import Backend, RecomputingSession, Session
+from .cache_check import check_type, rope_depends_on_length
 from .key_value_cache import KeyValueCache, make_step
-
-_TOLERANCE = 1e-4
-"""Of logits, relative to the largest one. Rounding causes about 1e-6."""
-_CHECKED_TOKENS = 24
-"""Longer than the window of a tiny model."""
 
 
 class DecoderBackend(Backend):
@@ -27,15 +24,15 @@ class DecoderBackend(Backend):
     Args:
         module: the model, in evaluation mode on ``device``.
         device: where it is.
-        has_cache: whether its blocks remember nothing but keys and values. See :func:`find_obstacle`.
+        obstacle: why the cache cannot be used; None if it can. See :func:`own_backend`.
     """
 
     module: LanguageModel
 
-    def __init__(self, module: LanguageModel, device: torch.device, has_cache: bool = True):
+    def __init__(self, module: LanguageModel, device: torch.device, obstacle: str | None = None):
         self.module, self.architecture, self.device = module, module.architecture, device
-        self.has_cache = has_cache
-        self._cache = KeyValueCache(module) if has_cache else None
+        self.obstacle = obstacle
+        self._cache = KeyValueCache(module) if obstacle is None else None
         # Not as documents of equal lengths: every call has another length, and cuDNN would plan each one again.
         dtype = next(module.parameters()).dtype
         self._attention_backend = choose_for_model("auto", self.architecture, device, dtype).backend
@@ -50,7 +47,7 @@ class DecoderBackend(Backend):
         return CachedSession(self, self._cache, longest)
 
     def compute(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Return the [B, V] fp32 logits after each of several whole sequences."""
+        """See :class:`Backend`."""
         return self.logits(self.prepared(self.packed(sequences)), [*map(len, sequences)])
 
     def packed(self, sequences: Sequence[Sequence[int]]) -> Batch:
@@ -104,45 +101,22 @@ class CachedSession(Session):
         self._cache.keep(torch.tensor(rows, device=self._backend.device))
 
 
-def find_obstacle(module: LanguageModel) -> str | None:
-    """Return why the cache cannot be used for a model, in words; None if it can.
+def own_backend(module: LanguageModel, device: torch.device) -> DecoderBackend:
+    """Return the backend of a model, with the cache if that is exact."""
+    obstacle = _obstacle(module)
+    if obstacle is not None:
+        obstacle += "; an exported Hugging Face folder uses the cache of transformers"
+    return DecoderBackend(module, device, obstacle)
 
-    A model of transformers may keep more than keys and values, or find positions in another way. So a tiny model of the
-    same type is computed with the cache and without.
-    """
+
+def _obstacle(module: LanguageModel) -> str | None:
+    """Return why the cache cannot be used for a model, in words; None if it can."""
     architecture = module.architecture
     if isinstance(architecture, DecoderArchitecture):
         return None
     assert isinstance(architecture, TransformersArchitecture)
     if not architecture.packs_documents:
-        return "its blocks mix tokens outside of attention"
-    if _rope_depends_on_length(architecture.config):
-        return "its rotary embedding depends on the length of a text"
-    try:
-        difference = _difference_of_tiny_model(architecture)
-    except Exception as error:  # whatever the code of the type raises
-        return f"a tiny model of its type fails with the cache ({' '.join(str(error).split())[:120]})"
-    return None if difference <= _TOLERANCE else "a tiny model of its type gives other logits with the cache"
-
-
-def _rope_depends_on_length(config: object) -> bool:
-    """Return whether a configuration contains a rotary scaling whose frequencies change with the length."""
-    if isinstance(config, dict):
-        kind = config.get("rope_type", config.get("type"))
-        return kind in ("dynamic", "longrope") or any(map(_rope_depends_on_length, config.values()))
-    return False
-
-
-@torch.inference_mode()
-def _difference_of_tiny_model(architecture: TransformersArchitecture) -> float:
-    """Return the largest difference of logits with and without the cache, relative to the largest logit."""
-    from ...engine.model.generic.self_check import tiny_packed_model
-
-    tiny = tiny_packed_model(architecture)
-    backend = DecoderBackend(tiny, torch.device("cpu"))
-    ids = [(7 * number) % tiny.architecture.vocab_size for number in range(_CHECKED_TOKENS)]
-    first = _CHECKED_TOKENS // 2
-    expected = torch.cat([backend.compute([ids[:end]]) for end in range(first, _CHECKED_TOKENS + 1)])
-    session = backend.open(_CHECKED_TOKENS)
-    found = torch.cat([session.append([ids[:first]]), *(session.append([[token]]) for token in ids[first:])])
-    return float((found - expected).abs().max() / expected.abs().max())
+        return "blocks of this model mix tokens outside of attention"
+    if rope_depends_on_length(architecture.config):
+        return "the rotary embedding of this model depends on the length of a text"
+    return check_type(lambda: DecoderBackend(tiny_models(architecture)[1], torch.device("cpu"))).obstacle

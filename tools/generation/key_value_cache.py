@@ -4,8 +4,8 @@ The first tokens of a session run as packed documents through the attention of t
 values are kept. Later tokens attend to what is kept. Every block has one [B, K, S, D] tensor of keys and one of values;
 both grow in steps. Tokens outside the window of a block are kept too.
 
-Shapes: B sequences, L new tokens of each, T all new tokens, S tokens of the longest sequence, N query heads, K key/value
-heads, D size of queries and keys, E of values.
+Shapes: B sequences, L new tokens of each, T all new tokens, S tokens of the longest sequence, N query heads, K
+key/value heads, D size of queries and keys, E of values.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BlockCache:
             self._keys, self._values = self._keys[rows], self._values[rows]
 
     def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKE: Tensor, *offsets: Any, **options: Any) -> Tensor:
-        """Compute the attention of a block; the arguments are those of :func:`~retemper.kernels.attention.attention`."""
+        """Compute the attention of a block, as :func:`~retemper.kernels.attention.attention` does."""
         step = self.step
         if step is None:
             return self._attend(q_TND, k_TKD, v_TKE, *offsets, **options)

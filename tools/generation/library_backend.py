@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture
+from ...engine.model.generic.architecture import TransformersArchitecture
+from ...engine.model.generic.self_check import tiny_models
 from .backend import Backend, RecomputingSession, Session
+from .cache_check import Finding, check_type, rope_depends_on_length
 
 _PAD = 0
 """A token of padding, which attention does not see. Any id of the vocabulary will do."""
@@ -24,28 +27,26 @@ class LibraryBackend(Backend):
     Args:
         module: the model, in evaluation mode.
         architecture: of the model.
+        obstacle: why its cache cannot be used; None if it can. See :func:`library_backend`.
     """
 
-    def __init__(self, module: Any, architecture: Architecture):
+    def __init__(self, module: Any, architecture: Architecture, obstacle: str | None = None):
         self.module, self.architecture, self.device = module, architecture, module.device
+        self.obstacle = obstacle
         parameters = inspect.signature(module.forward).parameters
-        self.has_cache = "past_key_values" in parameters
         self._takes_positions = "position_ids" in parameters
         # The head runs only on the last position: logits of all positions would need T times the memory.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        # The state of a recurrence would take in the padding.
-        self.needs_equal_lengths = bool(getattr(module, "_is_stateful", False)) or not self.has_cache
-        if not self.has_cache:
-            self.notes = (
-                f"model_type {architecture.model_type} has no key/value cache in transformers: every token computes the "
-                "whole text again",
-            )
 
     def open(self, longest: int) -> Session:
         """See :class:`Backend`."""
-        return CachedSession(self) if self.has_cache else RecomputingSession(self._recompute)
+        return CachedSession(self) if self.obstacle is None else RecomputingSession(self.compute)
 
-    def compute(self, new_ids: Sequence[Sequence[int]], mask_BS: Tensor, **cache: Any) -> Tensor:
+    def compute(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """See :class:`Backend`."""
+        return self.logits(sequences, self.padding_mask([*map(len, sequences)]), use_cache=False)
+
+    def logits(self, new_ids: Sequence[Sequence[int]], mask_BS: Tensor, **cache: Any) -> Tensor:
         """Return the [B, V] fp32 logits after tokens that end at the end of ``mask_BS``, which is 0 at padding."""
         longest = max(map(len, new_ids))
         rows = [[*[_PAD] * (longest - len(ids)), *ids] for ids in new_ids]
@@ -59,9 +60,6 @@ class LibraryBackend(Backend):
         """Return [B, S] int64: 0 at the padding in front of sequences of ``lengths`` tokens, 1 at their tokens."""
         padding = max(lengths) - torch.tensor(lengths, device=self.device)
         return (torch.arange(max(lengths), device=self.device) >= padding[:, None]).long()
-
-    def _recompute(self, sequences: list[list[int]]) -> Tensor:
-        return self.compute(sequences, self.padding_mask([*map(len, sequences)]), use_cache=False)
 
 
 class CachedSession(Session):
@@ -78,7 +76,7 @@ class CachedSession(Session):
         """See :class:`Session`."""
         added = self._backend.padding_mask([*map(len, new_ids)])
         self._mask_BS = added if self._mask_BS is None else torch.cat((self._mask_BS, added), dim=1)
-        return self._backend.compute(new_ids, self._mask_BS, past_key_values=self._cache, use_cache=True)
+        return self._backend.logits(new_ids, self._mask_BS, past_key_values=self._cache, use_cache=True)
 
     def keep(self, rows: Sequence[int]) -> None:
         """See :class:`Session`."""
@@ -108,3 +106,19 @@ def load_library_model(folder: Path, dtype: torch.dtype, device: torch.device) -
         if shown:
             logging.enable_progress_bar()
     return model.to(device).eval()
+
+
+def library_backend(module: Any, architecture: Architecture) -> LibraryBackend:
+    """Return the backend of a model of transformers, with its cache if that is exact."""
+    finding = _check(architecture)
+    backend = LibraryBackend(module, architecture, finding.obstacle)
+    backend.needs_equal_lengths = not finding.takes_padding
+    return backend
+
+
+def _check(architecture: Architecture) -> Finding:
+    if not isinstance(architecture, TransformersArchitecture):
+        return Finding()
+    if rope_depends_on_length(architecture.config):
+        return Finding("the rotary embedding of this model depends on the length of a text", takes_padding=False)
+    return check_type(lambda: LibraryBackend(tiny_models(architecture)[0].eval(), architecture))

@@ -24,8 +24,8 @@ from ...engine.weights.hugging_face.model import HfModel, meta_model, open_hf_mo
 from ...engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
 from .backend import Backend
-from .decoder_backend import DecoderBackend, find_obstacle
-from .library_backend import LibraryBackend, load_library_model
+from .decoder_backend import own_backend
+from .library_backend import library_backend, load_library_model
 
 GENERATION_CONFIG = "generation_config.json"
 _GREEDY_SETTINGS = {
@@ -151,11 +151,11 @@ def load_backend(model: ModelFolder, architecture: Architecture, dtype: str, dev
     config, where = model.config, str(model.assets / CONFIG_FILE)
     weights_dtype = dtype_named(dtype) or declared_dtype(config, where) or torch.float32
     if model.is_checkpoint:
-        return _own_backend(_checkpoint_decoder(model.path, checked(architecture), weights_dtype, device), device)
+        return own_backend(_checkpoint_decoder(model.path, checked(architecture), weights_dtype, device), device)
     weights = open_hf_model(model.path)
     if text_config_of(config)[1] or architecture.longest_unscaled is not None:
-        return _own_backend(_hf_decoder(weights, checked(architecture), weights_dtype, device), device)
-    return LibraryBackend(load_library_model(model.path, weights_dtype, device), architecture)
+        return own_backend(_hf_decoder(weights, checked(architecture), weights_dtype, device), device)
+    return library_backend(load_library_model(model.path, weights_dtype, device), architecture)
 
 
 def load_tokenizer(name: str | None, model: ModelFolder, vocab_size: int) -> tuple[TokenizerHandle, set[int]]:
@@ -186,25 +186,15 @@ def _is_checkpoint(folder: Path) -> bool:
     return False
 
 
-def _own_backend(module: LanguageModel, device: torch.device) -> DecoderBackend:
-    obstacle = find_obstacle(module)
-    backend = DecoderBackend(module, device, has_cache=obstacle is None)
-    if obstacle is not None:
-        backend.notes = (
-            f"every token computes the whole text again, because the key/value cache does not fit this model: {obstacle}; "
-            "an exported Hugging Face folder uses the cache of transformers",
-        )
-    return backend
-
-
-def _empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+def empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Return the model with weights that are not initialized, in evaluation mode."""
     return meta_model(architecture).cast_parameters(dtype).materialize(device).eval()
 
 
 def _checkpoint_decoder(
     folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    decoder = _empty_decoder(architecture, dtype, device)
+    decoder = empty_decoder(architecture, dtype, device)
     require_model_tensors(folder, stored_tensors(folder), decoder)
     require_undamaged(folder)
     load_tensors(folder, model_tensors(decoder), distributed=False)
@@ -214,7 +204,7 @@ def _checkpoint_decoder(
 def _hf_decoder(
     weights: HfModel, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    decoder = _empty_decoder(architecture, dtype, device)
+    decoder = empty_decoder(architecture, dtype, device)
     for name, parameter in model_tensors(decoder).items():
         weights.parameters.load(name, parameter)
     return decoder

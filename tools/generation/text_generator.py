@@ -130,7 +130,21 @@ class TextGenerator:
         Raises:
             UserError: see :meth:`encode`.
         """
-        return next(self.generate_all([self.encode(prompt)], sampling, on_text=on_text))
+        return self.generate_one(self.encode(prompt), 0, sampling, on_text)
+
+    @torch.inference_mode()
+    def generate_one(
+        self, ids: Sequence[int], sample: int, sampling: Sampling, on_text: OnText | None = None
+    ) -> Completion:
+        """Return one continuation of a prompt.
+
+        Args:
+            ids: of the prompt, see :meth:`encode`.
+            sample: number of the continuation.
+            sampling: the options.
+            on_text: receives the pieces of the text.
+        """
+        return self._generate_batch([Request(0, sample)], [ids], sampling, on_text)[0]
 
     @torch.inference_mode()
     def generate_all(
@@ -138,7 +152,6 @@ class TextGenerator:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         batch_size: int = 1,
-        on_text: OnText | None = None,
     ) -> Iterator[Completion]:
         """Yield the continuations of all prompts: those of the first prompt, those of the second, and so on.
 
@@ -146,15 +159,13 @@ class TextGenerator:
             prompts: see :meth:`encode`.
             sampling: the options.
             batch_size: number of texts that are computed at a time.
-            on_text: receives the pieces of each text, one text after the other; needs a batch size of one.
         """
-        assert on_text is None or batch_size == 1
         requests = [Request(prompt, sample) for prompt in range(len(prompts)) for sample in range(sampling.samples)]
         done: dict[Request, Completion] = {}
         expected = iter(requests)
         awaited = next(expected, None)
         for batch in self._batches(requests, prompts, batch_size):
-            done |= zip(batch, self._generate_batch(batch, prompts, sampling, on_text), strict=True)
+            done |= zip(batch, self._generate_batch(batch, prompts, sampling), strict=True)
             while awaited in done:
                 yield done.pop(awaited)
                 awaited = next(expected, None)
@@ -198,7 +209,11 @@ class TextGenerator:
                 yield group[first : first + batch_size]
 
     def _generate_batch(
-        self, batch: list[Request], prompts: Sequence[Sequence[int]], sampling: Sampling, on_text: OnText | None
+        self,
+        batch: list[Request],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_text: OnText | None = None,
     ) -> list[Completion]:
         different = list(dict.fromkeys(request.prompt for request in batch))
         session = self.backend.open(max(self.limit(len(prompts[prompt]), sampling) for prompt in different))
@@ -275,6 +290,13 @@ class GrowingText:
         # The characters that were held back may complete a stop string.
         self.ended_by = STOP_STRING if self.stream.stopped else self.ended_by
         return piece
+
+    def interrupt(self, reason: str) -> str:
+        """End the text now, if it has not ended, and return what was held back of it."""
+        if self.ended_by:
+            return ""
+        self.ended_by = reason
+        return self.stream.end()
 
     def completion(self) -> Completion:
         """Return the result."""

@@ -13,7 +13,15 @@ from .gpus import GiB
 from .layout_plan import LayoutPlan, dtypes
 from .options import ClusterSpec
 from .pool import DryRunPool
-from .report import format_found, format_needless_recomputation, format_plan, to_record
+from .report import (
+    format_found,
+    format_needless_recomputation,
+    format_plan,
+    format_savings,
+    savings_record,
+    to_record,
+)
+from .savings import find_savings
 from .search import (
     calibrate,
     describe,
@@ -57,6 +65,26 @@ def make_plan(
         if plan.fits and (faster := without_recomputation(plan, pool)):
             text += "\n\n" + format_needless_recomputation(plan, faster)
         return text, record | to_record(plan)
+
+
+def list_savings(config: RunConfig, cluster: ClusterSpec, say: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+    """Return the changes of ``config`` that need less memory on a cluster, as a text and as a record.
+
+    Args:
+        config: of the run.
+        cluster: the cluster.
+        say: receives progress lines.
+
+    Raises:
+        UserError: the layout is impossible.
+    """
+    record: dict[str, Any] = {"config": to_dict(config)}
+    config, left_out = without_gpu_features(config)
+    if left_out:
+        say(f"dry run without {', '.join(left_out)}, which need a GPU")
+    with DryRunPool() as pool:
+        plan, savings = find_savings(config, cluster, pool)
+    return format_savings(plan, savings), record | to_record(plan) | {"savings": savings_record(plan, savings)}
 
 
 def _search(

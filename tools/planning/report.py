@@ -10,6 +10,7 @@ from ...engine.observe.progress import duration
 from .layout_plan import LayoutPlan, digits, gib, shown_layout
 from .memory import KINDS
 from .prediction import StepPrediction
+from .savings import Saving
 from .search import SearchResult
 
 
@@ -44,7 +45,7 @@ def _how(plan: LayoutPlan) -> str:
 
 
 def _memory_table(plan: LayoutPlan) -> list[str]:
-    rank, cluster = plan.fullest, plan.cluster
+    rank = plan.fullest
     peak = plan.peak_of(rank)
     offloaded = " (in host memory)" if plan.config.parallel.cpu_offload else ""
     where = f" (rank at place {rank.place} of the pipeline)" if len(plan.ranks) > 1 else ""
@@ -57,10 +58,14 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
         lines.append(f"| {kind}{note} | {gib(rank.kept[kind])} | {gib(rank.most[kind])} | {gib(peak[kind])} |")
     total = sum(peak.values())
     lines.append(f"| **all** | {gib(sum(rank.kept.values()))} | | **{gib(total)}** |")
-    verdict = f"fits, {gib(plan.headroom)} GiB of headroom" if plan.fits else f"{gib(-plan.headroom)} GiB too much"
-    sizes = f"{gib(total)} GiB at the peak + {gib(cluster.reserve)} GiB reserve of {gib(cluster.gpu.memory)} GiB"
-    lines += ["", f"memory      {sizes}: {verdict}"]
+    lines += ["", f"memory      {_sizes(plan)}"]
     return lines
+
+
+def _sizes(plan: LayoutPlan) -> str:
+    verdict = f"fits, {gib(plan.headroom)} GiB of headroom" if plan.fits else f"{gib(-plan.headroom)} GiB too much"
+    reserve, memory = plan.cluster.reserve, plan.cluster.gpu.memory
+    return f"{gib(plan.peak_bytes)} GiB at the peak + {gib(reserve)} GiB reserve of {gib(memory)} GiB: {verdict}"
 
 
 def _traffic_table(plan: LayoutPlan) -> list[str]:
@@ -157,6 +162,47 @@ def format_found(found: SearchResult) -> str:
         "slower by formulas than those above, which were dry run with a few blocks"
     )
     return "\n".join(lines)
+
+
+def format_savings(plan: LayoutPlan, savings: list[Saving]) -> str:
+    """Format changes of settings that need less memory than ``plan``."""
+    lines = [
+        f"memory      {_sizes(plan)}",
+        "",
+        "| instead of the configured value | GiB saved | peak GiB | speed | |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for saving in savings:
+        speed = _relative_speed(saving, plan)
+        lines.append(
+            f"| {saving.change} | {gib(saving.saved_bytes)} | {gib(saving.plan.peak_bytes)} "
+            f"| {'' if speed is None else f'{speed:.0%}'} | {saving.change.drawback} |"
+        )
+    if not savings:
+        lines.append("| no change of one setting saves memory: use more or larger GPUs | | | | |")
+    return "\n".join([*lines, "", "Speeds are predicted tokens/s, compared with the configured run.", ""])
+
+
+def savings_record(plan: LayoutPlan, savings: list[Saving]) -> list[dict[str, Any]]:
+    """Return what :func:`format_savings` shows, for JSON."""
+    return [
+        {
+            "settings": dict(saving.change.settings),
+            "shown": str(saving.change),
+            "drawback": saving.change.drawback,
+            "saved_bytes": saving.saved_bytes,
+            "peak_bytes": saving.plan.peak_bytes,
+            "speed": _relative_speed(saving, plan),
+        }
+        for saving in savings
+    ]
+
+
+def _relative_speed(saving: Saving, plan: LayoutPlan) -> float | None:
+    """Return the predicted speed compared with ``plan``; None for offloading, whose copies are not predicted."""
+    if saving.plan.config.parallel.cpu_offload:
+        return None
+    return saving.plan.tokens_per_second / plan.tokens_per_second
 
 
 def to_record(plan: LayoutPlan) -> dict[str, Any]:

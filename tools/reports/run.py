@@ -23,13 +23,12 @@ from ...engine.errors import UserError
 from ...engine.files.regular import open_regular, read_regular
 from ...engine.guards.rank_consistency import flatten
 from ...engine.observe.console import LOG_FILE
-from ...engine.observe.curves import METRICS_FILE
+from ...engine.observe.curves import METRICS_FILE, SAMPLES_FILE
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, Manifest
 from ...engine.weights.checkpoint.run_record import CONFIG_FILE
 from ..checkpoint_report.listing import Row, list_checkpoints
 from .metrics import Curves, read_curves
 
-SAMPLES_FILE = "samples.jsonl"
 _MOVED = re.compile(r"records +[\d,]+ of metrics\.jsonl after step ([\d,]+) moved to .*?([^/]+)$")
 _LOGGED = re.compile(r"\S+ \S+ (model|ranks|blocks|attention) +(.*)")
 _BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -75,11 +74,14 @@ class DataSource:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """A prompt, and its continuations by the model before and after the run, without the prompt."""
+    """A prompt, and its first and last continuation, without the prompt."""
 
     prompt: str
     before: str
     after: str
+    before_step: int | None = None
+    """Step of the first continuation; None in files of earlier versions, which had no steps."""
+    after_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -354,11 +356,29 @@ def _environment(manifest: Manifest | None) -> dict[str, str]:
 
 def _samples(path: Path, remarks: list[str]) -> list[GeneratedSample]:
     """Return the texts of ``samples.jsonl``, if it exists."""
+    found: dict[str, GeneratedSample] = {}
     try:
-        records = [json.loads(line) for line in read_regular(path).splitlines()]
-        return [GeneratedSample(*(str(record[name]) for name in ("prompt", "before", "after"))) for record in records]
+        lines = read_regular(path).splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                sample = _sample(json.loads(line))
+            except _BROKEN as error:
+                if line.endswith(b"\n"):
+                    raise ValueError(f"line {number}: {error}") from None
+                continue  # the run is writing it, or was killed
+            first = found.get(sample.prompt, sample)
+            found[sample.prompt] = replace(sample, before=first.before, before_step=first.before_step)
     except FileNotFoundError:
         return []
     except _BROKEN as error:
         remarks.append(f"samples are not shown: {path}: {error}")
         return []
+    return list(found.values())
+
+
+def _sample(record: dict[str, Any]) -> GeneratedSample:
+    """Return the sample of a record, which has one text and its step, or in earlier versions two texts."""
+    if "before" in record:
+        return GeneratedSample(str(record["prompt"]), str(record["before"]), str(record["after"]))
+    text, step = str(record["text"]), int(record["step"])
+    return GeneratedSample(str(record["prompt"]), text, text, step, step)

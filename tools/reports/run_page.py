@@ -302,7 +302,11 @@ def _sample(sample: GeneratedSample) -> str:
         text = f"<mark>{escape(sample.prompt)}</mark>{escape(continuation)}"
         return f"<figure><figcaption>{label}</figcaption><pre>{text}</pre></figure>"
 
-    return f'<div class="sample">{column("before", sample.before)}{column("after", sample.after)}</div>'
+    before, after = (
+        name if step is None else f"{name} (step {step:,})"
+        for name, step in (("before", sample.before_step), ("after", sample.after_step))
+    )
+    return f'<div class="sample">{column(before, sample.before)}{column(after, sample.after)}</div>'
 
 
 STYLE = """

@@ -83,10 +83,13 @@ def with_exact_documents(architecture: TransformersArchitecture) -> Transformers
     return replace(architecture, documents=finding.documents, remark=remark)
 
 
-def tiny_packed_model(architecture: TransformersArchitecture) -> TransformersModel:
-    """Return a tiny random model of the type and options of ``architecture``, whose documents are packed."""
+def tiny_models(architecture: TransformersArchitecture) -> tuple[Any, TransformersModel]:
+    """Return a tiny random model of the type and options of ``architecture``: that of transformers, and ours.
+
+    Ours has the same weights, and keeps documents apart as ``architecture`` does.
+    """
     reference = _Reference(tiny_config(library_config(dict(architecture.config), "config.json").to_dict()))
-    return reference.model(replace(reference.architecture, documents="packed"))
+    return reference.library, reference.model(replace(reference.architecture, documents=architecture.documents))
 
 
 @functools.cache
@@ -107,7 +110,7 @@ class _Reference:
         made = library_config(config, "a tiny model")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model = library_model(made, library_attention(made))
+            self.library = model = library_model(made, library_attention(made))
             tokens = torch.randint(self.architecture.vocab_size, (sum(_LENGTHS),))
             self.state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             for name in model.state_dict():

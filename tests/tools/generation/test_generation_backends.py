@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from retemper.engine.model.implementations import checked, meta_model, parse_arc
 from retemper.engine.weights.checkpoint.tensors import model_tensors
 from retemper.engine.weights.hugging_face.model import open_hf_model
 from retemper.tools.generation.backend import Backend
-from retemper.tools.generation.decoder_backend import DecoderBackend, find_obstacle
-from retemper.tools.generation.library_backend import LibraryBackend
+from retemper.tools.generation.decoder_backend import DecoderBackend, own_backend
+from retemper.tools.generation.library_backend import LibraryBackend, library_backend
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 19, 11)
@@ -34,7 +35,8 @@ def prompts(vocab_size: int, lengths: Sequence[int] = LENGTHS) -> list[list[int]
 @torch.no_grad()
 def alone(hf: Any, ids: Sequence[int]) -> torch.Tensor:
     """What transformers computes for one text, without a cache."""
-    return hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    # A copy, because some types keep a state in their modules.
+    return copy.deepcopy(hf)(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -63,7 +65,6 @@ def check(backend: Backend, hf: Any, texts: list[list[int]]) -> None:
 def test_the_cache_of_native_models(name: str) -> None:
     hf = hf_model(hf_config(name)).eval()
     backend = DecoderBackend(our_model(hf).eval(), CPU)
-    assert backend.has_cache
     check(backend, hf, prompts(VOCAB))
 
 
@@ -100,11 +101,17 @@ def test_a_scaling_that_depends_on_the_length_is_not_cached() -> None:
             assert_close(recomputed.append([[token]])[0], alone(hf, text[0]))
 
 
+UNSUPPORTED = {"deepseek_v4", "dots3_note_text", "inkling2_text", "zamba", "zamba2"}
+"""Types that Retemper refuses to open."""
 GENERIC = ["gpt_oss", "minicpm3", "qwen3_next", "gpt2", "bloom", "deepseek_v3", "mamba2", "recurrent_gemma"]
 
 
 @pytest.mark.parametrize(
-    "model_type", [*GENERIC, *(pytest.param(name, marks=pytest.mark.slow) for name in TYPES if name not in GENERIC)]
+    "model_type",
+    [
+        *GENERIC,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in TYPES if name not in UNSUPPORTED.union(GENERIC)),
+    ],
 )
 def test_models_of_transformers(model_type: str, tmp_path) -> None:
     """Through transformers, and with our attention, where either supports the type."""
@@ -115,6 +122,6 @@ def test_models_of_transformers(model_type: str, tmp_path) -> None:
     for name, parameter in model_tensors(decoder).items():
         model.parameters.load(name, parameter)
     texts = prompts(model.architecture.vocab_size)
-    check(DecoderBackend(decoder, CPU, has_cache=find_obstacle(decoder) is None), hf, texts)
-    library = LibraryBackend(hf, model.architecture)
+    check(own_backend(decoder, CPU), hf, texts)
+    library = library_backend(hf, model.architecture)
     check(library, hf, texts[:1] if library.needs_equal_lengths else texts)

@@ -86,7 +86,7 @@ class ChatEncoder:
     ) -> None:
         file = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
         folder = file.parent
-        config = _read_tokenizer_config(folder)
+        config = read_tokenizer_config(folder)
         now = now or datetime.now()
         source, origin = load_template(folder, config, template, for_tools)
         self._for_tools: ChatEncoder | None = None
@@ -94,7 +94,7 @@ class ChatEncoder:
             self._for_tools = ChatEncoder(
                 tokenizer, eod_id, max_tokens, allow_special_tokens, now=now, bos=bos, for_tools=True
             )
-        named = _named_tokens(config)
+        named = named_tokens(config)
         self._file = file
         self._tokenizer = _load_tokenizer(file, list(named.values()))
         self._eod_id = eod_id
@@ -327,7 +327,7 @@ def _any_of(texts: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """Read tokenizer_config.json, with the special tokens of older folders."""
     config = read_config(folder / CONFIG_FILE)
     if "added_tokens_decoder" not in config:
@@ -335,7 +335,7 @@ def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+def named_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Return the special tokens that templates may use by name."""
     tokens = {}
     for name in _SPECIAL_TOKENS:

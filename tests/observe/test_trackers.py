@@ -1,0 +1,176 @@
+"""Trackers have the curves of metrics.jsonl, each point once, whatever happens to a run. Their own readers say so."""
+
+import json
+import time
+
+import pytest
+from helpers import tracker_runs
+from helpers.forked import Program, fork_server
+from helpers.tracker_runs import Play, csv_rows, metrics_curves, mlflow_run, tracker_curves, trackio_run
+
+from retemper.engine.config.packages import require_trackers
+from retemper.engine.config.settings import LoggingConfig
+from retemper.engine.errors import UserError
+from retemper.engine.observe.guarded import Guarded
+from retemper.engine.observe.observer import StepRecord
+from retemper.engine.observe.trackers.all_trackers import Trackers
+from retemper.engine.observe.trackers.background import Background
+from retemper.engine.observe.trackers.client import TrackerClient
+from retemper.engine.observe.trackers.curve import TrackedCurve
+from retemper.engine.schedule import Progress
+
+pytest.importorskip("wandb")
+pytest.importorskip("mlflow")
+pytest.importorskip("trackio")
+
+WITH_LIBRARY = ("wandb", "mlflow", "trackio")
+PLAY = """
+import json, os, sys
+from pathlib import Path
+from helpers.tracker_runs import Play, wait_for_trackers
+folder, after, ids, steps, wait, killed = (json.loads(argument) for argument in sys.argv[1:])
+play = Play(Path(folder), ["wandb", "mlflow", "trackio", "csv"], after, ids)
+Path(folder, "ids.json").write_text(json.dumps(play.ids))
+play.steps(range(*steps))
+if wait:
+    wait_for_trackers(Path(folder), play.ids, 9)
+if killed:
+    os.kill(os.getpid(), 9)
+play.end()
+print(*play.lines, sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    modules = ("helpers.tracker_runs", "wandb", "mlflow", "retemper.engine.observe.reporter")
+    with fork_server(*modules) as context:
+        yield context
+
+
+@pytest.fixture
+def play(server, tmp_path):
+    def start(name, after, ids, steps, wait=False, killed=False):
+        words = [json.dumps(word) for word in (str(tmp_path / "run"), after, ids, steps, wait, killed)]
+        program = Program(server, PLAY, tmp_path / name, *words)
+        assert program.wait() == (-9 if killed else 0), program.err
+        return json.loads((tmp_path / "run" / "ids.json").read_text()), program.out
+
+    return start
+
+
+def test_a_killed_and_resumed_run_is_one_curve_in_every_tracker(play, tmp_path):
+    folder = tmp_path / "run"
+    ids, _ = play("first", None, {}, (1, 8), killed=True)  # before the trackers have anything
+    assert set(ids) == set(WITH_LIBRARY)
+    again, _ = play("second", 6, ids, (7, 11), wait=True, killed=True)  # they have steps after the next checkpoint
+    resumed, printed = play("third", 8, ids, (9, 15))
+    assert resumed == again == ids and "note" not in printed
+    expected = metrics_curves(folder)
+    assert [step for step, _ in expected["train/loss"]] == list(range(1, 15))
+    for name in WITH_LIBRARY:
+        assert tracker_curves(folder, name, ids[name]) == expected, name
+    rows = csv_rows(folder, "train")
+    assert [(int(row["step"]), float(row["loss"])) for row in rows] == expected["train/loss"]
+    assert [row["evaluation"] for row in csv_rows(folder, "evaluation")] == ["held out"] * 2
+
+
+ROLL_BACK = """
+import json, sys
+from pathlib import Path
+from helpers.tracker_runs import Play
+folder = Path(sys.argv[1])
+play = Play(folder, ["wandb", "mlflow", "trackio", "csv"], None)
+ids = [play.ids]
+play.steps(range(1, 8))
+play.go_back(5)
+ids.append(play.ids)
+play.steps(range(6, 11), shift=0.5)
+play.end()
+print(json.dumps([ids, play.lines]))
+"""
+
+
+def test_a_rollback_continues_in_new_runs_that_have_the_whole_curve(server, tmp_path):
+    folder = tmp_path / "run"
+    program = Program(server, ROLL_BACK, tmp_path / "log", folder)
+    assert program.wait() == 0, program.err
+    (before, after), lines = json.loads(program.out.splitlines()[-1])
+    assert not set(before.values()) & set(after.values()) and not [line for line in lines if "note" in line]
+    expected = metrics_curves(folder)
+    assert expected["train/loss"][5] == (6, 1 / 6 + 0.5)
+    for name in WITH_LIBRARY:
+        assert tracker_curves(folder, name, after[name]) == expected, name
+        assert tracker_curves(folder, name, before[name])["train/loss"][-1] == (7, 1 / 7), name
+    assert [float(row["loss"]) for row in csv_rows(folder, "train")] == [loss for _, loss in expected["train/loss"]]
+    assert mlflow_run(folder, after["mlflow"])[1].data.params["facts.continues"] == before["mlflow"]
+    assert trackio_run(folder, after["trackio"])[0]["facts"]["continues"] == before["trackio"]
+
+
+def test_a_tracker_that_is_added_at_a_resume_receives_the_whole_curve(tmp_path):
+    first = Play(tmp_path, ["csv"])
+    first.steps(range(1, 8))
+    first.end()
+    second = Play(tmp_path, ["mlflow"], after_step=6)
+    second.steps(range(7, 10))
+    second.end()
+    assert tracker_curves(tmp_path, "mlflow", second.ids["mlflow"]) == metrics_curves(tmp_path)
+
+
+class Hanging(TrackerClient):
+    """A client whose server does not answer."""
+
+    def connect(self, run):
+        time.sleep(600)
+
+
+class Failing(TrackerClient):
+    """A client that raises, with a secret in its message."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def connect(self, run):
+        self.calls += 1
+        raise ConnectionError("no route to https://user:CANARY-1@host/api?signature=CANARY-2 (CANARY-3)")
+
+
+def trackers_of(client: TrackerClient, lines: list[str], most_waiting: int = 100) -> Trackers:
+    curve = TrackedCurve("one", client, lambda: None, lines.append)
+    guarded = Guarded("one", curve, "", lines.append)
+    return Trackers([Background("one", guarded, lines.append, most_waiting)], end_seconds=0.5)
+
+
+def send(trackers: Trackers, folder, steps: int) -> float:
+    """Send a run; the seconds that it has waited."""
+    began = time.perf_counter()
+    trackers.open(tracker_runs.description(folder, LoggingConfig()))
+    trackers.start(None, False)
+    for step in range(1, steps + 1):
+        trackers.step(StepRecord(Progress(step, step, step), {"loss": 1.0}, 0, 0.0, []))
+    trackers.end({"finished": True})
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("steps", [10, 500], ids=["a_short_run", "more_events_than_may_wait"])
+def test_a_server_that_does_not_answer_costs_one_note_and_no_time(tmp_path, steps):
+    lines: list[str] = []
+    assert 0.4 < send(trackers_of(Hanging(), lines), tmp_path, steps) < 5
+    assert len([line for line in lines if line.startswith("note")]) == (1 if steps == 10 else 2)
+
+
+def test_a_tracker_that_fails_is_left_out_after_one_note_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "CANARY-3")
+    lines: list[str] = []
+    client = Failing()
+    assert send(trackers_of(client, lines), tmp_path, 50) < 5
+    assert client.calls == len(lines) == 1 and "https://host/api" in lines[0] and "CANARY" not in lines[0]
+
+
+def test_missing_packages_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("wandb", "comet_ml") else name)
+    require_trackers(LoggingConfig(trackers=["csv", "mlflow"]))
+    with pytest.raises(UserError) as refused:
+        require_trackers(LoggingConfig(trackers=["wandb", "mlflow", "comet", "csv"]))
+    assert len(refused.value.problems) == 2
+    assert all("pip install" in line for line in refused.value.problems)

@@ -1,0 +1,136 @@
+"""Find changes of single settings with which a run needs less memory, by dry runs of a few blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...engine.config.checks import validate
+from ...engine.config.settings import RunConfig
+from ...engine.errors import UserError
+from ...engine.parallel.layout import Layout
+from .layout_plan import LayoutPlan
+from .options import ClusterSpec
+from .pool import DryRunPool
+from .search import plan_briefly, require_possible
+
+_LEAST_TOKENS = 4096
+"""Minimum tokens of a sample on each of the context-parallel ranks."""
+_LEAST_SAVED = 0.01
+"""Smaller shares of the peak are left out."""
+_ANOTHER_RESULT, _SLOW = "another result of the training", "slow: weights and states in host memory"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of settings that may save memory."""
+
+    settings: Mapping[str, Any]
+    """Values by key, such as ``parallel.recompute``."""
+    drawback: str = ""
+    """Empty if the result of the training stays the same up to rounding, and the speed similar."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}: {_shown(value)}" for key, value in self.settings.items())
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """Return the changed configuration."""
+        for key, value in self.settings.items():
+            section, _, name = key.partition(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        return config
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a change saves."""
+
+    change: Change
+    plan: LayoutPlan
+    """With the change."""
+    saved_bytes: float
+    """Of the peak of the fullest GPU."""
+
+
+def find_savings(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> tuple[LayoutPlan, list[Saving]]:
+    """Return the plan of ``config``, and the possible changes that need less memory.
+
+    Changes without a drawback come first, each group with the largest saving first.
+
+    Raises:
+        UserError: the layout of ``config`` is impossible.
+    """
+    layout = require_possible(config, cluster)
+    possible = list(_possible(config, layout, cluster))
+    layouts = [(config, layout), *((other, its_layout) for _, other, its_layout in possible)]
+    configured, *plans = plan_briefly(layouts, cluster, pool)
+    savings = [
+        Saving(change, plan, configured.peak_bytes - plan.peak_bytes)
+        for (change, _, _), plan in zip(possible, plans, strict=True)
+    ]
+    least = _LEAST_SAVED * configured.peak_bytes
+    found = [saving for saving in savings if saving.saved_bytes >= least]
+    return configured, sorted(found, key=lambda saving: (bool(saving.change.drawback), -saving.saved_bytes))
+
+
+def _possible(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator[tuple[Change, RunConfig, Layout]]:
+    for change in changes(config, layout, cluster):
+        other = change.applied_to(config)
+        try:
+            validate(other)
+            yield change, other, require_possible(other, cluster)
+        except UserError:
+            continue
+
+
+def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator[Change]:
+    """Return the changes to try, not all of which are possible: those of one setting at a time.
+
+    Args:
+        config: of the run.
+        layout: of its ranks.
+        cluster: the cluster.
+    """
+    training, parallel = config.training, config.parallel
+    if training.micro_batch_size > 1:
+        yield Change({"training.micro_batch_size": 1})
+    yield from _more_recomputation(config)
+    if parallel.reduce_gradients == "step" and layout.pipeline == 1:
+        yield Change({"parallel.reduce_gradients": "micro_batch"})
+    if not parallel.reshard_after_forward:
+        yield Change({"parallel.reshard_after_forward": True})
+    if parallel.replicate > 1:
+        yield Change({"parallel.replicate": 1, **_shared_by_all(config)})
+    if 2 * layout.tensor <= cluster.assumptions.gpus_per_node:
+        yield Change({"parallel.tensor": 2 * layout.tensor, **_shared_by_all(config)})
+    if training.sequence_length >= 2 * layout.context * _LEAST_TOKENS:
+        yield Change({"parallel.context": 2 * layout.context, **_shared_by_all(config)})
+    if config.optimizer.state_dtype != "bf16":
+        yield Change({"optimizer.state_dtype": "bf16"}, _ANOTHER_RESULT)
+    if training.weight_dtype != "bf16":
+        yield Change({"training.weight_dtype": "bf16"}, _ANOTHER_RESULT)
+    if not parallel.cpu_offload:
+        yield Change({"parallel.cpu_offload": True}, _SLOW)
+    if training.sequence_length > 1:
+        yield Change({"training.sequence_length": training.sequence_length // 2}, _ANOTHER_RESULT)
+
+
+def _more_recomputation(config: RunConfig) -> Iterator[Change]:
+    parallel = config.parallel
+    every = {"parallel.recompute_every": 1} if parallel.recompute_every > 1 else {}
+    if parallel.recompute == "none":
+        yield Change({"parallel.recompute": "selective", **every})
+    if parallel.recompute != "full":
+        yield Change({"parallel.recompute": "full", **every})
+    elif every:
+        yield Change(every)
+
+
+def _shared_by_all(config: RunConfig) -> dict[str, Any]:
+    """Return the setting that divides weights and states over all other ranks, unless it is set already."""
+    return {} if config.parallel.shard == "auto" else {"parallel.shard": "auto"}
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
