@@ -140,7 +140,7 @@ def _ways(options: MeasureOptions, device: torch.device) -> tuple[dict[str, Way]
     for backend in backends:
         if backend.obstacle is None:
             name = OURS if isinstance(backend, DecoderBackend) else LIBRARY_CACHE
-            ways[name] = _with_session(backend, lambda length, backend=backend: backend.open(length))
+            ways[name] = _with_session(backend, backend.open)
         if isinstance(backend, LibraryBackend):
             ways[PEER] = _library_way(backend)
     first = backends[0]
@@ -152,7 +152,7 @@ def _random_backends(options: MeasureOptions, device: torch.device) -> list[Back
     """Return a Qwen2 with random weights in our own module and in that of transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = {
+    config: dict[str, Any] = {
         "model_type": "qwen2",
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,

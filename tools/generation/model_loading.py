@@ -28,7 +28,7 @@ from .decoder_backend import own_backend
 from .library_backend import library_backend, load_library_model
 
 GENERATION_CONFIG = "generation_config.json"
-_GREEDY_SETTINGS = {
+_GREEDY_SETTINGS: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "suppress_tokens": (None, []),
