@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import tracker_runs
@@ -118,6 +119,39 @@ def test_a_tracker_that_is_added_at_a_resume_receives_the_whole_curve(tmp_path):
     second.steps(range(7, 10))
     second.end()
     assert tracker_curves(tmp_path, "mlflow", second.ids["mlflow"]) == metrics_curves(tmp_path)
+
+
+SAMPLES = [("Once", " upon a time\n**there** was"), ("<b>\u00fc", " \u4e2d")]
+WITH_SAMPLES = """
+import json, sys
+from pathlib import Path
+from helpers.tracker_runs import Play
+from retemper.engine.observe.observer import Sample
+play = Play(Path(sys.argv[1]), ["wandb", "mlflow", "trackio", "csv"])
+play.steps(range(1, 6))
+play.samples(5, [Sample(*sample) for sample in json.loads(sys.argv[2])])
+play.steps(range(6, 8))
+play.end()
+print(json.dumps([play.ids, play.lines]))
+"""
+
+
+def test_generated_texts_are_in_every_tracker(server, tmp_path):
+    folder = tmp_path / "run"
+    program = Program(server, WITH_SAMPLES, tmp_path / "log", folder, json.dumps(SAMPLES))
+    assert program.wait() == 0, program.err
+    ids, lines = json.loads(program.out.splitlines()[-1])
+    assert not [line for line in lines if "note" in line]
+    for name in WITH_LIBRARY:
+        curves = tracker_curves(folder, name, ids[name])
+        assert [step for step, _ in curves["train/loss"]] == list(range(1, 8)), name
+    (table,) = (folder / "trackers" / "wandb").glob("offline-run-*/files/media/table/**/*.table.json")
+    assert json.loads(table.read_text())["data"] == [[5, *sample] for sample in SAMPLES]
+    client, run = mlflow_run(folder, ids["mlflow"])
+    text = Path(client.download_artifacts(run.info.run_id, "samples/step-00000005.json")).read_text()
+    assert [(one["prompt"], one["text"]) for one in json.loads(text)["samples"]] == SAMPLES
+    ((step, shown),) = trackio_run(folder, ids["trackio"])[1]["samples"]
+    assert step == 5 and all(part in json.dumps(shown, ensure_ascii=False) for part in ("Once", "there", "\u4e2d"))
 
 
 class Hanging(TrackerClient):
