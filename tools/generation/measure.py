@@ -118,6 +118,9 @@ def plot(report: BenchmarkReport, path: Path) -> None:
         points = [(row["length"], row["token_ms"]) for row in rows if row["way"] == way]
         axes.plot(*zip(*points, strict=True), marker="o", label=way)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="ms per token")
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
     axes.set_title(f"Time per token, batch of {smallest}")
     axes.legend()
     axes.grid(visible=True, alpha=0.3)
