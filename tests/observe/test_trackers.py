@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import tracker_runs
 from helpers.forked import Program, fork_server
+from helpers.pseudo_terminal import PseudoTerminal
 from helpers.tracker_runs import Play, csv_rows, metrics_curves, mlflow_run, tracker_curves, trackio_run
 
 from retemper.engine.config.packages import require_trackers
@@ -202,6 +203,48 @@ def test_a_tracker_that_fails_is_left_out_after_one_note_without_secrets(tmp_pat
     client = Failing()
     assert send(trackers_of(client, lines), tmp_path, 50) < 5
     assert client.calls == len(lines) == 1 and "https://host/api" in lines[0] and "CANARY" not in lines[0]
+
+
+class Interrupted(Failing):
+    """A client whose library asks at the terminal, where the user presses Ctrl-C or Ctrl-D."""
+
+    def connect(self, run):
+        self.calls += 1
+        raise KeyboardInterrupt
+
+
+def test_a_library_that_interrupts_its_thread_does_not_end_the_training(tmp_path):
+    lines: list[str] = []
+    trackers = trackers_of(Interrupted(), lines)
+    trackers.open(tracker_runs.description(tmp_path, LoggingConfig()))
+    time.sleep(0.3)
+    assert send(trackers, tmp_path, 3) < 5
+    assert len(lines) == 1 and "KeyboardInterrupt" in lines[0]
+
+
+NO_LOGIN = """
+import sys
+from pathlib import Path
+from helpers.tracker_runs import description
+from retemper.engine.config.settings import LoggingConfig
+from retemper.engine.observe.trackers.facts import tracked_run
+from retemper.engine.observe.trackers.wandb_client import WeightsAndBiases
+
+run = description(Path(sys.argv[1]), LoggingConfig(), tracker_runs={"wandb": "0"})
+WeightsAndBiases().connect(tracked_run(run, "wandb"))
+"""
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_fails_instead_of_asking_at_the_terminal(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    terminal = PseudoTerminal()
+    home = {"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    terminal.press(b"3\n" * 3)  # wandb's choice of no login, so that the test ends in any case
+    assert terminal.run([sys.executable, "-c", NO_LOGIN, tmp_path / "run"], **home) == 1
+    assert any("UsageError: No API key configured" in line for line in terminal.shown())
+    assert not any("choice" in line for line in terminal.shown())
+    terminal.close()
 
 
 def test_missing_packages_are_refused_before_anything_starts(monkeypatch):

@@ -34,6 +34,7 @@ class WeightsAndBiases(TrackerClient):
 
         self._folder = run.folder / "wandb"
         run.folder.mkdir(parents=True, exist_ok=True)
+        wandb.setup(wandb.Settings(silent=True))  # it then asks for no login at the terminal
         self._run = wandb.init(
             id=run.id,
             project=run.project,
