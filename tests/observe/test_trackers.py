@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import tracker_runs
@@ -22,6 +23,8 @@ from retemper.engine.observe.trackers.all_trackers import Trackers
 from retemper.engine.observe.trackers.background import Background
 from retemper.engine.observe.trackers.client import TrackerClient
 from retemper.engine.observe.trackers.curve import TrackedCurve
+from retemper.engine.observe.trackers.facts import tracked_run
+from retemper.engine.observe.trackers.wandb_client import WeightsAndBiases
 from retemper.engine.schedule import Progress
 
 pytest.importorskip("wandb")
@@ -245,6 +248,69 @@ def test_wandb_without_a_login_fails_instead_of_asking_at_the_terminal(tmp_path,
     assert any("UsageError: No API key configured" in line for line in terminal.shown())
     assert not any("choice" in line for line in terminal.shown())
     terminal.close()
+
+
+def evaluate(play: Play, step: int, names: list[str]) -> None:
+    """Record an evaluation of sets with these names."""
+    for name in names:
+        for observer in play._observers:
+            observer.evaluation(Progress(step, step, step), name, {"loss": 1 / step, "perplexity": 2.0})
+
+
+def test_mlflow_receives_names_that_it_refuses_in_a_spelling_that_it_allows(tmp_path):
+    names, tags = ["wiki (en)", "news//b", "../up", "x" * 300, "ünï=1", "end."], ["lr=1e-5", "a,b", "/x"]
+    first = Play(tmp_path, ["mlflow"], tags=tags, group="(a)")
+    first.steps([1, 2])
+    evaluate(first, 2, names)
+    first.end()
+    second = Play(tmp_path, ["mlflow"], after_step=1, ids=first.ids, tags=tags)
+    second.steps([2, 3])
+    evaluate(second, 2, names)
+    evaluate(second, 3, names)
+    second.end()
+    assert not [line for line in first.lines + second.lines if line.startswith("note")]
+    curves = tracker_curves(tmp_path, "mlflow", first.ids["mlflow"])
+    assert curves["evaluation/wiki _en_/loss"] == [(2, 1 / 2), (3, 1 / 3)]
+    losses = [points for name, points in curves.items() if name.startswith("evaluation") and name.endswith("loss")]
+    assert losses == [[(2, 1 / 2), (3, 1 / 3)]] * len(names)
+
+
+class OneLastStep(TrackerClient):
+    """A client whose server has the first ``last`` steps."""
+
+    def __init__(self, last: int):
+        self.last, self.steps = last, []
+
+    def connect(self, run):
+        return "somewhere"
+
+    def recorded(self):
+        return self.last
+
+    def log(self, step, values):
+        self.steps.append(step)
+
+
+@pytest.mark.parametrize("last", [-1, 3])
+def test_what_a_server_has_missed_is_sent_by_the_next_start(tmp_path, last):
+    first = Play(tmp_path, ["csv"])
+    first.steps(range(1, 7))
+    first.end()
+    client = OneLastStep(last)
+    curve = TrackedCurve("one", client, lambda: None, print)
+    resumed = {"resumed": True, "tracker_runs": {"one": "0"}, "recorded_step": 6}
+    curve.open(tracker_runs.description(tmp_path, LoggingConfig(), **resumed))
+    curve.start(5, False)
+    assert sorted(set(client.steps)) == list(range(max(1, last + 1), 6))
+
+
+def test_wandb_tells_the_last_step_of_its_server(tmp_path, monkeypatch):
+    run = SimpleNamespace(id="0", url="https://server/0", settings=SimpleNamespace(mode="online"), starting_step=4)
+    monkeypatch.setattr("wandb.init", lambda **settings: run)
+    client = WeightsAndBiases()
+    described = tracker_runs.description(tmp_path, LoggingConfig(), tracker_runs={"wandb": "0"})
+    assert client.connect(tracked_run(described, "wandb")) == run.url
+    assert client.recorded() == 3
 
 
 def test_missing_packages_are_refused_before_anything_starts(monkeypatch):

@@ -50,9 +50,9 @@ class WeightsAndBiases(TrackerClient):
         self._offline = self._run.settings.mode == "offline"
         return self._folder.as_posix() if self._offline else self._run.url or run.id
 
-    def recorded(self) -> Mapping[str, int] | None:
-        """See :class:`TrackerClient`."""
-        return last_steps_in_wandb(self._folder, self._run.id) if self._offline else None
+    def recorded(self) -> Mapping[str, int] | int:
+        """See :class:`TrackerClient`. The server refuses earlier steps than its last one, of any metric."""
+        return last_steps_in_wandb(self._folder, self._run.id) if self._offline else self._run.starting_step - 1
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`TrackerClient`."""
