@@ -19,7 +19,6 @@ SETTINGS = (
     "training.fuse_projections",
     "model.implementation",
     "model.trust_remote_code",
-    "model.dropout",
     "model.tokenizer",
     "data.attend_across_documents",
     "data.cache_folder",

@@ -11,6 +11,7 @@ import torch
 
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture
+from ...engine.model.changed_config import without_dropout
 from ...engine.model.config_file import CONFIG_FILE, read_hf_config
 from ...engine.model.generic.remote_code import register_remote_code
 from ...engine.model.implementations import architecture_of_tensors, checked, parse_architecture
@@ -143,10 +144,15 @@ def read_architecture(model: ModelFolder) -> Architecture:
     Raises:
         UserError: its config or its tensors cannot be used.
     """
-    config, where = model.config, str(model.assets / CONFIG_FILE)
+    config, where = _config_without_dropout(model), str(model.assets / CONFIG_FILE)
     if model.is_checkpoint:
         return architecture_of_tensors(config, where, stored_tensors(model.path))
     return parse_architecture(config, where)
+
+
+def _config_without_dropout(model: ModelFolder) -> dict[str, Any]:
+    """Return config.json without dropout, which is for training only; the engine refuses models that have it."""
+    return without_dropout(model.config, str(model.assets / CONFIG_FILE))
 
 
 def load_backend(model: ModelFolder, architecture: Architecture, dtype: str, device: torch.device) -> Backend:
@@ -165,7 +171,7 @@ def load_backend(model: ModelFolder, architecture: Architecture, dtype: str, dev
     weights_dtype = dtype_named(dtype) or declared_dtype(config, where) or torch.float32
     if model.is_checkpoint:
         return own_backend(_checkpoint_decoder(model.path, checked(architecture), weights_dtype, device), device)
-    weights = open_hf_model(model.path)
+    weights = open_hf_model(model.path, config=_config_without_dropout(model))
     if text_config_of(config)[1] or architecture.longest_unscaled is not None:
         return own_backend(_hf_decoder(weights, checked(architecture), weights_dtype, device), device)
     return library_backend(load_library_model(model.path, weights_dtype, device), architecture)
