@@ -51,6 +51,16 @@ def text_config_of(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     return _plain(values), True
 
 
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return the maximum number of tokens of a model according to its ``config.json``; None if that does not say.
+
+    The types around GPT-2 name it ``n_positions``.
+    """
+    text, _ = text_config_of(config)
+    value = text.get("max_position_embeddings", text.get("n_positions"))
+    return value if type(value) is int and value > 0 else None
+
+
 def with_vocab_size(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """Return ``config``, of a wrapper or not, with another ``vocab_size`` of the text model."""
     text, changed = config.get(TEXT_CONFIG), dict(config)

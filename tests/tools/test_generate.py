@@ -20,6 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -34,7 +36,7 @@ from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate
 from retemper.tools.generation import model_loading
-from retemper.tools.generation.model_loading import find_device
+from retemper.tools.generation.model_loading import find_device, find_model
 from retemper.tools.generation.sampling import Sampling
 from retemper.tools.generation.text_generator import TextGenerator
 from retemper.tools.generation.token_choice import TokenChoice, random_numbers
@@ -79,6 +81,21 @@ def folders(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     tokenizer.post_processor = TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", start)])
     tokenizer.save(str(root / "llama" / "tokenizer.json"))
     return found
+
+
+def test_a_model_with_dropout_and_a_table_of_positions(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """Dropout is for training only, and GPT-2 has no position behind its n_positions."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCAB_SIZE, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**shape, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
+    assert config.resid_pdrop > 0
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
+    model = TextGenerator(tmp_path)
+    completion = model.generate(PROMPT, Sampling(max_new_tokens=64))
+    num_prompt = len(model.encode(PROMPT))
+    assert completion.num_tokens == 16 - num_prompt and completion.ended_by == "full context"
+    assert completion.text == greedy(tmp_path, PROMPT, 16 - num_prompt)
 
 
 def greedy(folder: Path, prompt: str, max_new_tokens: int) -> str:
@@ -479,6 +496,13 @@ def test_refuses_bad_models(
     status, out, err = run("--model", folder, "--prompt", PROMPT)
     assert (status, out) == (1, "")
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and fragment in err
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    for step in (1, 2):
+        shutil.copytree(folders["qwen2-checkpoint"], tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    assert find_model(tmp_path / "run").path == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert find_model(tmp_path / "run").is_checkpoint
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "mps"])

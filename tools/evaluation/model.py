@@ -11,7 +11,7 @@ from ...engine.model.architecture import Architecture
 from ...engine.model.attention_choice import choose_attention
 from ...engine.model.config_file import read_hf_config
 from ...engine.model.implementations import checked
-from ...engine.model.wrappers import text_config_of
+from ...engine.model.wrappers import context_length
 from ...engine.observe.waiting import Say, report_if_slow
 from ...engine.parallel import build
 from ...engine.parallel import compile as block_compile
@@ -124,11 +124,9 @@ def default_sequence_length(config: RunConfig, longest: int | None) -> int:
 
 
 def longest_sequence(config: RunConfig) -> int | None:
-    """Return ``max_position_embeddings`` of the model, if its config has it.
+    """Return the maximum number of tokens of the model, if its config has it.
 
     Raises:
         UserError: there is no such model.
     """
-    found, _ = text_config_of(read_hf_config(architecture_source(config.model)))
-    value = found.get("max_position_embeddings")
-    return value if type(value) is int and value > 0 else None
+    return context_length(read_hf_config(architecture_source(config.model)))

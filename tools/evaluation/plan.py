@@ -93,7 +93,7 @@ def _configure(
     settings.tree = {
         "run_folder": "evaluation",  # never written
         "resume": "none",
-        "model": {"initialize_from": newest_of_run(model) or model},
+        "model": {"initialize_from": newest_of_run(model) or model, "dropout": 0.0},  # nothing is trained
         "data": {"train": [dict(entry) for entry in options.data] or [{"path": "none"}]},
         "training": {
             "train_tokens": 1,

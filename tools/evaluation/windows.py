@@ -121,7 +121,10 @@ class Windows:
             targets[at : at + one.scored - one.start] = IGNORE_INDEX
             where[here] = np.arange(one.start + 1, one.stop + 1)
             at = here.stop
-        lengths = [*(one.stop - one.start for one in windows), *([size - at] if at < size else [])]
+        # No document, not even of padding, may be longer than a window: the model may have no more positions.
+        longest = self.plan.batches.sequence_length
+        padding = [min(longest, size - start) for start in range(at, size, longest)]
+        lengths = [*(one.stop - one.start for one in windows), *padding]
         return self._located(Batch.of_documents(torch.from_numpy(tokens), lengths, torch.from_numpy(targets)), where)
 
     def _tokens(self, start: int, stop: int) -> Int64s:

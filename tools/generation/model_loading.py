@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,25 @@ import torch
 
 from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture
+from ...engine.model.changed_config import without_dropout
 from ...engine.model.config_file import CONFIG_FILE, read_hf_config
 from ...engine.model.generic.remote_code import register_remote_code
 from ...engine.model.implementations import architecture_of_tensors, checked, parse_architecture
 from ...engine.model.language_model import LanguageModel
 from ...engine.model.wrappers import text_config_of
-from ...engine.weights.checkpoint.assets import ASSET_FOLDER
+from ...engine.weights.checkpoint.assets import ASSET_FOLDER, newest_of_run
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ...engine.weights.checkpoint.tensors import load_tensors, model_tensors, require_model_tensors, stored_tensors
 from ...engine.weights.checkpoint.verify import require_undamaged
 from ...engine.weights.damage import METADATA_FILE, TABLE_FILE
+from ...engine.weights.hugging_face.hub_download import (
+    CONFIGS,
+    WANTED,
+    check_download,
+    find_files,
+    require_hub_name,
+    require_supported,
+)
 from ...engine.weights.hugging_face.model import HfModel, meta_model, open_hf_model
 from ...engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
@@ -92,13 +102,17 @@ class ModelFolder:
         ]
 
 
-def find_model(folder: str | Path, trust_remote_code: bool = False) -> ModelFolder:
-    """Return the model in ``folder``; its own code is registered with transformers if it is trusted.
+def find_model(name: str | Path, trust_remote_code: bool = False) -> ModelFolder:
+    """Return a model; its own code is registered with transformers if it is trusted.
+
+    Args:
+        name: a Hugging Face folder, a checkpoint, a run folder (its newest checkpoint), or a model on the Hub.
+        trust_remote_code: whether to run code from the folder.
 
     Raises:
-        UserError: it is neither a checkpoint nor a Hugging Face folder, or its code cannot be used.
+        UserError: there is no such model, or its code cannot be used.
     """
-    folder = Path(folder)
+    folder = _locate(name)
     found = ModelFolder(folder, _is_checkpoint(folder))
     if trust_remote_code:
         register_remote_code(found.config, found.assets)
@@ -130,10 +144,15 @@ def read_architecture(model: ModelFolder) -> Architecture:
     Raises:
         UserError: its config or its tensors cannot be used.
     """
-    config, where = model.config, str(model.assets / CONFIG_FILE)
+    config, where = _config_without_dropout(model), str(model.assets / CONFIG_FILE)
     if model.is_checkpoint:
         return architecture_of_tensors(config, where, stored_tensors(model.path))
     return parse_architecture(config, where)
+
+
+def _config_without_dropout(model: ModelFolder) -> dict[str, Any]:
+    """Return config.json without dropout, which is for training only; the engine refuses models that have it."""
+    return without_dropout(model.config, str(model.assets / CONFIG_FILE))
 
 
 def load_backend(model: ModelFolder, architecture: Architecture, dtype: str, device: torch.device) -> Backend:
@@ -152,7 +171,7 @@ def load_backend(model: ModelFolder, architecture: Architecture, dtype: str, dev
     weights_dtype = dtype_named(dtype) or declared_dtype(config, where) or torch.float32
     if model.is_checkpoint:
         return own_backend(_checkpoint_decoder(model.path, checked(architecture), weights_dtype, device), device)
-    weights = open_hf_model(model.path)
+    weights = open_hf_model(model.path, config=_config_without_dropout(model))
     if text_config_of(config)[1] or architecture.longest_unscaled is not None:
         return own_backend(_hf_decoder(weights, checked(architecture), weights_dtype, device), device)
     return library_backend(load_library_model(model.path, weights_dtype, device), architecture)
@@ -171,10 +190,17 @@ def load_tokenizer(name: str | None, model: ModelFolder, vocab_size: int) -> tup
     return tokenizer, {document_end} if document_end < vocab_size else set()
 
 
+def _locate(name: str | Path) -> Path:
+    """Return the folder of a model. A model on the Hub is downloaded."""
+    if os.path.isdir(name):
+        return Path(newest_of_run(name) or name)
+    require_hub_name(str(name), "--model")
+    check_download(str(name), "--model", find_files(str(name), "--model", CONFIGS), require_supported)
+    return find_files(str(name), "--model", WANTED)
+
+
 def _is_checkpoint(folder: Path) -> bool:
     """Return whether ``folder`` is a checkpoint and not a Hugging Face folder."""
-    if not folder.is_dir():
-        raise UserError(f"--model {folder}: no such folder")
     if any((folder / name).is_file() for name in (MANIFEST_FILE, TABLE_FILE, METADATA_FILE)):
         read_manifest(folder)
         return True

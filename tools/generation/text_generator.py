@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import UserError
-from ...engine.model.wrappers import text_config_of
+from ...engine.model.wrappers import context_length
 from ...engine.tokenizer.frame import ids_of
 from ..tokenizer.document_frame import DocumentFrame
 from .backend import Session
@@ -82,7 +82,7 @@ class TextGenerator:
         self.prefix = self._prefix(bos, own_tokenizer=tokenizer is None)
         """Ids in front of every prompt."""
         self.stop_ids = self.model.stop_ids() | document_end
-        self.context: int | None = text_config_of(self.model.config)[0].get("max_position_embeddings")
+        self.context = context_length(self.model.config)
         """Maximum number of tokens of the model, if its config has it."""
         self.backend = load_backend(self.model, architecture, dtype, self.device)
         self.notes += [*self.backend.notes, *_notes_on_settings(self.model)]

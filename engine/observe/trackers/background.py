@@ -74,7 +74,7 @@ class Background(Observer):
     def _put(self, method: str, *arguments: Any) -> None:
         if self._overflowed:
             return
-        if not self._thread.is_alive():
+        if self._thread.ident is None:
             self._thread.start()
         try:
             self._events.put_nowait((method, arguments))

@@ -13,7 +13,7 @@ from evaluating import FP32, evaluate, request, save_model, texts, write_dataset
 from oracles.tiny_tokenizer import train_tiny_sentencepiece
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from retemper.engine.errors import UserError
 from retemper.engine.weights.conversion import hf_to_dcp
@@ -137,6 +137,21 @@ def test_windows_that_slide(one_rank, tiny_tokenizer: Path, tmp_path: Path) -> N
             total, count = total + scored.sum().item(), count + len(scored)
     assert score.targets == count == sum(len(ids) - 1 for ids in documents)
     assert score.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_table_of_positions_limits_windows_and_their_padding(one_rank, tmp_path: Path) -> None:
+    """GPT-2 names its length n_positions, has no position behind it, and its config has dropout."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    hf = GPT2LMHeadModel(config).eval()
+    hf.save_pretrained(tmp_path / "model")
+    assert config.resid_pdrop > 0
+    documents = [[7, 8, 9], [3, 4, 5, 6, 7]]
+    prefix = write_dataset(tmp_path / "data", documents)
+    result = evaluate(one_rank, request(tmp_path / "model", prefix, mode="sliding", batch_size=4))
+    [score] = result.model.sets
+    assert result.settings["sequence_length"] == 32
+    assert score.loss == pytest.approx(torch.cat([losses(hf, ids) for ids in documents]).mean().item(), rel=1e-5)
 
 
 def test_a_checkpoint_and_its_folder_are_the_same(one_rank, tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_sliding_windows(dataset: IndexedDataset, length: int, data: st.DataObje
         assert len(batches) == windows.num_batches
         for batch, documents, places in batches:
             assert len(batch.tokens) == length * micro and int(batch.cu_seqlens[-1]) == length * micro
+            assert batch.max_seqlen <= length  # of padding too
             for at in np.flatnonzero(batch.targets.numpy() != IGNORE_INDEX):
                 target, document, place = int(batch.targets[at]), int(documents[at]), int(places[at])
                 scored[target] += 1
