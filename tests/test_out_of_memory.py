@@ -9,6 +9,7 @@ import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import plan_runs
 import pytest
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from retemper.engine import out_of_memory, pretrain
 from retemper.engine.errors import UserError
 from retemper.engine.out_of_memory import MemoryGuard, MemoryUse, OutOfMemory, find_savings, is_out_of_memory
+from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.tools.planning.pool import DryRunPool
+from retemper.tools.planning.savings import changes
 
 GiB = 2**30
 OF_PYTORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
@@ -249,6 +252,22 @@ def test_the_savings_are_those_of_the_planner(tmp_path, monkeypatch):
     assert record["peak_bytes"] == pytest.approx(configured, rel=0.01)
     for change, peak in zip(changes, changed, strict=True):
         assert savings[change] == pytest.approx(configured - peak, rel=0.02), change
+
+
+def test_changes_that_a_run_with_checkpoints_refuses_say_so(one_rank, run_file, tmp_path):
+    options = ["--run_folder", str(tmp_path), "--training.train_tokens", "1024"]
+    tiny_run.train(one_rank, run_file, options)
+    config = tiny_run.configure(run_file, *options[:2], "--training.train_tokens", "2048")
+    refused = {}
+    cluster = SimpleNamespace(assumptions=SimpleNamespace(gpus_per_node=1))
+    for change in changes(config, plan_layout(config.parallel, 1), cluster):
+        try:
+            pretrain.build(change.applied_to(config), one_rank)
+        except UserError:
+            refused[str(change)] = change.drawback
+        else:
+            assert "checkpoints" not in change.drawback
+    assert len(refused) == 3 and all("checkpoints" in drawback for drawback in refused.values())
 
 
 FAILING_RUN = """

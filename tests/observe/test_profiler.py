@@ -147,7 +147,7 @@ def test_a_profile_that_cannot_be_written_is_one_note(kind, run_file, tmp_path, 
     assert left == (["profile"] if kind == "no folder" else [])
 
 
-@pytest.mark.parametrize("steps", [[3], [0, 4], [5, 4], [1, 2, 3]])
+@pytest.mark.parametrize("steps", [[3], [0, 4], [5, 4], [1, 2, 3], [1.5, 2], [True, 2], "[a, 2]"])
 def test_settings_that_name_no_steps_are_refused(steps, run_file):
     with pytest.raises(UserError, match=r"logging\.profile_steps"):
         tiny_run.configure(run_file, "--logging.profile_steps", str(steps))
@@ -157,7 +157,8 @@ def test_steps_after_the_last_one_are_noted(run_file):
     config = tiny_run.configure(run_file, "--logging.profile_steps", "[21, 22]")
     assert any("profile_steps" in line for line in without_effect(Situation(config)))
     config = tiny_run.configure(run_file, "--logging.profile_steps", "[20, 22]")
-    assert not any("profile_steps" in line for line in without_effect(Situation(config)))
+    assert not any("profile_steps" in line for line in without_effect(Situation(config, step=21)))
+    assert any("profile_steps" in line for line in without_effect(Situation(config, step=22)))
 
 
 def average(key: str, device: DeviceType, own: float, count: int = 2, annotation: bool = False) -> SimpleNamespace:

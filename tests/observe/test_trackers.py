@@ -208,6 +208,16 @@ def test_a_tracker_that_fails_is_left_out_after_one_note_without_secrets(tmp_pat
     assert client.calls == len(lines) == 1 and "https://host/api" in lines[0] and "CANARY" not in lines[0]
 
 
+def test_a_tracker_that_never_had_the_run_receives_all_of_it_at_the_next_start(tmp_path):
+    for resumed in (False, True):
+        trackers = trackers_of(Failing(), [])
+        known = {"one": "0" * 32} if resumed else {}
+        trackers.open(tracker_runs.description(tmp_path, LoggingConfig(), resumed=resumed, tracker_runs=known))
+        trackers.start(None, False)
+        trackers.end({"finished": True})
+        assert trackers.run_ids == known  # an id in a checkpoint means that the tracker has the earlier records
+
+
 class Interrupted(Failing):
     """A client whose library asks at the terminal, where the user presses Ctrl-C or Ctrl-D."""
 
