@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retemper.engine.config.command_line import CommandParser
-from retemper.engine.errors import run_command
+from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report, write_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import read_launcher
@@ -121,17 +121,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options, words = build_parser().parse_known_args(arguments)
     request = _request(options)
-    for name in ("json", "output"):
-        if (path := getattr(options, name)) is not None:
-            require_report(f"--{name}", path, [Use("--model", request.model)])
+    _require_outputs(options)
     result = _evaluate(request, words)
     if result is not None:
         _write(result, options)
 
 
+def _require_outputs(options: argparse.Namespace) -> None:
+    for name in ("json", "output"):
+        if (path := getattr(options, name)) is not None:
+            require_report(f"--{name}", path, [Use("--model", options.model)])
+    if options.json is not None and options.output is not None and options.json.resolve() == options.output.resolve():
+        raise UserError(f"--output {options.output}: --json writes the same file; name another one")
+
+
 def _request(options: argparse.Namespace) -> EvaluateOptions:
     harness = None
-    if options.lm_eval is not None:
+    if options.lm_eval is None:
+        for name in ("include_path", "limit", "fewshot"):
+            if (value := getattr(options, f"lm_eval_{name}")) is not None:
+                option = f"--lm-eval-{name.replace('_', '-')}"
+                raise UserError(f"{option} {value} has no effect without --lm-eval; add it, or remove {option}")
+    else:
         include = options.lm_eval_include_path
         harness = HarnessOptions(
             tuple(filter(None, (task.strip() for task in options.lm_eval.split(",")))),

@@ -89,6 +89,12 @@ def test_losses_of_other_tokenizers_are_not_compared() -> None:
         (["--data", "{data}", "--training.precision", "fp64"], ["training.precision"]),
         (["--data", "{data}", "--output", "{model}/config.json"], ["--output", "config.json"]),
         (["--data", "{data}", "--json", "missing/x.json"], ["--json missing/x.json", "does not exist"]),
+        (["--data", "{data}", "--json", "x", "--output", "./x"], ["--output x", "--json"]),
+        (["--data", "{data}", "--lm-eval-limit", "5"], ["--lm-eval-limit 5", "--lm-eval;"]),
+        (
+            ["--data", "{data}", "--mode", "sliding", "--data.attend_across_documents", "true"],
+            ["--data.attend_across_documents", "--mode packed"],
+        ),
     ],
 )
 def test_wrong_requests_take_one_line(
