@@ -151,7 +151,13 @@ class PromptSamples:
 
     def _encode(self, number: int, text: str, vocab_size: int) -> list[int]:
         assert self._tokenizer is not None
-        key, ids = f"logging.sample_prompts[{number}]", self._tokenizer.encode(text)
+        key = f"logging.sample_prompts[{number}]"
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(
+                f"{key} {text[:40]!r} has half of a UTF-16 pair, which is not a character; in YAML, write the "
+                "character itself, or \\U and 8 hexadecimal digits"
+            )
+        ids = self._tokenizer.encode(text)
         if not ids:
             raise UserError(f"{key} {text!r} has no tokens; give at least one word, or remove it")
         if len(ids) >= self._length:

@@ -122,12 +122,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default that of this process."""
     options, words = build_parser().parse_known_args(arguments)
     request = _request(options)
-    for name in ("json", "output"):
-        if (path := getattr(options, name)) is not None:
-            require_report(f"--{name}", path, [Use("--model", request.model)])
+    _require_outputs(options)
     result = _evaluate(request, words)
     if result is not None:
         _write(result, options)
+
+
+def _require_outputs(options: argparse.Namespace) -> None:
+    for name in ("json", "output"):
+        if (path := getattr(options, name)) is not None:
+            require_report(f"--{name}", path, [Use("--model", options.model)])
+    if options.json is not None and options.output is not None and options.json.resolve() == options.output.resolve():
+        raise UserError(f"--output {options.output}: --json writes the same file; name another one")
 
 
 def _request(options: argparse.Namespace) -> EvaluateOptions:

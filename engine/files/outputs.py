@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -164,8 +165,17 @@ def write_report(option: str, path: str | os.PathLike[str], content: str | bytes
 
 
 def write_json_report(option: str, path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write ``record`` as a report; see :func:`write_report`."""
-    write_report(option, path, json.dumps({"generator": GENERATOR, **record}, indent=1) + "\n")
+    """Write ``record`` as a report; see :func:`write_report`. JSON has no NaN and no infinity: they become null."""
+    content = _without_non_finite({"generator": GENERATOR, **record})
+    write_report(option, path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(item) for key, item in value.items()}
+    return [_without_non_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _written_through(path: Path) -> bool:

@@ -36,7 +36,9 @@ class LossChange:
 
     @property
     def outcome(self) -> str:
-        """Return ``learned``, ``forgotten`` (the loss rose) or ``unchanged``."""
+        """Return ``learned``, ``forgotten`` (the loss rose) or ``unchanged``; ``not comparable`` if one is NaN."""
+        if math.isnan(self.change):
+            return "not comparable"
         if abs(self.change) < UNCHANGED:
             return "unchanged"
         return "learned" if self.change < 0 else "forgotten"

@@ -109,6 +109,13 @@ def test_a_report_replaces_its_own_and_empty_files(tmp_path):
     assert not Path("/dev/null").is_file()
 
 
+def test_a_report_is_json_by_the_standard(tmp_path):
+    record = {"a": [float("nan"), 1.5], "b": {"c": (float("inf"), 2)}}
+    outputs.write_json_report("--json", tmp_path / "report.json", record)
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert found["a"] == [None, 1.5] and found["b"] == {"c": [None, 2]}
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_plots_and_pages_carry_the_mark(tmp_path, suffix):
     pytest.importorskip("matplotlib")

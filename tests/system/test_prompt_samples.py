@@ -126,6 +126,7 @@ def test_a_request_to_stop_ends_the_samples(one_rank, path, tmp_path, capsys):
     ("prompts", "parts"),
     [
         (["the", ""], ["logging.sample_prompts[1]", "no tokens"]),
+        (["the \U0001f642"], ["logging.sample_prompts[0]", "UTF-16"]),  # JSON's escapes are two halves in YAML
         (["the " * 40], ["logging.sample_prompts[0]", "training.sequence_length is 32", "at most 31"]),
     ],
 )

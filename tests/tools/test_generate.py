@@ -35,7 +35,7 @@ from retemper.engine.weights.conversion import hf_to_dcp
 from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate
-from retemper.tools.generation import model_loading
+from retemper.tools.generation import model_loading, prompts, terminal
 from retemper.tools.generation.model_loading import find_device, find_model
 from retemper.tools.generation.sampling import Sampling
 from retemper.tools.generation.text_generator import TextGenerator
@@ -413,6 +413,13 @@ def test_files_of_prompts_and_results(folders: dict[str, Path], tmp_path: Path, 
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\na\n")
     status, out, err = run("--model", folders["qwen2"], "--max-new-tokens", 4, "--input", tmp_path / "prompts.txt")
     assert status == 0 and out.startswith(PROMPT) and err.count("[4 tokens, ended by") == 2
+
+
+@pytest.mark.parametrize("source", ["piped_prompts", "typed_lines"])
+def test_refuses_bytes_that_are_not_utf_8(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe the cat\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match=r"^stdin is not UTF-8"):
+        prompts.piped_prompts() if source == "piped_prompts" else next(terminal.typed_lines("", ""))
 
 
 @pytest.mark.parametrize(

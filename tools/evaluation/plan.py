@@ -110,6 +110,11 @@ def _configure(
     else:
         length = options.sequence_length or default_sequence_length(drafted, longest)
     options.stride_of(length)
+    if options.mode == "sliding" and drafted.data.attend_across_documents:
+        raise UserError(
+            "--data.attend_across_documents true has no effect with --mode sliding, where each document is alone; "
+            "remove it, or use --mode packed"
+        )
     parallel = drafted.parallel
     layout = plan_layout(parallel, world_size)
     count = parallel.pipeline * parallel.pipeline_stages_per_rank if parallel.pipeline > 1 else 1

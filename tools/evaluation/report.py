@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from ...engine.observe.loss_changes import LossChange
@@ -196,15 +197,17 @@ def _cards(result: EvaluationResult) -> Iterator[tuple[str, str, str]]:
 
 def _changes(result: EvaluationResult) -> str:
     found = {one.name: one.comparable for one in result.changes}
-    changes = {name: change.percent for name, change in found.items() if change is not None}
-    if not changes:
+    if not any(found.values()):
         return ""
+    # Bars have no place for a loss that is not a number.
+    changes = {name: one.percent for name, one in found.items() if one is not None and math.isfinite(one.percent)}
     unit = "loss" if result.same_tokenizer else "bits per byte"
-    chart = bar_chart(
-        f"Change of {unit} in percent", list(changes), {"change": list(changes.values())}, "", WIDE, write=signed
-    )
+    title = f"Change of {unit} in percent"
+    values = {"change": list(changes.values())}
+    chart = bar_chart(title, list(changes), values, "", WIDE, write=signed) if changes else ""
     words = f"Forgotten: a higher {unit} than before. Learned: a lower one."
-    return table(*change_table(result)) + note(words if result.same_tokenizer else f"{words} {_DIFFERENT}") + chart
+    told = note(words if result.same_tokenizer else f"{words} {_DIFFERENT}")
+    return table(*change_table(result)) + told + chart
 
 
 def _documents(score: SetScore) -> str:

@@ -43,7 +43,15 @@ _GREEDY_SETTINGS: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),
     "suppress_tokens": (None, []),
     "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "min_length": (None, 0),
     "min_new_tokens": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "num_beams": (None, 1),
+    "stop_strings": (None, []),
 }
 """Settings of a generation config that change greedy text, and the values without effect."""
 

@@ -12,6 +12,7 @@ from ...engine.errors import UserError
 from ...engine.files.atomic import replace_file, require_absent
 from ...engine.files.outputs import Use, require_separate
 
+NOT_UTF_8 = "stdin is not UTF-8; convert it first, such as with iconv"
 _PROMPT = "prompt"
 
 
@@ -34,9 +35,13 @@ def piped_prompts() -> list[str]:
     """Return the lines of stdin.
 
     Raises:
-        UserError: there are no lines, or one is empty.
+        UserError: there are no lines, one is empty, or they are not UTF-8.
     """
-    return _prompts(sys.stdin.read(), "stdin", _prompt_of_line)
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError(NOT_UTF_8) from None
+    return _prompts(text, "stdin", _prompt_of_line)
 
 
 def _prompts(text: str, source: str, parse: Any) -> list[str]:

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from ...engine.errors import UserError, report_user_error
+from .prompts import NOT_UTF_8
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def typed_lines(prompt: str, hint: str) -> Iterator[str]:
     Args:
         prompt: asks for a line on a terminal.
         hint: says how to end.
+
+    Raises:
+        UserError: they are not UTF-8.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lets input() edit lines
@@ -74,6 +78,8 @@ def typed_lines(prompt: str, hint: str) -> Iterator[str]:
             line = input(prompt if is_terminal else "")
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise UserError(NOT_UTF_8) from None
         except KeyboardInterrupt:
             remark(f"\n{hint}")
             continue

@@ -122,6 +122,8 @@ def verdicts(run: RecordedRun) -> list[str]:
 def _verdict(name: str, loss: LossChange, is_domain: bool) -> str:
     if loss.outcome == "unchanged":
         return f"{name} loss did not change"
+    if loss.outcome == "not comparable":
+        return f"{name} loss is not a number"
     if loss.change < 0:
         verb, meaning = "fell", "learned" if is_domain else "nothing forgotten"
     else:

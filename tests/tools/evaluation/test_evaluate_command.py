@@ -66,6 +66,18 @@ def test_what_was_learned_and_forgotten(tmp_path: Path) -> None:
     assert page.tags.count("rect") == 3 and len(heights) == 3 and min(heights) == 0.0 < heights[1] < heights[0]
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_model_that_computes_no_numbers(loss: float) -> None:
+    broken, good = set_score("domain", loss, loss), set_score("domain", 250.0, 240.0)
+    for after, before in ((broken, good), (good, broken), (broken, broken)):
+        sides = ModelScore("new", sets=[after]), ModelScore("old", sets=[before])
+        result = EvaluationResult(*sides)
+        [change] = result.changes
+        assert str(loss) in format_result(result) and str(loss) in Page(result_page(result)).text
+        if math.isnan(loss) or after is before:
+            assert change.verdict == "not comparable"
+
+
 def test_losses_of_other_tokenizers_are_not_compared() -> None:
     result = result_of(same_tokenizer=False)
     [domain, general, _] = result.to_dict()["changes"]
@@ -91,6 +103,12 @@ def test_losses_of_other_tokenizers_are_not_compared() -> None:
         (["--data", "{data}", "--training.precision", "fp64"], ["training.precision"]),
         (["--data", "{data}", "--output", "{model}/config.json"], ["--output", "config.json"]),
         (["--data", "{data}", "--json", "missing/x.json"], ["--json missing/x.json", "does not exist"]),
+        (["--data", "{data}", "--json", "x", "--output", "./x"], ["--output x", "--json"]),
+        (["--data", "{data}", "--lm-eval-limit", "5"], ["--lm-eval-limit 5", "--lm-eval;"]),
+        (
+            ["--data", "{data}", "--mode", "sliding", "--data.attend_across_documents", "true"],
+            ["--data.attend_across_documents", "--mode packed"],
+        ),
     ],
 )
 def test_wrong_requests_take_one_line(

@@ -140,6 +140,14 @@ def test_settings_of_the_folder_that_change_texts_are_named(chat_models: dict[st
     assert any("repetition_penalty 1.05" in note for note in TextGenerator(folder, device="cpu").notes)
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_beams", 4), ("begin_suppress_tokens", [7]), ("stop_strings", ["x"])])
+def test_other_settings_that_transformers_obeys(key: str, value: Any, chat_models: dict[str, Path], tmp_path: Path):
+    folder = Path(shutil.copytree(chat_models["folder"], tmp_path / "model"))
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert any(f"{key} {value}" in note for note in TextGenerator(folder, device="cpu").notes)
+
+
 def test_a_large_cache_is_announced(model: TextGenerator) -> None:
     one = model.backend.cache_bytes(1, 1)
     # Keys and values of 2 layers with 2 heads of 8 numbers in fp32.
