@@ -30,11 +30,6 @@ class LossChange:
         return 100 * self.change / self.before if self.before else math.nan
 
     @property
-    def perplexity_percent(self) -> float:
-        """Return the change of the perplexity in percent."""
-        return 100 * math.expm1(min(self.change, 700.0))
-
-    @property
     def outcome(self) -> str:
         """Return ``learned``, ``forgotten`` (the loss rose) or ``unchanged``; ``not comparable`` if one is NaN."""
         if math.isnan(self.change):

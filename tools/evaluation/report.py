@@ -53,7 +53,10 @@ def result_page(result: EvaluationResult) -> str:
         header(title, _cards(result)),
         section("Remarks", bullets(_notes(result)), kind="warnings"),
         section("Learned and forgotten", _changes(result)),
-        *(section(f"Results: {_role(result, one)}{one.model}", table(*set_table(one))) for one in sides),
+        *(
+            section(f"{_role(result, one).capitalize() or 'Results: '}{one.model}", table(*set_table(one)))
+            for one in sides
+        ),
         section("Definitions", definitions(_DEFINITIONS)),
         *(section(f"Documents of {one.name}", _documents(one)) for one in result.model.sets),
         section("lm-evaluation-harness", table(*task_table(result))),

@@ -15,10 +15,7 @@ from .text import fact_lines, table_lines, visible
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]
 """Header, and rows with as many cells."""
-_LOSS_HEAD = (
-    *("validation set", "steps", "loss before", "after", "change", "%"),
-    *("perplexity before", "after", "%", "lowest", ""),
-)
+_LOSS_HEAD = ("validation set", "steps", "loss before", "after", "change", "%", "", "perplexity", "lowest loss")
 _MOST_CHECKPOINTS = 12
 """Maximum number of checkpoints shown in the terminal."""
 
@@ -100,12 +97,11 @@ def loss_table(run: RecordedRun) -> Table:
     for name, found in run.curves.evaluations.items():
         last, best = found[-1], min(found, key=lambda one: one.loss)
         after, lowest = (f"{last.loss:.3f}", f"{last.perplexity:.1f}"), f"{best.loss:.3f} (step {best.step:,})"
-        cells = [name, f"{last.step:,}", "", after[0], "", "", "", after[1], "", lowest, ""]
+        cells = [name, f"{last.step:,}", "", after[0], "", "", "", after[1], lowest]
         if change := changes.get(name):
             before, losses = change.before, change.losses
             cells[1:3] = f"{before.step:,} → {last.step:,}", f"{before.loss:.3f}"
-            cells[4:7] = *losses.cells(), f"{before.perplexity:.1f}"
-            cells[8], cells[10] = f"{losses.perplexity_percent:+.1f} %", losses.outcome
+            cells[4:8] = *losses.cells(), losses.outcome, f"{before.perplexity:.1f} → {after[1]}"
         rows.append(tuple(cells))
     return _LOSS_HEAD, rows
 
