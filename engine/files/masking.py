@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I)
+_SECRET_NAME = re.compile(r"KEY|TOKEN(?!I[ZS])|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I)
 _SIGNS = re.compile(
     r"sig|key|token|secret|passw|pwd|credential|auth|policy|expires|x-amz|x-goog|^code$|^s[aeprtv]$", re.I
 )

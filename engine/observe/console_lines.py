@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -15,7 +14,7 @@ from .console import live_output, log_only
 from .observer import Observer, Sample, StepRecord
 from .progress import live_text, step_line
 from .terminal import shows_bars
-from .text import visible
+from .text import shortened, visible
 from .waiting import Say
 
 
@@ -91,7 +90,7 @@ class ConsoleLines(Observer):
     def samples(self, progress: Progress, samples: Sequence[Sample]) -> None:
         """See :class:`Observer`. Long texts are shortened."""
         for sample in samples:
-            prompt, text = textwrap.shorten(sample.prompt, 40), textwrap.shorten(sample.text, 100)
+            prompt, text = shortened(sample.prompt, 40), shortened(sample.text, 100)
             self._say(f"  sample at step {progress.step}: {visible(prompt)} -> {visible(text)}")
 
     def end(self, summary: Mapping[str, Any]) -> None:

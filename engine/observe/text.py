@@ -13,6 +13,12 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def shortened(text: str, width: int) -> str:
+    """Return ``text`` on one line of at most ``width`` characters. It is cut anywhere: some scripts have no spaces."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table: first column left-aligned, others right-aligned."""
     cells = [list(head), *([visible(cell) for cell in row] for row in rows)]

@@ -30,3 +30,9 @@ def test_values_of_secret_variables_are_replaced(monkeypatch):
     tree = {"a": ["the key CANARY-1234", 1], "CANARY-1234": None, "url": "http://h/p?sig=CANARY"}
     assert masked(tree) == {"a": ["the key ***", 1], "***": None, "url": "http://h/p"}
     assert without_secrets("step 1") == "step 1"
+
+
+def test_a_variable_of_a_tokenizer_is_no_secret(monkeypatch):
+    monkeypatch.setenv("TOKENIZER_FOLDER", "/data/tokenizers/finance")
+    monkeypatch.setenv("A_TOKEN", "CANARY-123")
+    assert without_secrets("/data/tokenizers/finance CANARY-123") == "/data/tokenizers/finance ***"

@@ -17,8 +17,8 @@ from tiny_run import write_config
 from retemper.engine.config.settings import LoggingConfig
 from retemper.engine.observe import console as console_module
 from retemper.engine.observe.console import LOG_FILE, Console
-from retemper.engine.observe.console_lines import console_lines
-from retemper.engine.observe.observer import StepRecord
+from retemper.engine.observe.console_lines import ConsoleLines, console_lines
+from retemper.engine.observe.observer import Sample, StepRecord
 from retemper.engine.observe.terminal import heading
 from retemper.engine.observe.waiting import ProgressBar, rank0_printer
 from retemper.engine.schedule import Progress
@@ -268,3 +268,12 @@ def test_a_run_in_a_terminal(launcher, terminal, tmp_path):
     assert b"\r" in terminal.received.replace(b"\r\n", b"") and "%|" in terminal.received.decode()
     evaluations = [line for line in log if line.startswith("  evaluation of ")]
     assert len(evaluations) == 4 and [line for line in shown if line.startswith("  evaluation of ")] == evaluations
+
+
+def test_samples_of_scripts_without_spaces_are_shortened_too():
+    lines: list[str] = []
+    samples = [Sample("日本語" * 50, "文" * 500), Sample("a\n b", "one " * 100), Sample("short", "text")]
+    ConsoleLines(lines.append).samples(Progress(1, 1, 1), samples)
+    assert "日本語日本語" in lines[0] and "文文文" in lines[0]
+    assert lines[1].startswith("  sample at step 1: a b -> one one") and lines[2].endswith("short -> text")
+    assert all(line.count("\n") == 0 and len(line) < 180 for line in lines)

@@ -323,6 +323,12 @@ def test_wandb_tells_the_last_step_of_its_server(tmp_path, monkeypatch):
     assert client.recorded() == 3
 
 
+def test_names_in_trackers_have_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "CANARY-3")
+    logging = LoggingConfig(project="of CANARY-3", run_name="CANARY-3", group="CANARY-3", tags=["CANARY-3"])
+    assert "CANARY" not in str(tracked_run(tracker_runs.description(tmp_path, logging, tracker_runs={"a": "0"}), "a"))
+
+
 def test_missing_packages_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("wandb", "comet_ml") else name)
     require_trackers(LoggingConfig(trackers=["csv", "mlflow"]))

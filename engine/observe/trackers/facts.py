@@ -17,7 +17,7 @@ SAMPLES = "samples"
 
 def tracked_run(run: RunDescription, tracker: str) -> TrackedRun:
     """Return what ``tracker`` is told about ``run``. ``run.tracker_runs`` has its id."""
-    settings = run.config["logging"]
+    settings = masked(run.config["logging"])
     facts = {"model": run.model, "datasets": run.datasets, "code": run.code, "world_size": run.world_size}
     former = run.former_tracker_runs.get(tracker)
     return TrackedRun(
