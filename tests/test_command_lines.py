@@ -24,7 +24,7 @@ COMMANDS = sorted(
 TEXTS = {
     *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
     *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset"),
-    *("--languages", "--bins", "--bin-weights"),
+    *("--languages", "--bins", "--bin-weights", "--lm-eval", "--lm-eval-batch-size", "--stop", "--system"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),
     *(
         "--kernels",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import plan_runs
 import pytest
@@ -20,9 +20,11 @@ import torch.distributed as dist
 from retemper.engine import out_of_memory, pretrain
 from retemper.engine.errors import UserError
 from retemper.engine.out_of_memory import MemoryGuard, MemoryUse, OutOfMemory, find_savings, is_out_of_memory
+from retemper.engine.parallel.layout import plan_layout
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.manifest import read_manifest
-from retemper.tools import plan
+from retemper.tools.planning.pool import DryRunPool
+from retemper.tools.planning.savings import changes
 
 GiB = 2**30
 OF_PYTORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
@@ -231,32 +233,41 @@ def test_evaluations_report_too(one_rank, run_file, planned, tmp_path):
         pretrain.train(run)
 
 
-def by_hand(config: Path, folder: Path, *changes: str) -> float:
-    """Peak by the planner, called by its command line for a run with changed settings."""
-    report = folder / "by_hand.json"
-    memory = ["--gpu-memory", "64", "--gpu-tflops", "300", "--reserve", "0"]
-    words = ["--config", str(config), "--nodes", "1", "--gpus-per-node", "2", *memory, "--json", str(report)]
-    plan.main([*words, *changes])
-    return json.loads(report.read_text())["peak_bytes"]
-
-
 @pytest.mark.slow
-def test_the_savings_are_those_of_the_planner(tmp_path, monkeypatch, capsys):
-    path = plan_runs.write_config(tmp_path, num_hidden_layers=12)
-    config = plan_runs.configure(path, "--training.micro_batch_size 2 --parallel.reduce_gradients step")
-    config = replace(config, training=replace(config.training, global_batch_size=8))
+@pytest.mark.timeout(900)
+def test_the_savings_are_those_of_the_planner(tmp_path, monkeypatch):
+    """The oracle is a dry run of all blocks, with the changed setting."""
+    path = plan_runs.write_config(tmp_path, num_hidden_layers=8)
+    overrides = "--training.global_batch_size 8 --parallel.reduce_gradients step"
     monkeypatch.setattr(out_of_memory, "device_memory", lambda device: 64 * GiB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    record = find_savings(config, Ranks(0, 2, torch.device("cpu")), 300)
-    changed = ["--training.global_batch_size", "8", "--parallel.reduce_gradients", "step"]
-    configured = by_hand(path, tmp_path, *changed)
-    assert record["peak_bytes"] == pytest.approx(configured, rel=0.01)
+    record = find_savings(plan_runs.configure(path, overrides), Ranks(0, 2, torch.device("cpu")), 600)
     savings = {one["shown"]: one["saved_bytes"] for one in record["savings"]}
-    assert {"training.micro_batch_size: 1", "parallel.recompute: full", "optimizer.state_dtype: bf16"} <= savings.keys()
-    for shown in ("parallel.recompute: full", "training.micro_batch_size: 1"):
-        key, value = shown.split(": ")
-        saved = configured - by_hand(path, tmp_path, *changed, f"--{key}", value)
-        assert savings[shown] == pytest.approx(saved, rel=0.02), shown
+    changes = ["parallel.recompute: full", "training.micro_batch_size: 1", "optimizer.state_dtype: bf16"]
+    words = ["", *(f" --{change.replace(': ', ' ')}" for change in changes)]
+    configs = [plan_runs.configure(path, overrides + more) for more in words]
+    with DryRunPool(2) as pool:
+        usages = pool.run([plan_runs.spec_of(one, 2, (8, 0), 2, 64 * GiB) for one in configs])
+    configured, *changed = (max(sum(kinds.values()) for kinds in usage.peaks.values()) for usage in usages)
+    assert record["peak_bytes"] == pytest.approx(configured, rel=0.01)
+    for change, peak in zip(changes, changed, strict=True):
+        assert savings[change] == pytest.approx(configured - peak, rel=0.02), change
+
+
+def test_changes_that_a_run_with_checkpoints_refuses_say_so(one_rank, run_file, tmp_path):
+    options = ["--run_folder", str(tmp_path), "--training.train_tokens", "1024"]
+    tiny_run.train(one_rank, run_file, options)
+    config = tiny_run.configure(run_file, *options[:2], "--training.train_tokens", "2048")
+    refused = {}
+    cluster = SimpleNamespace(assumptions=SimpleNamespace(gpus_per_node=1))
+    for change in changes(config, plan_layout(config.parallel, 1), cluster):
+        try:
+            pretrain.build(change.applied_to(config), one_rank)
+        except UserError:
+            refused[str(change)] = change.drawback
+        else:
+            assert "checkpoints" not in change.drawback
+    assert len(refused) == 3 and all("checkpoints" in drawback for drawback in refused.values())
 
 
 FAILING_RUN = """

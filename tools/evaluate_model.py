@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_json_report, write_report
+from retemper.engine.files.paths import expand_path
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.parallel.launcher import read_launcher
 from retemper.tools.evaluation.options import SETTINGS, EvaluateOptions, HarnessOptions, parse_sets
@@ -137,15 +138,13 @@ def _require_outputs(options: argparse.Namespace) -> None:
 
 def _request(options: argparse.Namespace) -> EvaluateOptions:
     harness = None
-    if options.lm_eval is None:
-        for name in ("include_path", "limit", "fewshot"):
-            if (value := getattr(options, f"lm_eval_{name}")) is not None:
-                option = f"--lm-eval-{name.replace('_', '-')}"
-                raise UserError(f"{option} {value} has no effect without --lm-eval; add it, or remove {option}")
-    else:
+    for name in ("include_path", "limit", "fewshot"):
+        if options.lm_eval is None and (value := getattr(options, f"lm_eval_{name}")) is not None:
+            raise UserError(f"--lm-eval-{name.replace('_', '-')} {value} has no effect without --lm-eval TASKS; add it")
+    if options.lm_eval is not None:
         include = options.lm_eval_include_path
         harness = HarnessOptions(
-            tuple(filter(None, (task.strip() for task in options.lm_eval.split(",")))),
+            tuple(expand_path(task.strip(), "--lm-eval") for task in options.lm_eval.split(",") if task.strip()),
             None if include is None else str(include),
             options.lm_eval_limit,
             options.lm_eval_fewshot,
@@ -206,10 +205,11 @@ def _finish(plan: EvaluationPlan, result: EvaluationResult, options: argparse.Na
 
 def _write(result: EvaluationResult, options: argparse.Namespace) -> None:
     from retemper.tools.evaluation.report import format_result, result_page
+    from retemper.tools.reports.finite import finite
 
     print(f"\n{format_result(result)}")
     if options.json is not None:
-        write_json_report("--json", options.json, result.to_dict())
+        write_json_report("--json", options.json, finite(result.to_dict()))
         print(f"\njson        {options.json}")
     if options.output is not None:
         write_report("--output", options.output, result_page(result))

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 def build_parser() -> CommandParser:
     """Return the parser of the command line."""
     parser = CommandParser(description="Continue prompts with a Hugging Face folder or a checkpoint, or talk with it.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or checkpoint folder")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder, checkpoint, run folder (its newest checkpoint), or a model on the Hub",
+    )
     _add_prompts(parser)
     _add_sampling(parser)
     _add_chat(parser)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.outputs import Use, require_report, write_report
+from retemper.tools.reports.finite import finite
 from retemper.tools.reports.run import RecordedRun, differences, read_run
 from retemper.tools.reports.run_page import format_run, run_page
 from retemper.tools.reports.text import visible
@@ -70,16 +70,7 @@ def _require_free(output: Path, overwrite: bool, *folders: Path) -> None:
 
 def _record(run: RecordedRun, other: RecordedRun | None) -> dict[str, Any]:
     compared = {} if other is None else {"compared": other.to_dict(), "differences": differences(run, other)}
-    return _finite(run.to_dict() | compared)
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(run.to_dict() | compared)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Situation:
     device: str = "cpu"
     resumed: Mapping[str, Any] | None = None
     """Configuration of the checkpoint that the run continues from."""
+    step: int = 0
+    """From which the run continues."""
     source_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Tokens in one epoch of each source."""
 
@@ -130,6 +132,11 @@ RULES = (
         ("logging.profile_steps",),
         lambda now: (now.config.logging.profile_steps or [0])[0] <= now.steps,
         "the run has fewer steps",
+    ),
+    Rule(
+        ("logging.profile_steps",),
+        lambda now: (now.config.logging.profile_steps or [0])[-1] > now.step,
+        "the run continues after these steps",
     ),
     Rule(
         ("checkpoint.save_interval",),

@@ -84,6 +84,12 @@ def item_hint(hint: Any) -> Any:
     return get_args(hint)[-1] if get_origin(hint) in (list, dict) else Any
 
 
+def _list_of_union(value: Any, hint: Any) -> Any:
+    """Return the list among the types of the union ``hint`` if ``value`` is a list, or ``hint`` itself."""
+    members = get_args(bare(hint)) if isinstance(value, list) and get_origin(bare(hint)) in (Union, UnionType) else ()
+    return next((member for member in members if get_origin(bare(member)) is list), hint)
+
+
 def accepts(value: Any, hint: Any) -> bool:
     """Return whether ``value`` has the type ``hint``, checked at the outermost level only."""
     if (switch := switch_of(hint)) and _switched(value, switch) in (switch.true, switch.false):
@@ -112,6 +118,7 @@ def check(value: Any, hint: Any, name: str, found: Problems, where: str = "") ->
     Returns:
         The usable part of the value, or :data:`UNUSABLE`.
     """
+    hint = _list_of_union(value, hint)
     kind = bare(hint)
     if isinstance(value, dict) and is_section(hint):
         hints, kept = hints_of(kind), {}
@@ -167,6 +174,7 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
         missing: receives the names of missing required keys. Placeholders replace them, so that the rest can be
             checked.
     """
+    hint = _list_of_union(value, hint)
     kind = bare(hint)
     if isinstance(value, dict) and is_section(hint):
         values = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..files.masking import without_secrets
 from .guarded import Guarded
 from .observer import Observer
 
@@ -75,9 +76,9 @@ def _import_class(path: str) -> type[Observer]:
 
 
 def _described(error: BaseException) -> str:
-    """Return type, message and place of ``error``."""
+    """Return type, message and place of ``error``, without secrets."""
     place = ""
     if not isinstance(error, SyntaxError):  # which names its place
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({last.filename}, line {last.lineno})"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
+    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300] + place

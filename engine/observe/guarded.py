@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,10 @@ class Guarded(Observer):
             return
         try:
             getattr(self._observer, method)(*arguments)
-        except (Exception, SystemExit) as error:  # imports of libraries have raised SystemExit
+        except BaseException as error:  # libraries have raised SystemExit and KeyboardInterrupt
+            from_signal = not isinstance(error, (Exception, SystemExit))
+            if from_signal and threading.current_thread() is threading.main_thread():
+                raise
             self.failed = True
             reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             self._say(f"note: {self.name} failed: {reason}; training continues without it; {self._remedy}")

@@ -99,6 +99,7 @@ def _situation(run: Run) -> Situation:
         num_micro_batches=run.plan.num_micro_batches,
         device=run.ranks.device.type,
         resumed=resumed.config if resumed else None,
+        step=run.progress.step,
         source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
     )
 

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 from retemper.engine.config.settings import LoggingConfig
 from retemper.engine.observe.metrics_file import MetricsFile
-from retemper.engine.observe.observer import Observer, RunDescription, StepRecord
+from retemper.engine.observe.observer import Observer, RunDescription, Sample, StepRecord
 from retemper.engine.observe.trackers.all_trackers import Trackers
 from retemper.engine.observe.trackers.creation import create_trackers
 from retemper.engine.observe.trackers.record_files import last_steps_in_wandb
@@ -93,6 +93,11 @@ class Play:
                 observer.step(StepRecord(progress, values, 0, 0.0, []))
                 if step % 5 == 0:
                     observer.evaluation(progress, "held out", {"loss": 2 / step, "perplexity": math.exp(2 / step)})
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record generated texts."""
+        for observer in self._observers:
+            observer.samples(Progress(step, step, 10 * step), samples)
 
     def end(self) -> None:
         """The regular end."""

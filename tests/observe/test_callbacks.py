@@ -70,6 +70,16 @@ def test_wrong_callbacks_are_refused_in_one_line(source, path, named, folder):
     assert named.format(file=folder / "user_c.py") in message
 
 
+@pytest.mark.parametrize("place", ["", "class Mine(Observer):\n    def __init__(self):\n        "])
+def test_the_reason_of_a_wrong_callback_has_no_secret(place, folder, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "CANARY-123")
+    failing = 'raise ValueError("CANARY-123 is refused by https://user:CANARY@host/")'
+    (folder / "user_c.py").write_text(f"{IMPORT}{place}{failing}")
+    with pytest.raises(UserError, match="ValueError") as refused:
+        created(folder, "user_c.Mine")
+    assert "CANARY" not in str(refused.value)
+
+
 @pytest.mark.parametrize("path", ["Mine", "user_c.", "user c.Mine", "./user_c.py:Mine", "user_c..Mine"])
 def test_what_is_no_import_path_is_refused_with_the_configuration(path, tmp_path):
     with pytest.raises(UserError, match=r"callbacks has .*such as my_module.MyCallback"):

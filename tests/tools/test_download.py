@@ -13,6 +13,7 @@ from tiny_run import ARCHITECTURE
 from retemper.engine.errors import UserError
 from retemper.engine.files import disk_space
 from retemper.tools import download
+from retemper.tools.generation.model_loading import find_model
 from retemper.tools.tokenizer.finding import find_tokenizer_file
 
 NAME = "org/tiny"
@@ -121,3 +122,8 @@ def test_names_and_folders_that_cannot_be_used(hub, tmp_path):
     assert "is here already" in refusal(str(tmp_path / "full"))
     assert "no such folder" in refusal("../somewhere")
     assert not hub.requests
+
+
+def test_other_commands_take_a_model_on_the_hub_by_its_name(hub):
+    found = find_model(NAME)
+    assert not found.is_checkpoint and contents(found.path) == wanted(hub)

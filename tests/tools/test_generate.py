@@ -36,7 +36,7 @@ from retemper.kernels import attention
 from retemper.kernels.attention import PER_DOCUMENT, plan_attention
 from retemper.tools import generate
 from retemper.tools.generation import model_loading, prompts, terminal
-from retemper.tools.generation.model_loading import find_device
+from retemper.tools.generation.model_loading import find_device, find_model
 from retemper.tools.generation.sampling import Sampling
 from retemper.tools.generation.text_generator import TextGenerator
 from retemper.tools.generation.token_choice import TokenChoice, random_numbers
@@ -503,6 +503,13 @@ def test_refuses_bad_models(
     status, out, err = run("--model", folder, "--prompt", PROMPT)
     assert (status, out) == (1, "")
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and fragment in err
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
+    for step in (1, 2):
+        shutil.copytree(folders["qwen2-checkpoint"], tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    assert find_model(tmp_path / "run").path == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert find_model(tmp_path / "run").is_checkpoint
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "mps"])

@@ -70,6 +70,8 @@ class EvaluateOptions:
         """
         if not self.data and self.harness is None:
             raise UserError("--data is missing; name text or datasets, as in --data corpus.jsonl, or --lm-eval tasks")
+        if self.harness is not None and not self.harness.tasks:
+            raise UserError("--lm-eval: names no task; write names or YAML files, separated by commas")
         for name in ("batch_size", "sequence_length", "stride", "max_tokens", "max_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -68,8 +68,9 @@ class CachedSession(Session):
     def __init__(self, backend: LibraryBackend):
         from transformers import DynamicCache
 
+        module: Any = backend.module
         self._backend = backend
-        self._cache: Any = DynamicCache(config=backend.module.config)
+        self._cache: Any = DynamicCache(config=module.config)
         self._mask_BS: Tensor | None = None
 
     def append(self, new_ids: Sequence[Sequence[int]]) -> Tensor:

@@ -118,6 +118,9 @@ def plot(report: BenchmarkReport, path: Path) -> None:
         points = [(row["length"], row["token_ms"]) for row in rows if row["way"] == way]
         axes.plot(*zip(*points, strict=True), marker="o", label=way)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="ms per token")
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
     axes.set_title(f"Time per token, batch of {smallest}")
     axes.legend()
     axes.grid(visible=True, alpha=0.3)
@@ -140,7 +143,7 @@ def _ways(options: MeasureOptions, device: torch.device) -> tuple[dict[str, Way]
     for backend in backends:
         if backend.obstacle is None:
             name = OURS if isinstance(backend, DecoderBackend) else LIBRARY_CACHE
-            ways[name] = _with_session(backend, lambda length, backend=backend: backend.open(length))
+            ways[name] = _with_session(backend, backend.open)
         if isinstance(backend, LibraryBackend):
             ways[PEER] = _library_way(backend)
     first = backends[0]
@@ -152,7 +155,7 @@ def _random_backends(options: MeasureOptions, device: torch.device) -> list[Back
     """Return a Qwen2 with random weights in our own module and in that of transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = {
+    config: dict[str, Any] = {
         "model_type": "qwen2",
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,19 @@ from ...engine.model.generic.remote_code import register_remote_code
 from ...engine.model.implementations import architecture_of_tensors, checked, parse_architecture
 from ...engine.model.language_model import LanguageModel
 from ...engine.model.wrappers import text_config_of
-from ...engine.weights.checkpoint.assets import ASSET_FOLDER
+from ...engine.weights.checkpoint.assets import ASSET_FOLDER, newest_of_run
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ...engine.weights.checkpoint.tensors import load_tensors, model_tensors, require_model_tensors, stored_tensors
 from ...engine.weights.checkpoint.verify import require_undamaged
 from ...engine.weights.damage import METADATA_FILE, TABLE_FILE
+from ...engine.weights.hugging_face.hub_download import (
+    CONFIGS,
+    WANTED,
+    check_download,
+    find_files,
+    require_hub_name,
+    require_supported,
+)
 from ...engine.weights.hugging_face.model import HfModel, meta_model, open_hf_model
 from ...engine.weights.hugging_face.weight_dtypes import declared_dtype, dtype_named
 from ..tokenizer.handle import TokenizerHandle, load_prompt_tokenizer
@@ -29,7 +38,7 @@ from .decoder_backend import own_backend
 from .library_backend import library_backend, load_library_model
 
 GENERATION_CONFIG = "generation_config.json"
-_GREEDY_SETTINGS = {
+_GREEDY_SETTINGS: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "suppress_tokens": (None, []),
@@ -101,13 +110,17 @@ class ModelFolder:
         ]
 
 
-def find_model(folder: str | Path, trust_remote_code: bool = False) -> ModelFolder:
-    """Return the model in ``folder``; its own code is registered with transformers if it is trusted.
+def find_model(name: str | Path, trust_remote_code: bool = False) -> ModelFolder:
+    """Return a model; its own code is registered with transformers if it is trusted.
+
+    Args:
+        name: a Hugging Face folder, a checkpoint, a run folder (its newest checkpoint), or a model on the Hub.
+        trust_remote_code: whether to run code from the folder.
 
     Raises:
-        UserError: it is neither a checkpoint nor a Hugging Face folder, or its code cannot be used.
+        UserError: there is no such model, or its code cannot be used.
     """
-    folder = Path(folder)
+    folder = _locate(name)
     found = ModelFolder(folder, _is_checkpoint(folder))
     if trust_remote_code:
         register_remote_code(found.config, found.assets)
@@ -185,10 +198,17 @@ def load_tokenizer(name: str | None, model: ModelFolder, vocab_size: int) -> tup
     return tokenizer, {document_end} if document_end < vocab_size else set()
 
 
+def _locate(name: str | Path) -> Path:
+    """Return the folder of a model. A model on the Hub is downloaded."""
+    if os.path.isdir(name):
+        return Path(newest_of_run(name) or name)
+    require_hub_name(str(name), "--model")
+    check_download(str(name), "--model", find_files(str(name), "--model", CONFIGS), require_supported)
+    return find_files(str(name), "--model", WANTED)
+
+
 def _is_checkpoint(folder: Path) -> bool:
     """Return whether ``folder`` is a checkpoint and not a Hugging Face folder."""
-    if not folder.is_dir():
-        raise UserError(f"--model {folder}: no such folder")
     if any((folder / name).is_file() for name in (MANIFEST_FILE, TABLE_FILE, METADATA_FILE)):
         read_manifest(folder)
         return True

@@ -20,6 +20,8 @@ _LEAST_TOKENS = 4096
 _LEAST_SAVED = 0.01
 """Smaller shares of the peak are left out."""
 _ANOTHER_RESULT, _SLOW = "another result of the training", "slow: weights and states in host memory"
+_NEW_RUN = f"{_ANOTHER_RESULT}; a run with checkpoints refuses it"
+_OTHER_SAMPLES = f"{_ANOTHER_RESULT}; a run with checkpoints needs allow_changes: [training.sequence_length]"
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator
     if training.sequence_length >= 2 * layout.context * _LEAST_TOKENS:
         yield Change({"parallel.context": 2 * layout.context, **_shared_by_all(config)})
     if config.optimizer.state_dtype != "bf16":
-        yield Change({"optimizer.state_dtype": "bf16"}, _ANOTHER_RESULT)
+        yield Change({"optimizer.state_dtype": "bf16"}, _NEW_RUN)
     if training.weight_dtype != "bf16":
-        yield Change({"training.weight_dtype": "bf16"}, _ANOTHER_RESULT)
+        yield Change({"training.weight_dtype": "bf16"}, _NEW_RUN)
     if not parallel.cpu_offload:
         yield Change({"parallel.cpu_offload": True}, _SLOW)
     if training.sequence_length > 1:
-        yield Change({"training.sequence_length": training.sequence_length // 2}, _ANOTHER_RESULT)
+        yield Change({"training.sequence_length": training.sequence_length // 2}, _OTHER_SAMPLES)
 
 
 def _more_recomputation(config: RunConfig) -> Iterator[Change]:

@@ -32,8 +32,13 @@ class Trackers(Observer):
         self._trackers, self._end_seconds = trackers, end_seconds
         self._run: RunDescription | None = None
         self._started = False
-        self.run_ids: dict[str, str] = {}
-        """Id of the run in each tracker, by name of the tracker."""
+        self._run_ids: dict[str, str] = {}
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """Id of the run in each tracker that may have a part of it, by name of the tracker."""
+        empty = {tracker.name for tracker in self._trackers if tracker.has_nothing}
+        return {name: run_id for name, run_id in self._run_ids.items() if name not in empty}
 
     def open(self, run: RunDescription) -> None:
         """See :class:`Observer`."""
@@ -73,8 +78,8 @@ class Trackers(Observer):
 
     def _open(self, known: Mapping[str, str], former: Mapping[str, str]) -> None:
         assert self._run is not None
-        self.run_ids = {tracker.name: known.get(tracker.name) or uuid.uuid4().hex for tracker in self._trackers}
+        self._run_ids = {tracker.name: known.get(tracker.name) or uuid.uuid4().hex for tracker in self._trackers}
         for tracker in self._trackers:
             name = tracker.name
-            ids = {name: self.run_ids[name]}
+            ids = {name: self._run_ids[name]}
             tracker.open(replace(self._run, tracker_runs=ids, former_tracker_runs=dict(former), resumed=name in known))

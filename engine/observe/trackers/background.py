@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...schedule import Progress
+from ..guarded import Guarded
 from ..observer import Observer, RunDescription, Sample, StepRecord
 from ..waiting import Say
 
@@ -22,20 +23,26 @@ class Background(Observer):
 
     Args:
         name: of the observer, for people.
-        observer: does not raise.
+        observer: of the tracker.
         say: prints a line for people.
         most_waiting: number of waiting events after which the observer receives no more.
     """
 
-    def __init__(self, name: str, observer: Observer, say: Say, most_waiting: int = _MOST_WAITING):
+    def __init__(self, name: str, observer: Guarded, say: Say, most_waiting: int = _MOST_WAITING):
         self.name, self._observer, self._say = name, observer, say
         self._events: queue.Queue[_Event | None] = queue.Queue(most_waiting)
-        self._overflowed = False
+        self._overflowed = self._opened = False
         # A daemon: the end of the process does not wait for a library that hangs.
         self._thread = threading.Thread(target=self._pass_events, name=f"tracker-{name}", daemon=True)
 
+    @property
+    def has_nothing(self) -> bool:
+        """Return whether the observer failed when it began a new run."""
+        return self._observer.failed and not self._opened
+
     def open(self, run: RunDescription) -> None:
         """See :class:`Observer`."""
+        self._opened = run.resumed
         self._put("open", run)
 
     def start(self, after_step: int | None, evaluates_again: bool) -> None:
@@ -74,7 +81,7 @@ class Background(Observer):
     def _put(self, method: str, *arguments: Any) -> None:
         if self._overflowed:
             return
-        if not self._thread.is_alive():
+        if self._thread.ident is None:
             self._thread.start()
         try:
             self._events.put_nowait((method, arguments))
@@ -98,3 +105,4 @@ class Background(Observer):
         while (event := self._events.get()) is not None:
             method, arguments = event
             getattr(self._observer, method)(*arguments)
+            self._opened |= method == "open" and not self._observer.failed

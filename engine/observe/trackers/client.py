@@ -42,8 +42,15 @@ class TrackerClient:
         """Create or continue ``run``, and return for the log where it is: a URL or a path."""
         raise NotImplementedError
 
-    def recorded(self) -> Mapping[str, int] | None:
-        """Return the last step of every metric that the tracker has; None if the tracker cannot tell."""
+    def key(self, name: str) -> str:
+        """Return the name under which the tracker has the metric ``name``: some refuse characters."""
+        return name
+
+    def recorded(self) -> Mapping[str, int] | int | None:
+        """Return the last step of every metric that the tracker has, by its key.
+
+        An int is the last step of all, and None says that the tracker cannot tell.
+        """
         raise NotImplementedError
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -33,7 +33,7 @@ class TrackedCurve(Observer):
         self._last: dict[str, int] = {}
         """Last step of each metric in the tracker."""
         self._at_least = -1
-        """Last step of all metrics, if the tracker cannot tell."""
+        """Last step of the other metrics."""
 
     def open(self, run: RunDescription) -> None:
         """See :class:`~retemper.engine.observe.observer.Observer`. Also called after a rollback, with a new run."""
@@ -43,9 +43,10 @@ class TrackedCurve(Observer):
         place = self._client.connect(tracked_run(run, self._name))
         self._connected = True
         self._say(f"{self._name:<12}{place}")
-        known = self._client.recorded() if run.resumed else {}
-        self._last = dict(known or {})
-        self._at_least = run.recorded_step if known is None and run.recorded_step is not None else -1
+        known = self._client.recorded() if run.resumed else -1
+        if known is None:
+            known = -1 if run.recorded_step is None else run.recorded_step
+        self._last, self._at_least = ({}, known) if isinstance(known, int) else (dict(known), -1)
 
     def start(self, after_step: int | None, evaluates_again: bool) -> None:
         """See :class:`~retemper.engine.observe.observer.Observer`. Sends records that the tracker does not have."""
@@ -71,7 +72,8 @@ class TrackedCurve(Observer):
         self._client.finish(numbers("summary", flat(summary)), bool(summary["finished"]), self._report())
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
-        new = {name: value for name, value in values.items() if self._is_new(name, step)}
+        named = {self._client.key(name): value for name, value in values.items()}
+        new = {name: value for name, value in named.items() if self._is_new(name, step)}
         if new:
             self._client.log(step, new)
 

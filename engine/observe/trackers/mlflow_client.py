@@ -50,7 +50,9 @@ class MLflow(TrackerClient):
         return f"run {self._run_id} of experiment {run.project} in {uri or 'the server of MLFLOW_TRACKING_URI'}"
 
     def _create(self, run: TrackedRun, experiment_id: str) -> None:
-        tags = {_ID_TAG: run.id, **({"group": run.group} if run.group else {}), **dict.fromkeys(run.tags, "true")}
+        tags = {_name(tag): "true" for tag in run.tags} | {_ID_TAG: run.id}
+        if run.group:
+            tags["group"] = run.group
         if commit := run.facts["code"].get("git_commit"):
             tags["mlflow.source.git.commit"] = commit
         self._run_id = self._client.create_run(experiment_id, tags=tags, run_name=run.name).info.run_id
@@ -61,9 +63,14 @@ class MLflow(TrackerClient):
     def _log_params(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(_name(key)[:_LONGEST_KEY], str(value)[:_LONGEST_VALUE]) for key, value in values.items()]
+        named = {_name(key): str(value)[:_LONGEST_VALUE] for key, value in values.items()}
+        params = [Param(key, value) for key, value in named.items()]
         for start in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self._run_id, params=params[start : start + _MOST_PARAMS])
+
+    def key(self, name: str) -> str:
+        """See :class:`TrackerClient`."""
+        return _name(name)
 
     def recorded(self) -> Mapping[str, int]:
         """See :class:`TrackerClient`."""
@@ -76,7 +83,7 @@ class MLflow(TrackerClient):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(_name(name), value, now, step) for name, value in values.items()]
+        metrics = [Metric(name, value, now, step) for name, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -93,5 +100,8 @@ class MLflow(TrackerClient):
 
 
 def _name(text: str) -> str:
-    """Return ``text`` with the characters that MLflow allows in names."""
-    return _NOT_ALLOWED.sub("_", text)
+    """Return ``text`` as MLflow allows names: with some characters only, and so that it can be the path of a file."""
+    allowed, half = _NOT_ALLOWED.sub("_", text), _LONGEST_KEY // 2
+    if len(allowed) > _LONGEST_KEY:
+        allowed = allowed[:half] + allowed[-half:]
+    return "/".join(filter(None, (part.strip(".") for part in allowed.split("/")))) or "_"

@@ -14,7 +14,8 @@ from .record_files import last_steps_in_wandb
 if TYPE_CHECKING:
     from wandb import Run, Settings
 
-_INIT_SECONDS, _FINISH_SECONDS = 90.0, 45.0
+_INIT_SECONDS, _FINISH_SECONDS = 30.0, 45.0
+"""How long wandb waits for its server at the beginning and at the end. The process cannot end in the meantime."""
 _FLUSH_SECONDS = 1.0
 """A killed run loses what wandb has not written to its file: the next start sends it again."""
 
@@ -33,6 +34,7 @@ class WeightsAndBiases(TrackerClient):
 
         self._folder = run.folder / "wandb"
         run.folder.mkdir(parents=True, exist_ok=True)
+        wandb.setup(wandb.Settings(silent=True))  # it then asks for no login at the terminal
         self._run = wandb.init(
             id=run.id,
             project=run.project,
@@ -48,9 +50,9 @@ class WeightsAndBiases(TrackerClient):
         self._offline = self._run.settings.mode == "offline"
         return self._folder.as_posix() if self._offline else self._run.url or run.id
 
-    def recorded(self) -> Mapping[str, int] | None:
-        """See :class:`TrackerClient`."""
-        return last_steps_in_wandb(self._folder, self._run.id) if self._offline else None
+    def recorded(self) -> Mapping[str, int] | int:
+        """See :class:`TrackerClient`. The server refuses earlier steps than its last one, of any metric."""
+        return last_steps_in_wandb(self._folder, self._run.id) if self._offline else self._run.starting_step - 1
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`TrackerClient`."""

@@ -96,6 +96,8 @@ def test_losses_of_other_tokenizers_are_not_compared() -> None:
         ([], ["--data is missing"]),
         (["--data", "{data}", "--stride", "4"], ["--stride 4", "--mode sliding"]),
         (["--data", "{data}", "--mode", "sliding", "--stride", "64", "--sequence-length", "32"], ["64", "32 at most"]),
+        (["--lm-eval", ","], ["--lm-eval", "no task"]),
+        (["--data", "{data}", "--lm-eval-limit", "4"], ["--lm-eval-limit 4", "without --lm-eval"]),
         (["--data", "{data}", "--batch-size", "0"], ["--batch-size 0"]),
         (["--data", "a={data}", "a={data}"], ["two sets are named 'a'"]),
         (["--data", "{{path: {data}, weight: 2}}"], ["weight"]),

@@ -23,7 +23,8 @@ LENGTHS = (3, 19, 11)
 """Of prompts: shorter and longer than the windows of the tiny models."""
 STEPS = 6
 LIMIT = max(LENGTHS) + 2 * STEPS
-TOLERANCE = 1e-4
+TOLERANCE = 5e-4
+"""Relative. Rounding causes about 1e-6, and up to 3e-4 in the recurrence of nemotron_h."""
 
 
 def prompts(vocab_size: int, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
