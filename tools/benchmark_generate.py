@@ -19,7 +19,6 @@ from retemper.engine.files.outputs import require_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
 
-
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 

@@ -10,7 +10,10 @@ import pytest
 from retemper.engine.errors import UserError
 from retemper.tools import benchmark_generate
 
-TINY = "--hidden-size 64 --layers 1 --vocab-size 100 --repeats 1 --new-tokens 2 --batch-sizes 1,2 --lengths 8".split()
+TINY = [
+    *("--hidden-size", "64", "--layers", "1", "--vocab-size", "100"),
+    *("--repeats", "1", "--new-tokens", "2", "--batch-sizes", "1,2", "--lengths", "8"),
+]
 
 
 def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
