@@ -19,6 +19,8 @@ from retemper.engine.files.outputs import require_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
 
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
 
 def build_parser() -> CommandParser:
     """Return the parser of the command line."""
@@ -49,7 +51,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help="default: the model's, else float32")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg); needs matplotlib")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (.png, .svg, .pdf); needs matplotlib")
     return parser
 
 
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:
             require_report(option, path)
+    if options.plot is not None and options.plot.suffix.lower() not in PLOT_SUFFIXES:
+        raise UserError(f"--plot {options.plot}: its name must end with one of {', '.join(PLOT_SUFFIXES)}")
     command = command_line("tools/benchmark_generate.py", arguments)
     values = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
     with without_gc():

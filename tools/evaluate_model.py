@@ -123,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, words = build_parser().parse_known_args(arguments)
     request = _request(options)
     _require_outputs(options)
-    result = _evaluate(request, words)
-    if result is not None:
-        _write(result, options)
+    evaluated = _evaluate(request, words)
+    if evaluated is not None:
+        _finish(*evaluated, options)
 
 
 def _require_outputs(options: argparse.Namespace) -> None:
@@ -165,15 +165,15 @@ def _request(options: argparse.Namespace) -> EvaluateOptions:
     )
 
 
-def _evaluate(request: EvaluateOptions, words: Sequence[str]) -> EvaluationResult | None:
-    """Return the result on the main rank."""
+def _evaluate(request: EvaluateOptions, words: Sequence[str]) -> tuple[EvaluationPlan, EvaluationResult] | None:
+    """Return the plan and the result, without tasks, on the main rank."""
     with without_gc():
         from retemper.engine.guards.rank_consistency import agree_on_config
         from retemper.engine.observe.waiting import rank0_printer
         from retemper.engine.parallel.layout import plan_layout
         from retemper.engine.parallel.mesh import build_mesh
         from retemper.engine.parallel.process_group import process_group
-        from retemper.tools.evaluation.command import evaluate_models, with_tasks
+        from retemper.tools.evaluation.command import evaluate_models
         from retemper.tools.evaluation.plan import plan_evaluation
 
     world_size = read_launcher().world_size
@@ -188,7 +188,19 @@ def _evaluate(request: EvaluateOptions, words: Sequence[str]) -> EvaluationResul
         mesh = build_mesh(plan_layout(config.parallel, ranks.world_size), ranks.device.type)
         result = evaluate_models(plans[0], ranks, mesh, rank0_printer(ranks.is_main))
         is_main = ranks.is_main
-    return with_tasks(plans[0], result, rank0_printer(True)) if is_main else None
+    return (plans[0], result) if is_main else None
+
+
+def _finish(plan: EvaluationPlan, result: EvaluationResult, options: argparse.Namespace) -> None:
+    from retemper.engine.observe.waiting import rank0_printer
+    from retemper.tools.evaluation.command import with_tasks
+
+    try:
+        result = with_tasks(plan, result, rank0_printer(True))
+    finally:
+        # If a task fails, perhaps after hours, what has been measured is kept.
+        if result.model.sets or result.model.tasks:
+            _write(result, options)
 
 
 def _write(result: EvaluationResult, options: argparse.Namespace) -> None:

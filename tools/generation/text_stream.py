@@ -53,8 +53,11 @@ class TextStream:
         whole = self._decode(self._ids[self._first :])
         if not at_end and (len(whole) <= len(before) or whole.endswith(_INCOMPLETE)):
             return ""
-        self._first, self._next = self._next, len(self._ids)
-        return whole[len(before) :]
+        new = whole[len(before) :]
+        if new.strip():  # sentencepiece drops spaces at the start, so no part may begin with them alone
+            self._first = self._next
+        self._next = len(self._ids)
+        return new
 
     def _take(self, new: str, at_end: bool) -> str:
         searched = max(0, len(self._text) - max(map(len, self._stops), default=0))

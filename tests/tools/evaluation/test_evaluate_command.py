@@ -8,13 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from evaluating import FP32, save_model, texts, write_dataset, write_jsonl
 from oracles.html_page import Page
 
+from retemper.engine.errors import UserError
 from retemper.tools import evaluate_model
+from retemper.tools.evaluation import command as command_module
 from retemper.tools.evaluation import harness
+from retemper.tools.evaluation.options import HarnessOptions
 from retemper.tools.evaluation.report import format_result, result_page
 from retemper.tools.evaluation.scores import DocumentScore, EvaluationResult, ModelScore, SetScore, TaskScore
 
@@ -128,6 +132,20 @@ def test_a_missing_harness_names_the_command_that_installs_it(run, model: Path, 
     command = run(evaluate_model, "--model", model, "--lm-eval", "arc_easy")
     [line] = command.stderr.splitlines()
     assert "lm_eval" in line and "[eval]" in line and command.status == 1
+
+
+def test_a_task_that_fails_leaves_what_was_measured(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = SimpleNamespace(options=SimpleNamespace(harness=HarnessOptions(("x",))), config=None)
+    monkeypatch.setattr(evaluate_model, "_evaluate", lambda *arguments: (plan, result_of(same_tokenizer=True)))
+
+    def fail(*arguments: object) -> None:
+        raise UserError("--lm-eval x: no network")
+
+    monkeypatch.setattr(command_module, "run_harness", fail)
+    path = tmp_path / "result.json"
+    command = run(evaluate_model, "--model", "x", "--data", "y", "--lm-eval", "x", "--json", path)
+    assert command.status == 1 and command.stderr == "error: --lm-eval x: no network\n"
+    assert [one["name"] for one in json.loads(path.read_text())["model"]["sets"]] == ["domain", "general", "same"]
 
 
 @pytest.mark.slow

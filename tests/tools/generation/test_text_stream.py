@@ -54,6 +54,17 @@ def test_text_appears_as_the_whole_is_decoded(tokenizer: TokenizerHandle, seed: 
     assert sum(bool(piece) for piece in pieces) > len(ids[cut:]) // 3, "text appears token by token"
 
 
+def test_tokens_of_spaces_alone_are_kept(tokenizer: TokenizerHandle) -> None:
+    """The encoding of sentencepiece may never have such tokens, but a model may choose them."""
+    word, rain = (tokenizer.encode_flat([text])[0].tolist() for text in ("cat", " rain"))
+    spaces = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([*word, token]) == "cat "]
+    space = spaces[-1]  # not the byte of sentencepiece
+    new = [space, space, *rain]
+    pieces, stream = streamed(tokenizer, word, new)
+    whole = tokenizer.decode([*word, *new]).removeprefix(tokenizer.decode(word))
+    assert "".join(pieces) == stream.text == whole and whole.startswith("  ")
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_bytes_that_are_no_text_appear_at_the_end(tokenizer: TokenizerHandle, seed: int) -> None:
     prompt = tokenizer.encode_flat(["the cat"])[0].tolist()
