@@ -98,7 +98,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.prompt_samples import PromptSamples
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
-    from retemper.engine.start import choose_implementation, find_start, open_data, open_start, record_carried
+    from retemper.engine.start import open_run
     from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
@@ -108,13 +108,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     config = prepare_data(config, ranks, stop, say)
     layout = plan_layout(config.parallel, ranks.world_size)
     plan = plan_batches(config.training, layout.data_parallel)
-    with report_if_slow("finding and verifying what the run starts from", say):
-        config, found = find_start(config, ranks, store)
-    with report_if_slow("opening the weights and the data", say):
-        start = record_carried(ranks.fail_together(lambda: open_start(config, found)), ranks)
-        config, start, choices = choose_implementation(config, start, plan, ranks)
-        architecture = start.architecture
-        catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+    config, start, choices, catalog, order, progress, remarks = open_run(config, plan, ranks, store, say)
+    architecture = start.architecture
     samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
@@ -139,7 +134,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
         optimizer=optimizer, store=store, saver=saver, guards=guards, memory=memory, report=report, profiler=profiler,
-        remarks=[*casts, *found.remarks, *room], progress=progress,
+        remarks=[*casts, *remarks, *room], progress=progress,
     )  # fmt: skip
 
 

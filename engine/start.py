@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
+from .observe.waiting import Say, report_if_slow
 from .optim import allocate_states
 from .parallel import build, trainable
 from .parallel import compile as block_compile
@@ -148,6 +149,43 @@ class CheckpointStart(Start):
         casts = check_casts(self.folder, self.parts.tensors, wanted, resuming=self.resumed_from is not None)
         load_tensors(self.folder, wanted, opened=self.parts)
         return casts
+
+
+class OpenedRun(NamedTuple):
+    """What a run reads, opened and checked, before anything is built."""
+
+    config: RunConfig
+    """With everything decided that it leaves open."""
+    start: Start
+    choices: build.Choices
+    catalog: Catalog
+    order: SampleOrder
+    progress: Progress
+    """At the start."""
+    remarks: tuple[str, ...]
+    """Lines for the log."""
+
+
+def open_run(config: RunConfig, plan: BatchPlan, ranks: Ranks, store: CheckpointStore, say: Say) -> OpenedRun:
+    """Find and open the weights and the data of a run. All ranks must call this.
+
+    Args:
+        config: of the run.
+        plan: batch sizes.
+        ranks: all ranks.
+        store: of the run's checkpoints.
+        say: prints a line for people.
+
+    Raises:
+        UserError: on every rank, if anything is missing, damaged or does not fit.
+    """
+    with report_if_slow("finding and verifying what the run starts from", say):
+        config, found = find_start(config, ranks, store)
+    with report_if_slow("opening the weights and the data", say):
+        start = record_carried(ranks.fail_together(lambda: open_start(config, found)), ranks)
+        config, start, choices = choose_implementation(config, start, plan, ranks)
+        catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+    return OpenedRun(config, start, choices, catalog, order, progress, found.remarks)
 
 
 def find_start(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunConfig, StartFolder]:
