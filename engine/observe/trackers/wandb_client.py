@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..observer import Sample
 from .client import TrackedRun, TrackerClient
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 45.0
 """How long wandb waits for its server at the beginning and at the end. The process cannot end in the meantime."""
-_NEWER = {
+_NEWER: dict[str, Any] = {
     "finish_timeout": _FINISH_SECONDS,  # since wandb 0.27
     # Since 0.31. A killed run loses what wandb has not written to its file: the next start sends it again.
     "x_transaction_log_flush_interval": 1.0,
