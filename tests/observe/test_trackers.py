@@ -27,7 +27,7 @@ from retemper.engine.observe.trackers.facts import tracked_run
 from retemper.engine.observe.trackers.wandb_client import WeightsAndBiases
 from retemper.engine.schedule import Progress
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 pytest.importorskip("mlflow")
 pytest.importorskip("trackio")
 
@@ -321,6 +321,25 @@ def test_wandb_tells_the_last_step_of_its_server(tmp_path, monkeypatch):
     described = tracker_runs.description(tmp_path, LoggingConfig(), tracker_runs={"wandb": "0"})
     assert client.connect(tracked_run(described, "wandb")) == run.url
     assert client.recorded() == 3
+
+
+@pytest.mark.parametrize("missing", [set(), {"x_transaction_log_flush_interval"}], ids=["0.31", "0.27 to 0.30"])
+def test_older_versions_of_wandb_receive_no_settings_that_they_refuse(missing, tmp_path, monkeypatch):
+    class Older:
+        model_fields = frozenset(wandb.Settings.model_fields) - missing
+
+        def __init__(self, **given):
+            assert given.keys() <= self.model_fields
+            self.given = given
+
+    opened = []
+    run = SimpleNamespace(id="0", url="", settings=SimpleNamespace(mode="online"))
+    monkeypatch.setattr("wandb.Settings", Older)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    monkeypatch.setattr("wandb.init", lambda settings, **others: opened.append(settings.given) or run)
+    described = tracker_runs.description(tmp_path, LoggingConfig(), tracker_runs={"wandb": "0"})
+    WeightsAndBiases().connect(tracked_run(described, "wandb"))
+    assert ("x_transaction_log_flush_interval" in opened[0]) == (not missing)
 
 
 def test_names_in_trackers_have_no_secrets(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..observer import Sample
 from .client import TrackedRun, TrackerClient
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 45.0
 """How long wandb waits for its server at the beginning and at the end. The process cannot end in the meantime."""
-_FLUSH_SECONDS = 1.0
-"""A killed run loses what wandb has not written to its file: the next start sends it again."""
+_NEWER: dict[str, Any] = {
+    "finish_timeout": _FINISH_SECONDS,  # since wandb 0.27
+    # Since 0.31. A killed run loses what wandb has not written to its file: the next start sends it again.
+    "x_transaction_log_flush_interval": 1.0,
+}
+"""Settings that only newer versions have."""
 
 
 class WeightsAndBiases(TrackerClient):
@@ -92,7 +96,6 @@ def _settings(run: TrackedRun) -> Settings:
         silent=True,
         x_disable_meta=True,  # the command line may contain a secret
         x_save_requirements=False,  # URLs of packages may as well
-        x_transaction_log_flush_interval=_FLUSH_SECONDS,
         init_timeout=_INIT_SECONDS,
-        finish_timeout=_FINISH_SECONDS,
+        **{name: value for name, value in _NEWER.items() if name in wandb.Settings.model_fields},
     )
