@@ -208,6 +208,25 @@ _SHORT, _PLANNED = "out_of_memory/ranks", "out_of_memory/planned"
 """Keys in the launcher's store: number of ranks without memory, and that the first of them has planned."""
 
 
+@contextmanager
+def in_one_line(remedy: str) -> Iterator[None]:
+    """Replace an error about exhausted memory by one line, for commands that do not train.
+
+    Args:
+        remedy: what the user can do.
+
+    Raises:
+        OutOfMemory: instead of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise OutOfMemory(f"the memory of the GPU is exhausted: {reason}; {remedy}") from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` is a GPU without memory: of PyTorch's allocator, or of a library with its own."""
     libraries = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -205,11 +205,10 @@ def _finish(plan: EvaluationPlan, result: EvaluationResult, options: argparse.Na
 
 def _write(result: EvaluationResult, options: argparse.Namespace) -> None:
     from retemper.tools.evaluation.report import format_result, result_page
-    from retemper.tools.reports.finite import finite
 
     print(f"\n{format_result(result)}")
     if options.json is not None:
-        write_json_report("--json", options.json, finite(result.to_dict()))
+        write_json_report("--json", options.json, result.to_dict())
         print(f"\njson        {options.json}")
     if options.output is not None:
         write_report("--output", options.output, result_page(result))

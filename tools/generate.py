@@ -193,6 +193,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_output(options.output, [*inputs, Use("--model", options.model)])
     prompts = None if options.chat and options.prompt is None else _prompts(options)
     with without_gc():
+        from retemper.engine.out_of_memory import in_one_line
+
+    with in_one_line("lower --batch-size or --max-new-tokens, use --dtype bfloat16, or --device cpu"):
+        _generate(prompts, sampling, options)
+
+
+def _generate(prompts: list[str] | None, sampling: Sampling, options: argparse.Namespace) -> None:
+    with without_gc():
         from retemper.tools.generation.text_generator import TextGenerator
 
     model = TextGenerator(

@@ -20,8 +20,7 @@ from typing import Any
 
 from retemper.engine.config.command_line import CommandParser
 from retemper.engine.errors import UserError, run_command
-from retemper.engine.files.outputs import Use, require_report, write_report
-from retemper.tools.reports.finite import finite
+from retemper.engine.files.outputs import Use, finite, require_report, write_report
 from retemper.tools.reports.run import RecordedRun, differences, read_run
 from retemper.tools.reports.run_page import format_run, run_page
 from retemper.tools.reports.text import visible

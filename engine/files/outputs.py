@@ -166,16 +166,17 @@ def write_report(option: str, path: str | os.PathLike[str], content: str | bytes
 
 def write_json_report(option: str, path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write ``record`` as a report; see :func:`write_report`. JSON has no NaN and no infinity: they become null."""
-    content = _without_non_finite({"generator": GENERATOR, **record})
+    content = finite({"generator": GENERATOR, **record})
     write_report(option, path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _without_non_finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return ``value``, of JSON's types, with null in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(item) for key, item in value.items()}
-    return [_without_non_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _written_through(path: Path) -> bool:

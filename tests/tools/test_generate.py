@@ -415,6 +415,18 @@ def test_files_of_prompts_and_results(folders: dict[str, Path], tmp_path: Path, 
     assert status == 0 and out.startswith(PROMPT) and err.count("[4 tokens, ended by") == 2
 
 
+def test_a_gpu_without_memory_takes_one_line(
+    folders: dict[str, Path], run: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(TextGenerator, "generate_one", fail)
+    status, _, err = run("--model", folders["qwen2"], "--prompt", PROMPT)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and "2 GiB; lower --batch-size" in err
+
+
 @pytest.mark.parametrize("source", ["piped_prompts", "typed_lines"])
 def test_refuses_bytes_that_are_not_utf_8(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe the cat\n"), encoding="utf-8"))

@@ -14,6 +14,7 @@ from ...engine.data.sidecar import Sidecar
 from ...engine.errors import UserError
 from ...engine.guards.stop_request import StopRequest
 from ...engine.observe.waiting import Say
+from ...engine.out_of_memory import in_one_line
 from ...engine.parallel.mesh import Mesh
 from ...engine.parallel.process_group import Ranks
 from ...engine.prepare_data import prepare_data
@@ -30,6 +31,9 @@ from .scores import DocumentScore, EvaluationResult, ModelScore, SetScore
 from .scoring import DocumentSums, score
 from .windows import WindowPlan, Windows, divide
 
+_LESS_MEMORY = (
+    "lower --batch-size or --sequence-length, set --training.weight_dtype bf16, or start more ranks with torchrun"
+)
 _LEAST_TARGETS = 16
 """Shorter documents are not shown as extremes, unless all are shorter: their losses say little."""
 _CHARACTERS = 200
@@ -46,7 +50,7 @@ def evaluate_models(plan: EvaluationPlan, ranks: Ranks, mesh: Mesh, say: Say) ->
     scores = {}
     for option, config in plan.configs.items():
         name = plan.options.model if option == "--model" else str(plan.options.baseline)
-        with named_options(option, plan.options):
+        with named_options(option, plan.options), in_one_line(_LESS_MEMORY):
             if not plan.options.data:
                 found = find_weights(config.model, ranks, run_store(config, ranks))
                 scores[option] = ModelScore(name, str(found.folder))

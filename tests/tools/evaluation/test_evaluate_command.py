@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from evaluating import FP32, save_model, texts, write_dataset, write_jsonl
+import torch
+from evaluating import FP32, evaluate, request, save_model, texts, write_dataset, write_jsonl
 from oracles.html_page import Page
 
 from retemper.engine.errors import UserError
@@ -108,7 +109,6 @@ def test_losses_of_other_tokenizers_are_not_compared() -> None:
         (["--data", "{data}", "--output", "{model}/config.json"], ["--output", "config.json"]),
         (["--data", "{data}", "--json", "missing/x.json"], ["--json missing/x.json", "does not exist"]),
         (["--data", "{data}", "--json", "x", "--output", "./x"], ["--output x", "--json"]),
-        (["--data", "{data}", "--lm-eval-limit", "5"], ["--lm-eval-limit 5", "--lm-eval;"]),
         (
             ["--data", "{data}", "--mode", "sliding", "--data.attend_across_documents", "true"],
             ["--data.attend_across_documents", "--mode packed"],
@@ -146,6 +146,16 @@ def test_a_task_that_fails_leaves_what_was_measured(run, monkeypatch: pytest.Mon
     command = run(evaluate_model, "--model", "x", "--data", "y", "--lm-eval", "x", "--json", path)
     assert command.status == 1 and command.stderr == "error: --lm-eval x: no network\n"
     assert [one["name"] for one in json.loads(path.read_text())["model"]["sets"]] == ["domain", "general", "same"]
+
+
+def test_a_gpu_without_memory_takes_one_line(one_rank, model: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(command_module, "score", fail)
+    with pytest.raises(UserError, match="Tried to allocate 2 GiB; lower --batch-size") as found:
+        evaluate(one_rank, request(model, data, sequence_length=32))
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.slow
