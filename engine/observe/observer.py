@@ -37,7 +37,7 @@ class RunDescription:
     recorded_step: int | None = None
     """Last step in metrics.jsonl when the run was opened: the checkpoint may be older."""
     request_stop: Callable[[str], None] = lambda reason: None
-    """Asks the run to save and to stop after the current step; takes the reason, for the log."""
+    """Asks the run to save and to stop, after the next step at the latest; takes the reason, for the log."""
 
 
 class StepRecord(NamedTuple):

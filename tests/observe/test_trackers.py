@@ -51,7 +51,8 @@ print(*play.lines, sep="\\n")
 
 @pytest.fixture(scope="module")
 def server():
-    modules = ("helpers.tracker_runs", "wandb", "mlflow", "retemper.engine.observe.reporter")
+    # Not wandb: its first program would remove the folder for media that all of them inherit.
+    modules = ("helpers.tracker_runs", "mlflow", "retemper.engine.observe.reporter")
     with fork_server(*modules) as context:
         yield context
 
