@@ -51,8 +51,7 @@ print(*play.lines, sep="\\n")
 
 @pytest.fixture(scope="module")
 def server():
-    # Not wandb: its first program would remove the folder for media that all of them inherit.
-    modules = ("helpers.tracker_runs", "mlflow", "retemper.engine.observe.reporter")
+    modules = ("helpers.tracker_runs", "wandb", "mlflow", "retemper.engine.observe.reporter")
     with fork_server(*modules) as context:
         yield context
 
@@ -132,6 +131,8 @@ import json, sys
 from pathlib import Path
 from helpers.tracker_runs import Play
 from retemper.engine.observe.observer import Sample
+from wandb.sdk.data_types._private import MEDIA_TMP
+Path(MEDIA_TMP.name).mkdir(exist_ok=True)  # another program of the fork server may have removed what all inherit
 play = Play(Path(sys.argv[1]), ["wandb", "mlflow", "trackio", "csv"])
 play.steps(range(1, 6))
 play.samples(5, [Sample(*sample) for sample in json.loads(sys.argv[2])])
