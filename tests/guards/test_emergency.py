@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from retemper.engine.optim.local import local_part
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.weights.checkpoint.retention import reasons_to_keep
+from retemper.engine.weights.checkpoint.store import CheckpointStore
 
 OPTIONS = [
     "--training.train_tokens",
@@ -161,6 +163,18 @@ def test_a_state_that_is_not_sound_is_not_saved(phase, reason, one_rank, run_fil
     train(one_rank, run_file, options, phase, Failure("a kernel"))
     assert _checkpoints(tmp_path) == ["step-00000003"]
     assert reason in capsys.readouterr().out
+
+
+def test_a_rank_alone_completes_the_checkpoint_that_is_being_written(one_rank, run_file, tmp_path, monkeypatch):
+    save = CheckpointStore.save
+
+    def slowly(*arguments):
+        time.sleep(1)
+        return save(*arguments)
+
+    monkeypatch.setattr(CheckpointStore, "save", slowly)
+    train(one_rank, run_file, [*OPTIONS, "--run_folder", str(tmp_path)], "update", Failure("a kernel"))
+    assert _checkpoints(tmp_path) == ["step-00000003"]
 
 
 def test_a_step_that_has_a_checkpoint_is_not_saved_again(one_rank, run_file, tmp_path, capsys):

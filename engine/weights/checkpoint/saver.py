@@ -60,8 +60,8 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # A UserError has been raised on all ranks, so the checkpoint can still be completed. After another error the
-        # other ranks may be gone: this one must not wait for them.
-        if kind is None or issubclass(kind, UserError):
+        # other ranks may be gone: this one must not wait for them, but a rank alone completes it.
+        if kind is None or issubclass(kind, UserError) or self._store.ranks.world_size == 1:
             with nullcontext() if kind is None else suppress(Exception):  # the error that is being raised says more
                 if self._task is not None:
                     self._finish()
