@@ -38,7 +38,10 @@ def build_parser() -> CommandParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR|NAME", help="a Hugging Face folder, a checkpoint, or a Hub name"
+        "--model",
+        required=True,
+        metavar="DIR|NAME",
+        help="a Hugging Face folder, a checkpoint, a run folder, or a Hub name",
     )
     parser.add_argument(
         "--baseline", metavar="DIR|NAME", help="model to compare with, such as the one before the training"
