@@ -54,6 +54,8 @@ class Architecture(ABC):
     """Whether each head has a learned logit that takes part in its softmax without a value."""
     value_head_dim: int | None = None
     """Size of values; None for ``head_dim``."""
+    position_table: int | None = None
+    """Number of positions in a table, learned or not: no document is longer. None: positions are computed."""
 
     @property
     @abstractmethod

@@ -47,6 +47,12 @@ def check(
     """
     parallel, training = config.parallel, config.training
     float8.enabled(training, device)
+    table = architecture.position_table
+    if table is not None and training.sequence_length > table:
+        raise UserError(
+            f"training.sequence_length {training.sequence_length:,} is longer than the model's table of {table:,} "
+            f"positions; set it to {table} at most"
+        )
     _check_implementation(config, architecture)
     fused_projections.check(config, architecture, world_size == parallel.tensor * parallel.pipeline)
     tensor.check(architecture, config)

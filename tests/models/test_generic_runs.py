@@ -160,3 +160,10 @@ def test_parameters_without_gradients_stay_as_they_are(one_rank, run_file, tmp_p
     states = [name for name in names if name.startswith("optimizer.")]
     assert len(states) == 3 * sum(not name.startswith("optimizer.") for name in names)
     assert not any(last[name].any() for name in states)
+
+
+def test_samples_longer_than_the_table_of_positions_are_refused(one_rank, run_file, tmp_path):
+    options = [*SHORT, "--run_folder", str(tmp_path / "run"), "--model.dropout", "0"]
+    config = tiny_run.configure(run_file("gpt2"), *options, "--training.sequence_length", "256")
+    with pytest.raises(UserError, match=r"training\.sequence_length 256 .* 128 positions; set it to 128"):
+        pretrain.build(config, one_rank)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from torch import Tensor, nn
 
 from ...errors import UserError
 from ..architecture import Architecture, Implementation, Piece
@@ -19,6 +21,8 @@ from .library import Parts, find_parts, library_attention, library_config, meta_
 from .stored_names import float32_tensors, stored_pieces, unused_tensors
 from .tiny import with_num_blocks
 
+_MOST_PADDING = 8
+"""Rows of a table of positions that are for no position: OPT has two."""
 DocumentMode = Literal["packed", "one_by_one", "library_attention"]
 """How the documents of a batch are kept apart: by our attention; by computing each block one document at a time, with
 our attention; or with that of transformers."""
@@ -174,7 +178,30 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
         attention_softcap=getattr(made, "attn_logit_softcapping", None),
         attention_sinks=any("sink" in name for name, _ in parts.blocks.named_parameters()),
         value_head_dim=max(_sizes(modules, ("v_head_dim",)), default=None),
+        position_table=_position_table(parts, getattr(made, "max_position_embeddings", None)),
     )
+
+
+def _position_table(parts: Parts, max_positions: Any) -> int | None:
+    """Return ``max_positions`` if the backbone has a matrix of so many positions; some types pad theirs."""
+    if not isinstance(max_positions, int):
+        return None
+    sizes = [
+        len(matrix)
+        for module in parts.backbone.modules()
+        if module is not parts.embedding and not hasattr(module, "make_weights")  # xglm enlarges its table
+        for matrix in _tables(module)
+        if matrix.dim() == 2
+    ]
+    return max_positions if any(0 <= size - max_positions <= _MOST_PADDING for size in sizes) else None
+
+
+def _tables(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a module that may be a table: learned, or computed when it was constructed."""
+    if isinstance(module, nn.Embedding):
+        yield module.weight
+    yield from (buffer for buffer in module.buffers(recurse=False) if buffer is not None)
+    yield from (value for value in vars(module).values() if isinstance(value, Tensor))  # ctrl
 
 
 def _is_latent(made: Any) -> bool:
