@@ -210,7 +210,8 @@ class Pipelined:
         self._num_micro_batches = num_micro_batches
         self._batches: list[Batch] = []
         self._num_targets = 1.0
-        self._losses: dict[int, Tensor] = {}
+        self._losses: list[tuple[Tensor, Tensor]] = []
+        """Number and loss of each micro-batch; without values in a dry run."""
         layout = prepare.mesh.layout
         tokens = config.training.micro_batch_size * config.training.sequence_length // (layout.context * layout.tensor)
         width = decoders[0].architecture.hidden_size
@@ -261,9 +262,9 @@ class Pipelined:
                 some = batches[first : first + count]
                 # The schedule has a fixed length: the remaining micro-batches are copies without targets.
                 self._run(self._schedule.eval, some + [some[0].without_targets()] * (count - len(some)))
-                for number, loss in self._losses.items():
-                    if number < len(some):
-                        losses[first + number] = loss
+                for number, loss in self._losses:
+                    if int(number) < len(some):
+                        losses[first + int(number)] = loss
         return counted_once(losses, self._prepare.mesh)
 
     @contextlib.contextmanager
@@ -274,7 +275,7 @@ class Pipelined:
             yield
 
     def _run(self, run: Callable[..., Any], batches: list[Batch]) -> None:
-        self._batches, self._losses = batches, {}
+        self._batches, self._losses = batches, []
         # Stages look up their micro-batch by its number: documents differ in number, so one tensor cannot hold them
         # all.
         numbers = torch.arange(len(batches))
@@ -294,13 +295,13 @@ class Pipelined:
         return self._batches[int(number)]
 
     def _scaled_loss(self, loss_sum: Tensor, number: Tensor) -> Tensor:
-        self._losses[int(number)] = loss_sum.detach()
+        self._losses.append((number, loss_sum.detach()))
         return loss_sum / self._num_targets
 
     def _loss(self) -> Tensor:
         """Return the sum of the losses of all micro-batches on the rank with the last stage, zero elsewhere."""
         total = torch.zeros((), device=self._prepare.device)
-        for loss in self._losses.values():
+        for _, loss in self._losses:
             total += loss
         return counted_once(total, self._prepare.mesh)
 
