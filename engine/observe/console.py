@@ -139,7 +139,9 @@ class _Stream(io.TextIOBase):
     def __init__(self, stream: TextIO | None, name: str, console: Console):
         self._stream, self._name, self.console = stream, name, console
         self._lock = threading.RLock()
-        self._text, self._line = "", ""
+        self._texts: dict[int, str] = {}
+        """What each thread has written of a line: print() writes a line and its end in two parts."""
+        self._line = ""
         self.failing = False
         self._fd: int | None = None
         with contextlib.suppress(OSError, ValueError):
@@ -169,21 +171,24 @@ class _Stream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with self._lock:
-            self._text += text
+            self._texts[threading.get_ident()] = self._texts.get(threading.get_ident(), "") + text
         if "\n" in text or "\r" in text:
             # A bar would overwrite the beginning of a line.
             self._print(whole_lines="\r" not in text)
         return len(text)
 
     def flush(self) -> None:
-        if self._text:
+        if self._texts.get(threading.get_ident()):
             self._print(whole_lines=False)
 
     def _print(self, whole_lines: bool) -> None:
         # A bar takes tqdm's lock and then this one.
         with tqdm.external_write_mode(self.console.live), self._lock:
-            end = self._text.rfind("\n") + 1 if whole_lines else len(self._text)
-            text, self._text = self._text[:end], self._text[end:]
+            written = self._texts.pop(threading.get_ident(), "")
+            end = written.rfind("\n") + 1 if whole_lines else len(written)
+            text = written[:end]
+            if written[end:]:
+                self._texts[threading.get_ident()] = written[end:]
             self.emit(colored(text) if self._colored else text)
             self._tee(text)
 
