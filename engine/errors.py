@@ -23,7 +23,7 @@ EXTRA_OF = {
     **{"jinja2": "chat", "rensa": "dedup", "tiktoken": "tiktoken", "fastokens": "fast", "torchao": "fp8"},
     **{"ftfy": "clean", "py3langid": "clean", "s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud"},
     **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
-    **{"s3fs": "cloud", "gcsfs": "cloud", "aiohttp": "cloud", "datasets": "hub", "datatrove": "datatrove"},
+    **{"datasets": "hub", "datatrove": "datatrove"},
     **{"wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio", "swanlab": "swanlab", "comet_ml": "comet"},
     **{"lm_eval": "eval", "accelerate": "eval", "prometheus_client": "prometheus"},
 }

@@ -416,9 +416,9 @@ class LoggingConfig:
     """Show one live line instead of a line for each step: a bar, the loss, the time left, tokens/s and MFU. auto: if
     standard output is a terminal, unless TERM is dumb. ``log.txt`` always has the line of each reported step."""
     profile_steps: list[int] | None = None
-    """First and last step, such as [10, 13], of which every rank writes a trace of the PyTorch profiler and a table,
-    under ``{run_folder}/profile``; see docs/profiling.md. These steps and the one before are slower, and do not count
-    in the speed of the run. Null: none."""
+    """First and last step, such as [10, 13]. Every rank writes a trace of these steps with the PyTorch profiler, and a
+    table, under ``{run_folder}/profile``; see docs/profiling.md. These steps and the one before are slower, and do not
+    count in the speed of the run. Null: none."""
     memory_snapshot: Literal["never", "on_oom"] = "never"
     """on_oom: record allocations on a GPU with their Python stacks, and when its memory runs out write
     ``{run_folder}/memory_snapshot_rank0.pickle`` (of that rank) for https://pytorch.org/memory_viz. Recording takes
