@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Batch(NamedTuple):
     """Number of targets that are not masked."""
     attention: AttentionPlan | None = None
     """The backend and its data; None for the backend that ``auto`` selects for the tensors' device."""
+    token_numbers: Tensor | None = None
+    """[T] int64, different for every token of a run: sample number x sequence length + place in the sample. Random
+    numbers of training are functions of it. None: the batch is not for training."""
 
     @classmethod
     def of_documents(cls, tokens: Tensor, lengths: Sequence[int], targets: Tensor | None = None) -> Batch:
@@ -46,11 +49,19 @@ class Batch(NamedTuple):
         """Return the same batch on ``device``; copies from pinned memory are asynchronous."""
         if device.type == "cpu":
             return self
-        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]})
+        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._tensors()})
 
     def pin_memory(self) -> Batch:
         """Return the same batch in page-locked memory."""
-        return self._replace(**{name: getattr(self, name).pin_memory() for name in self._fields[:4]})
+        return self._replace(**{name: value.pin_memory() for name, value in self._tensors()})
+
+    def tokens_in(self, part: slice) -> Batch:
+        """Return the same batch with only the tokens in ``part``; offsets and attention stay those of all tokens."""
+        per_token = ("tokens", "targets", "position_ids", "token_numbers")
+        return self._replace(**{name: value[part] for name, value in self._tensors() if name in per_token})
+
+    def _tensors(self) -> Iterator[tuple[str, Any]]:
+        return ((name, value) for name, value in self._asdict().items() if isinstance(value, Tensor))
 
     def without_targets(self) -> Batch:
         """Return the same batch with all targets masked."""

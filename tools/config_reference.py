@@ -39,7 +39,7 @@ WIDTH = 120
 _BEGINNING = """\
 # Configuration reference
 
-This page is generated from `engine/config/settings.py` by `make docs`.
+This page is generated from `engine/config/settings/` by `make docs`.
 [configuration.md](configuration.md) explains how files and options are read. `training.precision`
 below is the key `precision` in the section `training` of a YAML file, and the option `--training.precision`.
 """

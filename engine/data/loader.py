@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from ..batch import Batch
 from ..schedule import BatchPlan
 from .packing import pack
@@ -50,14 +52,16 @@ class TrainingData:
     def micro_batches(self, first_sample: int) -> list[Batch]:
         """Return this rank's part of the global batch that begins with sample ``first_sample``."""
         batches = [
-            pack(
-                [self._chunk(first_sample + offset) for offset in offsets],
-                self.plan.sequence_length,
-                self.attend_across_documents,
-            )
+            self._packed([first_sample + offset for offset in offsets])
             for offsets in self.plan.sample_offsets(self.data_rank)
         ]
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
+
+    def _packed(self, samples: list[int]) -> Batch:
+        length = self.plan.sequence_length
+        batch = pack([self._chunk(sample) for sample in samples], length, self.attend_across_documents)
+        numbers = torch.cat([torch.arange(sample * length, (sample + 1) * length) for sample in samples])
+        return batch._replace(token_numbers=numbers)
 
     def _chunk(self, index: int) -> Chunk:
         sample = self.order.sample(index)

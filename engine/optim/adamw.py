@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ...kernels.random_bits import mixed, random_bits, stream_key
 from .local import local_part
-from .stochastic_rounding import mixed, random_bits, round_stochastically, stream_key
+from .stochastic_rounding import round_stochastically
 
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
 """Elements updated at a time, by device. The temporaries of an uncompiled update take some 80 bytes for each (5 MB, 1.3
@@ -142,7 +143,7 @@ def update_chunk(
         first: [] int64, position of the first element in the whole parameter.
         width: [] int64, distance between rows in the whole parameter.
         numbers: [7] fp32, see :func:`_numbers`.
-        keys: [2] int32, see :func:`~retemper.engine.optim.stochastic_rounding.stream_key`.
+        keys: [2] int32, see :func:`~retemper.kernels.random_bits.stream_key`.
         skip: [] fp32, non-zero to change nothing.
         divisor: [] fp32, of the gradient.
     """

@@ -39,10 +39,8 @@ class BatchPreparer:
             equal_lengths_backend=self._attention.equal_lengths_backend,
         )
         count = len(batch.tokens) // self.mesh.layout.context
-        mine = slice(self.mesh.coordinate.context * count, (self.mesh.coordinate.context + 1) * count)
-        return batch._replace(
-            tokens=batch.tokens[mine], targets=batch.targets[mine], position_ids=batch.position_ids[mine]
-        )
+        first = self.mesh.coordinate.context * count
+        return batch.tokens_in(slice(first, first + count))
 
 
 class ModelParts:

@@ -16,7 +16,8 @@ from retemper.engine.config.settings import OptimizerConfig
 from retemper.engine.optim import adamw, build_optimizer, clip_divisor, global_norm, step_unless
 from retemper.engine.optim.adamw import CompactAdamW
 from retemper.engine.optim.fused_adamw import FusedAdamW
-from retemper.engine.optim.stochastic_rounding import random_bits, round_stochastically, stream_key
+from retemper.engine.optim.stochastic_rounding import round_stochastically
+from retemper.kernels.random_bits import random_bits, stream_key
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP32, BF16)]  # of weights and states

@@ -1,0 +1,96 @@
+"""Settings of the token budget, of a step and of its safeguards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .marks import Switch
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The token budget and the shape of a step. Progress is measured in tokens; the number of steps is derived."""
+
+    train_tokens: int
+    """Total number of tokens to train on, rounded up to complete steps."""
+    warmup_tokens: int = 0
+    """Number of tokens over which the learning rate rises linearly from zero to its peak."""
+    sequence_length: int = 1024
+    """Number of tokens in one sample."""
+    global_batch_size: int = 32
+    """Number of samples in one optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int = 1
+    """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
+    rounding."""
+    trainable: Literal["all", "embeddings"] = "all"
+    """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
+    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
+    the same; see docs/vocabulary.md."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
+    or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
+    fp32."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
+    computed in fp32 and written back with stochastic rounding, so that small updates are kept on average. A run can
+    resume with wider dtypes than those of its checkpoint, never with narrower ones.
+
+    Bytes per parameter for weight, both moments and gradient, over all ranks that share a copy of the model: 4 + 8 + 4
+    = 16 with fp32 (7.6 billion parameters: 122 GB), 4 + 4 + 4 = 12 with ``optimizer.state_dtype`` bf16 (91 GB), 2 + 8 +
+    2 = 12 with ``weight_dtype`` bf16 (91 GB), 2 + 4 + 2 = 8 with both (61 GB). With bf16 weights, several micro-batches
+    in a step need 2 more, because their gradients are accumulated in fp32. With ``precision`` bf16, each rank needs 2
+    more for the parameters that it gathers."""
+    attention_backend: Literal["auto", "fa4", "fa3", "sdpa", "flash_attn", "varlen", "flex", "per_document"] = "auto"
+    """Attention implementation. auto: the fastest that works here; the start summary shows the choice and its reason.
+    It may be another one for micro-batches whose documents have one length. fa4, fa3: FlashAttention-4 or -3 through
+    PyTorch. sdpa: PyTorch's fused kernels, cuDNN's first, only with ``data.attend_across_documents``. flash_attn: the
+    flash-attn package. varlen: the FlashAttention-2 in PyTorch. flex: FlexAttention. per_document: PyTorch's SDPA for
+    one document at a time, works everywhere. Only flash_attn, flex, sdpa and per_document can cap scores (Gemma 2),
+    and only the last three have attention sinks (gpt-oss)."""
+    compile: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
+    """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
+    by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
+    float8: bool = False
+    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
+    ``precision``. Stored weights and optimizer states do not change."""
+    fuse_projections: bool = False
+    """Compute queries, keys and values by one matrix product, and gate and up by another. Their weights are views of
+    one matrix; parameters and checkpoints do not change, and results differ by rounding. Only for native models on one
+    data-parallel rank, without tensor and pipeline parallelism. The gain on a GPU has not been measured."""
+    gc_interval: int = 50
+    """Number of steps between runs of Python's garbage collector on all ranks. Otherwise it is off during training: if
+    ranks collected at different times, all would wait for each of them. 0: Python decides when to collect."""
+    max_skipped_steps: int = 10
+    """Maximum number of skipped steps in a row. A step with a non-finite loss or gradient is skipped: it changes no
+    weights on any rank, and its samples and tokens count as used. One more ends the run, which names its newest
+    checkpoint. 0: the first one ends the run."""
+    loss_spike_zscore: float | None = None
+    """Also skip steps whose loss is more than this many (robust) standard deviations above the median of the 64 losses
+    before it, such as 10. They count towards ``max_skipped_steps``. Every step then waits for its loss before its
+    update, which costs some time on a GPU. Null: no check."""
+    loss_spike_action: Literal["skip", "rewind"] = "skip"
+    """Reaction to a loss spike. skip: skip the step and continue. rewind: return to the newest undamaged checkpoint
+    that is at least ``rewind_steps`` older, and train from there without the samples up to the spike. If no such
+    checkpoint exists, the step is skipped."""
+    rewind_steps: int = 100
+    """Minimum number of steps to rewind after a loss spike. The actual number depends on the checkpoints that are kept:
+    about twice as many if ``checkpoint.keep_last`` keeps none that old, else up to ``checkpoint.save_interval``
+    more."""
+    max_rewinds: int = 3
+    """Maximum number of rewinds. The next loss spike ends the run."""
+    check_replicas_interval: int = 0
+    """Number of steps between checks that compare replicated weights and optimizer states bit for bit. A difference
+    ends the run; the error names the ranks and the tensor. 0: never."""
+    stop_after_minutes: float | None = None
+    """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
+    For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
+    Null: no limit."""
+    eval_interval: int = 0
+    """Number of steps between evaluations of the validation sets. 0: only at the end."""
+    eval_tokens: int = 1_000_000
+    """Maximum number of tokens evaluated of each validation set: chunks spread evenly, the same ones each time. They
+    are read once and kept in memory (24 bytes a token over all ranks)."""
+    eval_at_start: bool = False
+    """Evaluate once before the first step of a fresh run, and at the start of a run that has already used up its token
+    budget."""
