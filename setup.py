@@ -46,6 +46,9 @@ EXTRAS = {
         "hypothesis>=6.100",
         "datasketch>=1.6",
         "pyte>=0.8.2",  # a terminal, for tests of the console
+        "peft>=0.18",  # adapters of tests are compared with it
+        "accelerate>=1.0",  # for peft
+        "torchao>=0.15",  # 8-bit optimizers and weights are compared with it
         "kernels",
         "triton>=3.6; sys_platform == 'linux'",
         "ruff>=0.9",
