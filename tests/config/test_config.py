@@ -1,6 +1,7 @@
 """Reading and checking a run's configuration: what is accepted, and that every refusal is one line with a remedy."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.config import settings as config
 from retemper.engine.config.parser import USUAL_SETTINGS, parse_config
 from retemper.engine.config.settings import (
     DataConfig,
@@ -278,7 +278,6 @@ def test_the_help_options_that_help_names_print_help(capsys):
 
 def test_every_field_of_every_section_has_a_docstring():
     """The same from the source: list items, which are no options of their own, included."""
-    text = Path(config.__file__).read_text(encoding="utf-8")
     kinds, waiting = set(), [RunConfig]
     while waiting:
         kind = waiting.pop()
@@ -288,7 +287,7 @@ def test_every_field_of_every_section_has_a_docstring():
             if dataclasses.is_dataclass(hint):
                 waiting.append(hint)
     for kind in kinds:
-        body = text.split(f"class {kind.__name__}:")[1].split("\n@dataclass")[0]
+        body = inspect.getsource(kind)
         for item in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(get_type_hints(kind)[item.name]):
                 assert re.search(rf'^    {item.name}: .*\n    """', body, re.M), f"{kind.__name__}.{item.name}"
