@@ -55,6 +55,12 @@ class PreprocessOptions:
     bos: str = "auto"
     """Whether documents begin with the BOS: one of ``BOS_CHOICES``; auto: as the tokenizer begins texts."""
     allow_special_tokens: bool = False
+    fim_rate: float = 0.0
+    """Share of the documents that are rearranged for fill-in-the-middle."""
+    fim_spm_rate: float = 0.5
+    """Share of these that begin with the suffix."""
+    fim_tokens: Sequence[str] = ()
+    """Tokens before prefix, suffix and middle, and perhaps one after the middle; empty: the tokenizer's, by name."""
     encoder: str = "auto"
     """auto: reference for small inputs, in this process; else fast, in workers. Both give the same ids."""
     workers: int | None = None

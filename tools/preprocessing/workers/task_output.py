@@ -70,7 +70,7 @@ class TaskResult:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     """Counts by source (its number as a string) and reason."""
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Documents that cleaning changed and did not leave out, by source (as above) and option."""
+    """Documents that a step changed and did not leave out, by source (as above) and option."""
     bins: list[str] = field(default_factory=list)
     """Values of the key of ``--bins``, in the order in which they came."""
     first_bad: str | None = None
@@ -90,10 +90,10 @@ class TaskResult:
         reasons = self.left_out.setdefault(str(source), {})
         reasons[reason] = reasons.get(reason, 0) + number
 
-    def count_change(self, source: int, option: str) -> None:
-        """Count a document that a cleaning step changed."""
+    def count_change(self, source: int, option: str, number: int = 1) -> None:
+        """Count ``number`` documents that a step changed."""
         options = self.changed.setdefault(str(source), {})
-        options[option] = options.get(option, 0) + 1
+        options[option] = options.get(option, 0) + number
 
     def count_note(self, source: int, note: str, number: int) -> None:
         """Count a part of kept documents that is not trained on. Rare names share one count."""

@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from ....engine.errors import UserError
+from ....engine.tokenizer.backends import FlatIds
 from ...tokenizer.document_frame import DocumentFrame
 from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 from ..chat.conversation import ChatBos, EncodedChat
 from ..cleaning.cleaner import Cleaner
 from ..dataset.bins import bin_of, require_few
+from ..fim import FimEncoder, FimRule
 from ..formats import FORMATS
 from ..options import PreprocessOptions
 from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedError, Where
@@ -69,6 +71,8 @@ class WorkerSettings:
     chat_bos: ChatBos
     held_out: Path | None
     """File of an ``NgramFilter`` with the n-grams of held-out texts."""
+    fim: FimRule | None = None
+    """Which documents are rearranged for fill-in-the-middle; None: none."""
 
 
 @dataclass
@@ -92,6 +96,7 @@ class TaskRunner:
         self._progress = progress
         self._tokenizer = tokenizer
         self._cleaner = Cleaner(self._options, settings.held_out)
+        self._fim = None if settings.fim is None else FimEncoder(settings.fim, tokenizer.encode_flat)
         self._choose: Callable[[Any], str | LongText | EncodedChat] = self._options.text_choice.text
         if self._options.chat:
             from ..chat.encoder import chat_encoder
@@ -240,8 +245,7 @@ class TaskRunner:
             self._output.add(self._source, TextLines(texts, extras))
             return
         try:
-            self._compare(texts)
-            ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
+            ids, lengths = self._encoded(texts)
         except UserError as error:
             # The tokenizer's library failed on some of them: encode one by one to find which.
             if len(texts) == 1:
@@ -251,6 +255,19 @@ class TaskRunner:
                 self._encode([text], extras[number : number + 1])
             return
         self._output.add(self._source, Documents(texts, ids, lengths, extras))
+
+    def _encoded(self, texts: list[str]) -> FlatIds:
+        """Return the ids of documents with the frame around each, some of them rearranged for fill-in-the-middle."""
+        if self._fim is None:
+            self._compare(texts)
+            return self._tokenizer.encode_documents(texts, self._settings.frame)
+        cuts = self._fim.cut(texts)
+        parts = self._fim.parts(texts, cuts)
+        self._compare(parts)
+        flat, counts = self._fim.join(self._tokenizer.encode_flat(parts), texts, cuts)
+        for name, number in counts.items():
+            self._result.count_change(self._source, name, number)
+        return self._settings.frame.around(*flat)
 
     def _compare(self, texts: list[str]) -> None:
         """Compare the fast tokenizer with the reference on a sample."""
@@ -290,6 +307,9 @@ class TaskRunner:
             self._result.count(self._source, str(left_out))
 
     def _encode_long(self, document: LongDocument, pieces: Iterator[str]) -> None:
+        if self._fim is not None:
+            self._result.notes.append(f"{self._path}: a document is too long for memory; --fim-rate leaves it as it is")
+
         def encode(piece: str) -> np.ndarray:
             return self._tokenizer.encode_flat([piece])[0]
 
