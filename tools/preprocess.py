@@ -43,6 +43,7 @@ def build_parser() -> CommandParser:
     _add_chat(parser.add_argument_group("conversations"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
     _add_fim(parser.add_argument_group("fill-in-the-middle, for code"))
+    _add_windows(parser.add_argument_group("windows, for models with a short context"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
     parser.mark_usual(
@@ -231,6 +232,30 @@ def _add_fim(group: argparse._ArgumentGroup) -> None:
         metavar="TOKEN",
         help="the tokens before prefix, suffix and middle, and perhaps one after the middle (default: those of Qwen, "
         "StarCoder, DeepSeek, CodeLlama or CodeGemma that the tokenizer has)",
+    )
+
+
+def _add_windows(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="cut longer documents into windows of N tokens, BOS and end-of-document token included; usually "
+        "training.sequence_length (default: documents stay whole, and training cuts them where a sequence ends)",
+    )
+    group.add_argument(
+        "--window-overlap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that a window repeats of the one before it, as context for its first words (default: 0)",
+    )
+    group.add_argument(
+        "--window-loss",
+        choices=("new", "all"),
+        default="new",
+        help="new (the default): the repeated tokens have no loss, so that every token is trained on once; all: they "
+        "have it again",
     )
 
 

@@ -75,6 +75,7 @@ class RunPlan:
             self._chat_bos,
             self._held_out,
             setup.fim,
+            setup.windows,
         )
 
     @property

@@ -17,7 +17,7 @@ from ..records.errors import UNREADABLE
 
 DOCUMENT = np.dtype(
     [
-        ("tokens", "<i8"),  # BOS and end-of-document token included
+        ("tokens", "<i8"),  # BOS, end-of-document token and what windows repeat included
         ("characters", "<i8"),
         ("text_bytes", "<i8"),  # in UTF-8
         ("metadata_bytes", "<i8"),  # of its line in {key}.metadata, line feed included; 0 without metadata
@@ -39,7 +39,7 @@ class TaskOutput:
         self.documents = folder / f"{key}.npy"
         """``DOCUMENT`` records in .npy format."""
         self.mask = folder / f"{key}.mask"
-        """uint8 per token; only with ``--chat``."""
+        """uint8 per token; only with ``--chat`` or ``--window-overlap``."""
         self.metadata = folder / f"{key}.metadata"
         """A line of JSON per document; only with ``--metadata``."""
         self.bands = folder / f"{key}.bands.npy"

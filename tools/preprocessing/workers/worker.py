@@ -35,6 +35,7 @@ from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedEr
 from ..records.long_text import LongText, encode_in_pieces
 from ..records.reading import ReadContext, Record, readable_part
 from ..records.text_choice import metadata_line
+from ..windows import Windows
 from .encoded import ChatDocument, Documents, Extra, LongDocument, LongTextLine, TextLines
 from .no_tokenizer import NoTokenizer
 from .shared_tokenizer import load_tokenizer_once
@@ -73,6 +74,8 @@ class WorkerSettings:
     """File of an ``NgramFilter`` with the n-grams of held-out texts."""
     fim: FimRule | None = None
     """Which documents are rearranged for fill-in-the-middle; None: none."""
+    windows: Windows | None = None
+    """How long documents are cut; None: they stay whole."""
 
 
 @dataclass
@@ -254,7 +257,15 @@ class TaskRunner:
             for number, text in enumerate(texts):
                 self._encode([text], extras[number : number + 1])
             return
-        self._output.add(self._source, Documents(texts, ids, lengths, extras))
+        documents = Documents(texts, ids, lengths, extras)
+        if self._settings.windows is not None:
+            documents, number = documents.in_windows(self._settings.windows)
+            self._count_in_windows(number)
+        self._output.add(self._source, documents)
+
+    def _count_in_windows(self, number: int) -> None:
+        if number:
+            self._result.count_change(self._source, "--window", number)
 
     def _encoded(self, texts: list[str]) -> FlatIds:
         """Return the ids of documents with the frame around each, some of them rearranged for fill-in-the-middle."""
@@ -285,6 +296,7 @@ class TaskRunner:
     def _write_long(self, text: LongText, extras: list[Extra]) -> None:
         """Clean, encode and write one document in pieces."""
         changes: Counter[str] = Counter()
+        windows = self._settings.windows
 
         def cleaned() -> Iterator[str]:
             changes.clear()  # MinHash reads the text again
@@ -298,7 +310,7 @@ class TaskRunner:
                 if self._options.to_jsonl:
                     self._write_long_line(LongTextLine(extras[0], cleaned), cleaned())
                 else:
-                    self._encode_long(LongDocument(self._settings.frame, extras, cleaned), cleaned())
+                    self._encode_long(LongDocument(self._settings.frame, extras, cleaned, windows), cleaned())
             for step in changes:
                 self._count_change(step)
         except MalformedError as error:
@@ -316,6 +328,7 @@ class TaskRunner:
         for piece, ids in encode_in_pieces(pieces, encode):
             self._output.write_tokens(document.extend(piece, ids))
         self._output.write_tokens(document.end())
+        self._count_in_windows(int(document.lengths[0] != document.own_lengths[0]))
         self._output.add(self._source, document)
 
     def _write_long_line(self, document: LongTextLine, pieces: Iterator[str]) -> None:
