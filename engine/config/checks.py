@@ -58,6 +58,8 @@ RANGES = {
     "training.sequence_length": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
+    "training.neftune_alpha": _POSITIVE_OR_NULL,
+    "training.z_loss": _FROM_0,
     "training.gc_interval": _FROM_0,
     "training.max_skipped_steps": _FROM_0,
     "training.loss_spike_zscore": _POSITIVE_OR_NULL,
@@ -147,6 +149,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     training = config.training
     yield from refused(config)
     yield from _pipeline(config.parallel)
+    if training.trainable == []:
+        yield "training.trainable is []; name patterns of parameters, or use all"
     yield from _schedule(training, config.optimizer)
     yield from _data(config.data, training)
     yield from _profile(config.logging)
