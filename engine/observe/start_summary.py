@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import budget
 from ..config.effects import Situation, without_effect
 from ..config.settings import DataConfig, RunConfig
 from ..data.catalog import Catalog
@@ -81,11 +82,11 @@ def _describe_notes(run: Run) -> list[str]:
 
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
-    budget, tokens = run.config.training.train_tokens, run.progress.tokens
-    if tokens - budget < run.plan.tokens_per_step:  # the last step is complete
+    training, tokens = run.config.training, run.progress.tokens
+    if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
-        f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+        f"{budget.shown(training, budget.TRAIN)} is less than the {tokens:,} tokens that this run has trained on: "
         "no step is left; raise it to continue training"
     ]
 
@@ -136,9 +137,15 @@ def _describe_budget(run: Run) -> list[str]:
     return [
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
-        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
+        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
+        f"{remaining_steps:,} steps to go{shortest}",
     ]
+
+
+def _budget(run: Run) -> str:
+    training = run.config.training
+    epochs = "" if training.train_epochs is None else f"{training.train_epochs:g} x {run.catalog.epoch_tokens:,} = "
+    return f"{epochs}{training.budget:,} tokens"
 
 
 def _describe_ranks(run: Run) -> list[str]:

@@ -90,7 +90,7 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
         flops_per_token(architecture, batches.sequence_length, halved, learned) for halved in (False, True)
     )
     ranks, rank = plan.layout.world_size, plan.slowest
-    tokens = plan.config.training.train_tokens
+    tokens = plan.config.training.budget
     seconds = plan.hours * 3600
     executed = rank.flops * ranks / batches.tokens_per_step
     return [
