@@ -34,7 +34,7 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     per_parameter = weight_bytes
     if config.training.trainable == "all":
-        per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
+        per_parameter += weight_bytes + 2 * state_bytes + config.training.average_bytes  # gradient and both moments
     needed = architecture.num_parameters * per_parameter // sharing
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
     available = device_memory(device) // ranks_here

@@ -53,6 +53,7 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
     sharded = mine / (layout.shard * layout.context)
     states = sharded * (bytes_of(config.training.weight_dtype) + 2 * bytes_of(config.optimizer.state_dtype))
+    states += sharded * config.training.average_bytes
     once = parallel.reduce_gradients == "step" and count > 1
     gradients = 4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count)
     tokens = _tokens(config, layout)
