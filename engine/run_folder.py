@@ -23,7 +23,7 @@ from .weights.checkpoint.destination import require_destination
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.run_record import CONFIG_FILE, note_start
 from .weights.checkpoint.store import CheckpointStore
-from .weights.checkpoint.tensors import training_tensors
+from .weights.checkpoint.tensors import checkpoint_tensors
 from .weights.conversion.export_run import export_folder, prepare_export
 
 
@@ -95,7 +95,7 @@ def save(run: Run, evaluation: dict[str, float], final: bool) -> None:
     """Start to write a checkpoint of ``run``; see :meth:`Saver.save`. All ranks must call this."""
     run.report.save()
     run.guards.enter_phase("save")
-    tensors, manifest = training_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
+    tensors, manifest = checkpoint_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
     run.saver.save(tensors, run.start.assets, manifest, run.progress.best.get("step"))
 
 

@@ -72,6 +72,7 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.ema_decay": Range("in (0, 1), or null", lambda value: 0 < value < 1),
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,

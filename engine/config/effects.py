@@ -103,6 +103,17 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("training.ema_dtype", "training.eval_ema", "checkpoint.export_ema"),
+        lambda now: now.config.training.ema_decay is not None,
+        "training.ema_decay is null, so there is no average; set it to a number such as 0.999, or remove this",
+        refused=True,
+    ),
+    Rule(
+        ("checkpoint.export_ema",),
+        lambda now: now.config.checkpoint.export_hf,
+        "nothing is exported; set checkpoint.export_hf",
+    ),
+    Rule(
         ("checkpoint.hub_private", "checkpoint.hub_message"),
         lambda now: now.config.checkpoint.push_to_hub is not None,
         "checkpoint.push_to_hub is null, so nothing is uploaded",
@@ -131,7 +142,7 @@ RULES = (
     Rule(
         (
             *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
-            "logging.sample_prompts",
+            *("logging.sample_prompts", "training.eval_ema"),
         ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
@@ -239,8 +250,8 @@ ALWAYS = {
     *("data.stages[].train", "data.stages[].train_tokens"),
     *("training.train_tokens", "training.train_steps", "training.train_epochs"),
     *("training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
-    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.precision", "training.weight_dtype"),
-    "training.gc_interval",
+    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
+    *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
     *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
     *("optimizer.state_dtype", "optimizer.clip_grad_norm"),

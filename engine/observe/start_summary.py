@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..config import budget
 from ..config.effects import Situation, without_effect
-from ..config.settings import DataConfig, RunConfig
+from ..config.settings import DataConfig, RunConfig, TrainingConfig
 from ..data.catalog import Catalog
 from ..data.document_packing import CHUNKS_PER_GROUP
 from ..data.sample_order import SampleOrder
@@ -157,7 +157,15 @@ def _describe_ranks(run: Run) -> list[str]:
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
+        *_describe_average(training),
     ]
+
+
+def _describe_average(training: TrainingConfig) -> list[str]:
+    if training.ema_decay is None:
+        return []
+    evaluated = "evaluations use it" if training.eval_ema else "evaluations use the weights"
+    return [f"average     of the weights in {training.ema_dtype}, decay {training.ema_decay:g} per step; {evaluated}"]
 
 
 def _flops_per_token(run: Run) -> tuple[float, float]:
@@ -200,7 +208,8 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
     for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
+        of_trained = (state_bytes, state_bytes, *(bytes_ for bytes_ in (config.training.average_bytes,) if bytes_))
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *learns * of_trained)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -33,7 +33,7 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     sharing = layout.world_size // layout.replicate
     weight_bytes = DTYPES[config.training.weight_dtype].itemsize
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_trained = weight_bytes + 2 * state_bytes  # gradient and both moments
+    per_trained = weight_bytes + 2 * state_bytes + config.training.average_bytes  # gradient and both moments
     total, trained = architecture.num_parameters, count(architecture, config.training)
     needed = (total * weight_bytes + trained * per_trained) // sharing
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1

@@ -54,7 +54,8 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
     sharded = mine / (layout.shard * layout.context)
     trained = trainable.count(architecture, config.training) / architecture.num_parameters
-    states = sharded * (bytes_of(config.training.weight_dtype) + trained * 2 * bytes_of(config.optimizer.state_dtype))
+    per_trained = 2 * bytes_of(config.optimizer.state_dtype) + config.training.average_bytes
+    states = sharded * (bytes_of(config.training.weight_dtype) + trained * per_trained)
     once = parallel.reduce_gradients == "step" and count > 1
     gradients = trained * (4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count))
     tokens = _tokens(config, layout)

@@ -112,8 +112,10 @@ class LayoutPlan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Return the bytes of one checkpoint: weights, both moments, and a step count for each parameter."""
-        per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
+        """Return the bytes of one checkpoint: weights, both moments, and an average of each parameter."""
+        training = self.config.training
+        per_parameter = bytes_of(training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
+        per_parameter += training.average_bytes
         return checkpoint_bytes(self.cluster.architecture, per_parameter)
 
 

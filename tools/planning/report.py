@@ -93,6 +93,7 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
     tokens = plan.config.training.budget
     seconds = plan.hours * 3600
     executed = rank.flops * ranks / batches.tokens_per_step
+    kept = "weights, both moments, average" if plan.config.training.average_bytes else "weights and both moments"
     return [
         f"FLOPs/token {digits(every / 1e9)} G (all pairs of positions), {digits(causal / 1e9)} G (causal pairs); "
         f"with all that is computed again: {digits(executed / 1e9)} G",
@@ -102,7 +103,7 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
         f"--efficiency is its bound), {plan.mfu(causal_halved=False):.1%} (all pairs, as in a run's log)",
         f"run         {tokens:,} tokens = {batches.steps_for(tokens):,} steps: {duration(seconds)} = "
         f"{digits(plan.hours)} hours, {digits(plan.hours * ranks)} GPU-hours",
-        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB (weights and both moments)",
+        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB ({kept})",
     ]
 
 

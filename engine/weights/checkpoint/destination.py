@@ -73,11 +73,12 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files."""
+    """Return the size of a checkpoint without small files: weights; moments and averages of trainable parameters."""
     decoder = meta_model(architecture)
     trainable.apply(decoder, config.training)
     weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
-    return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())
+    trained = 2 * state + config.training.average_bytes
+    return sum(p.numel() * (weight + trained * p.requires_grad) for p in decoder.parameters())
 
 
 def require_destination(

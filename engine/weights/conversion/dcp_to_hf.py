@@ -31,6 +31,7 @@ def plan_export(
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
     vocab_size: int | None = None,
     carried_from: str | None = None,
+    ema: bool = False,
 ) -> Conversion:
     """Return the plan of :func:`convert` with these arguments.
 
@@ -38,7 +39,7 @@ def plan_export(
         UserError: the checkpoint is incomplete, or not a model that can be exported.
     """
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
-    model = open_checkpoint(checkpoint)
+    model = open_checkpoint(checkpoint, ema)
     target = target or model.export_dtype
     assets, rows = model.assets, model.architecture.vocab_size
     model = _with_carried(model, carried_from)
@@ -52,6 +53,8 @@ def plan_export(
         "max_shard_size": shard_bytes,
         "vocab_size": source.vocab_size,
     }
+    if ema:
+        options["ema"] = True
     if isinstance(model.published, WithCarried):
         options["carried_from"] = model.published.identity
     return Conversion(
@@ -100,6 +103,7 @@ def convert(
     allow_nonfinite: bool = False,
     verify: bool = False,
     trust_remote_code: bool = False,
+    ema: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the Hugging Face folder ``output`` from ``checkpoint``.
@@ -116,7 +120,7 @@ def convert(
     if trust_remote_code:
         assets = Path(checkpoint) / ASSET_FOLDER
         register_remote_code(read_hf_config(assets), assets)
-    conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from)
+    conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from, ema)
     model, tensors, rows = conversion.model, conversion.tensors, conversion.record.options["vocab_size"]
 
     def compare(content: Path) -> dict[str, Any]:

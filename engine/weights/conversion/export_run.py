@@ -100,11 +100,11 @@ def export_run(
         checkpoint = Path(str(start))
     output = export_folder(store.folder.parent, step)
     try:
-        if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
+        if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, config.export_ema))):
             say(f"exported    {output} already exists")
         else:
             _require_valid(store, checkpoint)
-            _write(ranks, checkpoint, output, stop_agreed, say)
+            _write(ranks, checkpoint, output, config.export_ema, stop_agreed, say)
     except _StopRequested:
         say(f"stopped the export to {output} as requested; the same command completes it")
         return
@@ -145,8 +145,8 @@ def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
         ) from None
 
 
-def _is_there(output: Path, checkpoint: Path) -> bool:
-    """Return whether ``output`` has been made from ``checkpoint``.
+def _is_there(output: Path, checkpoint: Path, ema: bool) -> bool:
+    """Return whether ``output`` has been made from ``checkpoint``, from its average if ``ema``.
 
     Raises:
         UserError: it is something else.
@@ -155,18 +155,26 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
         return False
     try:
         content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
-        made_of = content["source"]["manifest_xxh3_128"]
-    except (OSError, ValueError, KeyError, TypeError):
+        made_of = content["source"]["manifest_xxh3_128"], bool(content["options"].get("ema"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         made_of = None
-    if made_of != hash_file(checkpoint / MANIFEST_FILE):
-        raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
+    if made_of != (hash_file(checkpoint / MANIFEST_FILE), ema):
+        raise UserError(
+            f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint or export_ema; move it "
+            "away"
+        )
     return True
 
 
 def _write(
-    ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
+    ranks: Ranks,
+    checkpoint: Path,
+    output: Path,
+    ema: bool,
+    stop_agreed: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> None:
-    export = ranks.fail_together(lambda: plan_export(checkpoint))
+    export = ranks.fail_together(lambda: plan_export(checkpoint, ema=ema))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:

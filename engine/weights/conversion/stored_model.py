@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...errors import UserError
 from ...files.hashing import hash_file
 from ...model.architecture import Architecture
 from ...model.config_file import CONFIG_FILE, read_hf_config
@@ -16,7 +17,7 @@ from ...model.implementations import architecture_of_tensors, meta_model
 from ...model.wrappers import text_config_of
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
+from ..checkpoint.tensors import AVERAGE_PREFIX, STATE_PREFIXES, open_tensors, require_model_tensors
 from ..checkpoint.verify import require_undamaged
 from ..hugging_face.carried import Carried
 from ..hugging_face.folder import INDEX_FILE
@@ -27,6 +28,8 @@ from ..parts import TensorParts
 from ..tensor_source import StoredTensor, TensorSource
 from .provenance import file_identity, require_same_source
 from .writing import progress
+
+_AVERAGE = "moving average of the weights, which --ema exports"
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,15 @@ def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredMode
     )
 
 
-def open_checkpoint(folder: Path) -> StoredModel:
+def open_checkpoint(folder: Path, ema: bool = False) -> StoredModel:
     """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config requires.
 
+    Args:
+        folder: of the checkpoint.
+        ema: take the moving average of the parameters that have one, instead of these.
+
     Raises:
-        UserError: it is incomplete, has no config, or holds another model.
+        UserError: it is incomplete, has no config or no average, or holds another model.
     """
     manifest, stored = read_manifest(folder), open_tensors(folder)
     stored.require_full_coverage()
@@ -123,10 +130,17 @@ def open_checkpoint(folder: Path) -> StoredModel:
     model = meta_model(architecture)
     require_model_tensors(folder, stored.tensors, model)
     layout = Layout.of(architecture, model)
-    parameters = stored.only(layout.shapes)
+    parameters = _averaged(folder, stored, layout.shapes) if ema else stored.only(layout.shapes)
     assets = HfAssets.of_checkpoint(folder)
     states = [name for name in stored.tensors if name not in parameters.tensors]
-    assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
+    assert all(name.startswith(STATE_PREFIXES) for name in states)
+    averages = [name for name in states if name.startswith(AVERAGE_PREFIX)]
+    left_out = {"state of the optimizer": [name for name in states if name not in averages]}
+    if ema:  # these are the parameters
+        states = [name for name in states if name not in averages]
+    else:
+        left_out[_AVERAGE] = averages
+    left_out = {reason: names for reason, names in left_out.items() if names}
 
     def identify() -> dict[str, Any]:
         require_same_source(folder, files, lambda: _files_of(stored))
@@ -141,10 +155,10 @@ def open_checkpoint(folder: Path) -> StoredModel:
         published_tables=layout.published_names(architecture.tables),
         kept=_float32(layout, architecture),
         unused={name: stored.tensors[name] for name in states},
-        left_out={"state of the optimizer": states} if states else {},
+        left_out=left_out,
         assets=assets,
         asset_folder=folder / ASSET_FOLDER,
-        notes=_notes(folder, manifest, states),
+        notes=_notes(folder, manifest, left_out),
         identify=identify,
         carried=lambda: Carried.in_checkpoint(assets, folder),
         export_dtype=_export_dtype(manifest, text_config_of(config)[0], where),
@@ -173,8 +187,18 @@ def _identity(folder: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _notes(folder: Path, manifest: Manifest, states: list[str]) -> list[str]:
-    lines = [f"left out {len(states)} tensors: state of the optimizer"] if states else []
+def _averaged(folder: Path, stored: TensorParts, names: Iterable[str]) -> TensorParts:
+    """Return the parameters ``names``: their averages; frozen ones, which have none, as they are."""
+    if not any(name.startswith(AVERAGE_PREFIX) for name in stored.tensors):
+        raise UserError(
+            f"{folder} holds no moving average of the weights; export the weights, or train with training.ema_decay"
+        )
+    averages = {name: f"{AVERAGE_PREFIX}{name}" for name in names}
+    return stored.renamed({name: mean if mean in stored.tensors else name for name, mean in averages.items()})
+
+
+def _notes(folder: Path, manifest: Manifest, left_out: Mapping[str, list[str]]) -> list[str]:
+    lines = [f"left out {len(names)} tensors: {reason}" for reason, names in left_out.items()]
     if not manifest.records:
         lines.append(f"{folder} is not verified: it was written before manifests had hashes")
     return lines
