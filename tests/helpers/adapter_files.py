@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from torch import Tensor
 from retemper.engine.config.settings import AdapterConfig
 from retemper.engine.model.adapters import adapter_parameters
 from retemper.engine.model.architecture import Architecture
+from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.weights.adapters.base import BaseRecord
 from retemper.engine.weights.adapters.stored import StoredAdapter
+from retemper.engine.weights.checkpoint.assets import HfAssets
+from retemper.engine.weights.checkpoint.manifest import Manifest
+from retemper.engine.weights.checkpoint.store import CheckpointStore
+from retemper.engine.weights.hugging_face.model import open_hf_model
 from retemper.engine.weights.saving import save_tensors
 from retemper.engine.weights.table import read_table
 
 PREFIX = "base_model.model."
+CONFIG = AdapterConfig(kind="lora", rank=4, alpha=8, modules_to_save=["model.norm.weight"])
 
 
 def peft_model(base: torch.nn.Module, config: AdapterConfig, targets: list[str], saved: list[str]) -> PeftModel:
@@ -67,3 +75,18 @@ def stored_adapter(
     save_tensors(folder, tensors, distributed=False)
     settings: dict[str, Any] = vars(config)
     return StoredAdapter.of_checkpoint(folder, settings, architecture, read_table(folder))
+
+
+def save_adapter(base: Path, run_folder: Path, ranks: Ranks, start: Path | None = None) -> Path:
+    """A training checkpoint of a random adapter; ``start`` is its base, if that is not the folder ``base``."""
+    model = open_hf_model(base)
+    tensors = random_adapter(model.architecture, CONFIG)
+    states = {f"optimizer.exp_avg.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    manifest = Manifest(
+        kind="training",
+        step=3,
+        base=BaseRecord.of(start or base, model.parameters).to_dict(),
+        config={"model": {"initialize_from": str(base)}, "adapter": dataclasses.asdict(CONFIG)},
+    )
+    store = CheckpointStore(run_folder, ranks, keep_last=1, keep_best=False)
+    return store.save({**tensors, **states}, HfAssets.read(base), manifest)

@@ -1,6 +1,6 @@
 """Merge an adapter into its base model while the weights are read.
 
-The merged model is a table of tensors like any other: :class:`~retemper.engine.weights.parts.TensorParts` whose values are
+The merged model is a table of tensors like any other, a ``TensorParts`` whose values are
 computed box by box. So converters stream it in blocks, and every rank of a run reads its own shards of it. Sums are
 computed in float32, whatever the dtypes of base and adapter are.
 """

@@ -1,9 +1,9 @@
 """Describe an adapter as a folder of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT (https://huggingface.co/docs/peft/developer_guides/checkpoint) names modules as transformers does. A projection that
-transformers holds fused, such as ``qkv_proj``, consists of several layers with their own adapters here. Its adapter there
-has the A of all of them below each other, and their B in the rows of each and in the columns of its A: the product is
-the same. Its rank is the sum of theirs.
+PEFT (https://huggingface.co/docs/peft/developer_guides/checkpoint) names modules as transformers does. A projection
+that transformers holds fused, such as ``qkv_proj``, consists of several layers with their own adapters here. Its
+adapter there has the A of all of them below each other, and their B in the rows of each and in the columns of its A:
+the product is the same. Its rank is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .stored import WEIGHT, StoredAdapter
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_REMEDY = "export the merged model"
+_REMEDY = "export the merged model instead"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class PeftExport:
         """For every linear layer of transformers with an adapter, those of our layers in it that have one."""
         adapted, found = set(self.adapter.parameters.modules), {}
         for name, pieces in self._pieces.items():
-            inside = [part for part in dict.fromkeys(piece.tensor.removesuffix(WEIGHT) for piece in pieces)]
+            inside = list(dict.fromkeys(piece.tensor.removesuffix(WEIGHT) for piece in pieces))
             names = [part for part in inside if part in adapted]
             if names and name.endswith(WEIGHT):
                 found[name.removesuffix(WEIGHT)] = names

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from ...errors import UserError
 from ...files.hashing import hash_file
 from ...model.architecture import Architecture
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.implementations import architecture_of_tensors, meta_model
 from ...model.wrappers import text_config_of
+from ..adapters.opening import BASE_OPTION, AdaptedModel, open_adapted
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
@@ -62,6 +64,8 @@ class StoredModel:
     """Default dtype of the output; None: each tensor's own."""
     verify: Callable[[int], None] = lambda workers: None
     """Verifies every byte with a number of threads, if there are hashes. Raises UserError on damage."""
+    adapted: AdaptedModel | None = None
+    """For a checkpoint with an adapter: that and its base, of which ``parameters`` are the merged model."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -108,25 +112,35 @@ def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredMode
     )
 
 
-def open_checkpoint(folder: Path) -> StoredModel:
+def open_checkpoint(folder: Path, base: str | None = None) -> StoredModel:
     """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config requires.
 
+    Args:
+        folder: of the checkpoint.
+        base: of a checkpoint with an adapter: folder of the base model, if it has been moved.
+
     Raises:
-        UserError: it is incomplete, has no config, or holds another model.
+        UserError: it is incomplete, has no config, or holds another model; or its base model is missing.
     """
     manifest, stored = read_manifest(folder), open_tensors(folder)
     stored.require_full_coverage()
     files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
-    architecture = architecture_of_tensors(config, str(where), stored.tensors)
-    model = meta_model(architecture)
-    require_model_tensors(folder, stored.tensors, model)
-    layout = Layout.of(architecture, model)
-    parameters = stored.only(layout.shapes)
+    adapted = open_adapted(folder, manifest, stored, config, base) if manifest.base else None
+    if adapted is not None:
+        architecture, layout, parameters = adapted.architecture, adapted.layout, adapted.parameters
+    else:
+        if base is not None:
+            raise UserError(f"{BASE_OPTION} {base}: {folder} holds all parameters, and no adapter; remove it")
+        architecture = architecture_of_tensors(config, str(where), stored.tensors)
+        model = meta_model(architecture)
+        require_model_tensors(folder, stored.tensors, model)
+        layout = Layout.of(architecture, model)
+        parameters = stored.only(layout.shapes)
     assets = HfAssets.of_checkpoint(folder)
-    states = [name for name in stored.tensors if name not in parameters.tensors]
-    assert all(name.startswith(OPTIMIZER_PREFIX) for name in states)
+    states = [name for name in stored.tensors if name.startswith(OPTIMIZER_PREFIX)]
+    assert adapted is not None or len(states) + len(parameters.tensors) == len(stored.tensors)
 
     def identify() -> dict[str, Any]:
         require_same_source(folder, files, lambda: _files_of(stored))
@@ -144,11 +158,12 @@ def open_checkpoint(folder: Path) -> StoredModel:
         left_out={"state of the optimizer": states} if states else {},
         assets=assets,
         asset_folder=folder / ASSET_FOLDER,
-        notes=_notes(folder, manifest, states),
+        notes=[*_notes(folder, manifest, states), *_notes_on_base(adapted)],
         identify=identify,
         carried=lambda: Carried.in_checkpoint(assets, folder),
         export_dtype=_export_dtype(manifest, text_config_of(config)[0], where),
-        verify=lambda workers: _verify(folder, manifest, workers),
+        verify=lambda workers: _verify(folder, manifest, workers, adapted),
+        adapted=adapted,
     )
 
 
@@ -164,13 +179,14 @@ def _files_of(stored: TensorParts) -> dict[str, Any]:
 
 def _identity(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return the identity of a checkpoint: the manifest has the hash of every file."""
-    return {
+    identity = {
         "folder": str(folder.resolve()),
         "manifest_xxh3_128": hash_file(folder / MANIFEST_FILE),
         "kind": manifest.kind,
         "step": manifest.step,
         "consumed_tokens": manifest.consumed_tokens,
     }
+    return identity | ({"base": manifest.base} if manifest.base else {})
 
 
 def _notes(folder: Path, manifest: Manifest, states: list[str]) -> list[str]:
@@ -178,6 +194,12 @@ def _notes(folder: Path, manifest: Manifest, states: list[str]) -> list[str]:
     if not manifest.records:
         lines.append(f"{folder} is not verified: it was written before manifests had hashes")
     return lines
+
+
+def _notes_on_base(adapted: AdaptedModel | None) -> list[str]:
+    if adapted is None:
+        return []
+    return [f"the adapter of {len(adapted.adapter.parameters.modules)} layers is for {adapted.base_folder}"]
 
 
 def _export_dtype(manifest: Manifest, config: dict[str, Any], where: Path) -> torch.dtype | None:
@@ -189,6 +211,9 @@ def _export_dtype(manifest: Manifest, config: dict[str, Any], where: Path) -> to
     return (declared_dtype(config, str(where)) or torch.float32) if manifest.kind == "training" else None
 
 
-def _verify(folder: Path, manifest: Manifest, workers: int) -> None:
-    with progress("verifying", sum(file.bytes for file in manifest.records.values())) as advance:
+def _verify(folder: Path, manifest: Manifest, workers: int, adapted: AdaptedModel | None) -> None:
+    base = sum(tensor.num_bytes for tensor in adapted.base.tensors.values()) if adapted is not None else 0
+    with progress("verifying", base + sum(file.bytes for file in manifest.records.values())) as advance:
         require_undamaged(folder, advance, workers)
+        if adapted is not None:
+            adapted.require_base(advance)
