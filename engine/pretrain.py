@@ -166,7 +166,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.guards.rollback import rollback_if_spiking
     from retemper.engine.run_folder import saving_on_failure
-    from retemper.engine.weights.checkpoint.tensors import training_tensors
+    from retemper.engine.weights.checkpoint.tensors import checkpoint_tensors
 
     if run.evaluation_pending:
         evaluate(run)
@@ -184,7 +184,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             run.report.stopwatch.step_done(run.profiler.slows_down)
             first = first_sample == step_starts[0]
             if first:  # the optimizer has its states now
-                run.saver.reserve_host_memory(training_tensors(run.model, run.optimizer))
+                run.saver.reserve_host_memory(checkpoint_tensors(run.model, run.optimizer))
             run.saver.poll()
             report_pending(run)  # of the step before, while the device makes this one
             if rollback := rollback_if_spiking(run):  # by what guards.should_skip has seen

@@ -22,7 +22,7 @@ from .weights.checkpoint.destination import require_destination
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.run_record import CONFIG_FILE, note_start
 from .weights.checkpoint.store import CheckpointStore
-from .weights.checkpoint.tensors import training_tensors
+from .weights.checkpoint.tensors import checkpoint_tensors
 from .weights.conversion.export_run import export_folder, prepare_export
 
 
@@ -92,7 +92,7 @@ def save(run: Run, evaluation: dict[str, float], final: bool) -> None:
     """Start to write a checkpoint of ``run``; see :meth:`Saver.save`. All ranks must call this."""
     run.report.save()
     run.guards.enter_phase("save")
-    tensors, manifest = training_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
+    tensors, manifest = checkpoint_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
     run.saver.save(tensors, run.start.assets, manifest, run.progress.best.get("step"))
 
 
@@ -138,6 +138,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
         trackers=run.report.tracker_runs,
+        base=run.start.base_record,
         config=masked(to_dict(run.config), without_signature),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),

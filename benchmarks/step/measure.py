@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
+from ...engine.config.settings import AdapterConfig, DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
 from ...engine.guards.run_guards import RunGuards
+from ...engine.model.adapters import adapter_parameters
 from ...engine.model.architecture import Architecture
 from ...engine.model.decoder import Decoder
 from ...engine.model.dtypes import DTYPES
@@ -278,14 +279,14 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
         tokens_per_step=tokens,
         documents_per_step=documents,
         flops_per_step={
-            name: training_flops(architecture, tokens, counted, trainable)
+            name: training_flops(architecture, tokens, counted, trainable, config.adapter)
             for name, counted in (
                 ("all pairs of positions", all_pairs),
                 ("causal pairs (halved)", all_pairs / 2),
                 ("causal pairs within documents", pairs / 2),
             )
         },
-        flops_formula=formula(architecture, plan.sequence_length, trainable),
+        flops_formula=formula(architecture, plan.sequence_length, trainable, config.adapter),
         steps=steps,
         warmup_seconds=timed.warmup_seconds,
         memory=_largest(memory, ranks),
@@ -293,11 +294,16 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
     )
 
 
-def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
+def formula(
+    architecture: Architecture, sequence_length: int, trainable: Trainable = "all", adapter: AdapterConfig | None = None
+) -> str:
     """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
     a = architecture
     q = a.num_attention_heads * a.head_dim
     weights = "6 (m + h v)" if trainable == "all" else "4 m (frozen) + 6 h v"
+    if adapter is not None and adapter.kind is not None:
+        head = 6 if adapter_parameters(a, adapter).trains_head(a) else 4
+        weights = f"4 m (frozen) + {head} h v + 6 (elements of the adapter's matrices)"
     return (
         f"FLOPs per token = {weights} + 12 L q s, the last term halved where causal pairs count; elements of the "
         f"blocks' matrices m {a.block_matrices:,}, layers L {a.num_layers}, hidden h {a.hidden_size}, heads x size q "

@@ -224,7 +224,11 @@ RULES = (
     ),
     Rule(
         ("model.initialize_from",),
-        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        lambda now: (
+            now.resumed is None
+            or now.config.adapter.kind is not None  # the base is read from there
+            or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
+        ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )

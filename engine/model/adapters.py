@@ -61,6 +61,11 @@ class AdapterParameters:
         """Return names and shapes of all parameters that train, which checkpoints contain."""
         return {**self.added, **self.saved}
 
+    def trains_head(self, architecture: Architecture) -> bool:
+        """Return whether the output head trains fully."""
+        tied = architecture.tie_word_embeddings
+        return (architecture.embedding_name if tied else architecture.head_name) in self.saved
+
     @property
     def num_trained(self) -> int:
         """Return the number of trained parameters."""

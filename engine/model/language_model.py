@@ -49,6 +49,8 @@ class LanguageModel(nn.Module, ABC):
     """Returns the [T] fp32 terms of that sum, zero where the target is masked, without gradients."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
+    base_names: frozenset[str] = frozenset()
+    """Names of the frozen parameters of the base of an adapter. Checkpoints do not contain them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +101,13 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """Replace the attention operation of every block by ``wrap`` of it."""
+
+    @abstractmethod
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """Call ``see(batch)`` whenever ``block`` begins to compute the tokens of ``batch``, also in recomputation.
+
+        Call this before the forward of the block is wrapped by others.
+        """
 
     @abstractmethod
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:

@@ -114,7 +114,7 @@ class Reporter:
     ):
         self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
         self._flops = flops_per_token(
-            architecture, plan.sequence_length, causal_halved=False, trainable=config.training.trainable
+            architecture, plan.sequence_length, False, config.training.trainable, config.adapter
         )
         self.observers = create_observers(config, say) if ranks.is_main else []
         self.observers += early

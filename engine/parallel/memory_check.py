@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
 from ..system import total_memory
+from . import trainable
 from .layout import plan_layout
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -32,16 +33,21 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     sharing = layout.world_size // layout.replicate
     weight_bytes = DTYPES[config.training.weight_dtype].itemsize
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_parameter = weight_bytes
-    if config.training.trainable == "all":
+    per_parameter, of_adapter = weight_bytes, 0
+    if config.adapter.kind is not None:
+        per_parameter = DTYPES[config.training.precision].itemsize  # frozen
+        trained = trainable.count(architecture, config.training, config.adapter)
+        of_adapter = trained * (2 * weight_bytes + 2 * state_bytes)
+    elif config.training.trainable == "all":
         per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
-    needed = architecture.num_parameters * per_parameter // sharing
+    needed = (architecture.num_parameters * per_parameter + of_adapter) // sharing
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
     available = device_memory(device) // ranks_here
     if needed > available:
+        adapter = f" + {of_adapter:,} bytes for the adapter" if of_adapter else ""
         raise UserError(
             f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
-            f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"states){adapter} / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.settings import RunConfig, TrainingConfig
+from ..config.settings import AdapterConfig, RunConfig, TrainingConfig
 from ..errors import UserError
+from ..model.adapters import adapter_parameters
 from ..model.architecture import Architecture
 from ..model.language_model import LanguageModel
 
@@ -32,8 +33,16 @@ def check(config: RunConfig) -> None:
     )
 
 
-def apply(model: LanguageModel, config: TrainingConfig) -> None:
-    """Freeze the parameters that are not trained; call before FSDP, which groups parameters by this."""
+def apply(model: LanguageModel, config: TrainingConfig, adapter: AdapterConfig | None = None) -> None:
+    """Freeze the parameters that are not trained; call before FSDP, which groups parameters by this.
+
+    With an ``adapter``, its parameters and those of ``adapter.modules_to_save`` are trained.
+    """
+    if adapter is not None and adapter.kind is not None:
+        trained = adapter_parameters(model.architecture, adapter).trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return
     if config.trainable == "all":
         return
     model.requires_grad_(False)
@@ -41,8 +50,10 @@ def apply(model: LanguageModel, config: TrainingConfig) -> None:
         parameter.requires_grad_(True)
 
 
-def count(architecture: Architecture, config: TrainingConfig) -> int:
+def count(architecture: Architecture, config: TrainingConfig, adapter: AdapterConfig | None = None) -> int:
     """Return the number of trainable parameters."""
+    if adapter is not None and adapter.kind is not None:
+        return adapter_parameters(architecture, adapter).num_trained
     if config.trainable == "all":
         return architecture.num_parameters
     return len(architecture.tables) * architecture.vocab_size * architecture.hidden_size

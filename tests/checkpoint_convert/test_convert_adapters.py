@@ -99,7 +99,7 @@ def test_a_base_that_is_gone_or_changed_is_refused(checkpoint: Path, base: Path,
     shutil.copytree(base, tmp_path / "other")
     edit_tensors(tmp_path / "other" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(1.001))
     said = refusal(checkpoint, tmp_path / "out", base=str(tmp_path / "other"))
-    assert "other: not the base model that the adapter was trained on: the hash of its parameters is" in said
+    assert "other: not the base model that the adapter was trained on: the hash of its weights is" in said
     base.rename(tmp_path / "moved")
     said = refusal(checkpoint, tmp_path / "out")
     assert f"holds an adapter and needs its base model: {base.resolve()}: no such folder; put it back, or name" in said
@@ -163,5 +163,5 @@ def test_the_checkpoint_tool_knows_adapters(
     assert checkpoint_command.main(["diff", str(checkpoint), str(second)]) == 0
     rewrite_manifest(second, lambda content: content["base"].update(hash="0" * 32))
     assert checkpoint_command.main(["diff", str(checkpoint), str(second)]) == 1
-    assert f"base.hash: "{read_manifest(checkpoint).base['hash']}" | "{'0' * 32}"" in capsys.readouterr().out
+    assert f'base.hash: "{read_manifest(checkpoint).base["hash"]}" | "{"0" * 32}"' in capsys.readouterr().out
     assert checkpoint_command.main(["upgrade", str(checkpoint)]) == 0

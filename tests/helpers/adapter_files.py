@@ -15,6 +15,7 @@ from retemper.engine.model.adapters import adapter_parameters
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.adapters.base import BaseRecord
+from retemper.engine.weights.adapters.opening import open_parameters
 from retemper.engine.weights.adapters.stored import StoredAdapter
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import Manifest
@@ -85,7 +86,7 @@ def save_adapter(base: Path, run_folder: Path, ranks: Ranks, start: Path | None 
     manifest = Manifest(
         kind="training",
         step=3,
-        base=BaseRecord.of(start or base, model.parameters).to_dict(),
+        base=BaseRecord.of(start or base, open_parameters(start, model.config) if start else model.weights).to_dict(),
         config={"model": {"initialize_from": str(base)}, "adapter": dataclasses.asdict(CONFIG)},
     )
     store = CheckpointStore(run_folder, ranks, keep_last=1, keep_best=False)

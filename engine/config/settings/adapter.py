@@ -10,7 +10,8 @@ from typing import Literal
 class AdapterConfig:
     """Adapter: small matrices at the linear layers, which train while the weights of the model stay frozen.
 
-    The model in ``model.initialize_from`` is the base. Checkpoints hold only what learns, and the hash of the base.
+    The model in ``model.initialize_from`` is the base; without one, the random weights of the run's seed. Checkpoints
+    hold only what learns, and the hash of the base.
     """
 
     kind: Literal["lora"] | None = None

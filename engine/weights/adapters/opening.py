@@ -10,10 +10,11 @@ from typing import Any
 
 from ...errors import UserError
 from ...model.architecture import Architecture
+from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.implementations import architecture_of_tensors, meta_model
 from ..checkpoint.assets import ASSET_FOLDER, is_hf_folder
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.tensors import open_tensors, require_model_tensors
+from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
 from ..hugging_face.hub_download import is_on_hub
 from ..hugging_face.layout import Layout
 from ..hugging_face.model import open_hf_model
@@ -40,6 +41,8 @@ class AdaptedModel:
     architecture: Architecture
     base: TensorParts
     """The parameters of the base, in the model's order."""
+    base_weights: TensorParts
+    """The tensors in its files, which its hash is of."""
     adapter: StoredAdapter
 
     @cached_property
@@ -64,7 +67,7 @@ class AdaptedModel:
             UserError: with both hashes.
         """
         try:
-            self.record.require(self.base, self.base_folder, on_bytes)
+            self.record.require(self.base_weights, self.base_folder, on_bytes)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
 
@@ -89,9 +92,11 @@ def open_adapted(
     model = manifest.config.get("model")
     model = model if isinstance(model, dict) else {}
     requested = model.get("implementation", "auto")
+    if not record.folder and base_folder is None:
+        raise UserError(f"{folder}: holds an adapter of random weights, which no folder holds; it cannot be merged")
     place, where = Path(base_folder or record.folder), str(folder / ASSET_FOLDER)
     try:
-        base, architecture = _open_base(place, config, where, requested)
+        architecture, base, weights = _open_base(place, config, where, requested)
     except UserError as error:
         remedy = "name another folder" if base_folder else f"put it back, or name its folder with {BASE_OPTION}"
         raise UserError(f"{folder}: holds an adapter and needs its base model: {error}; {remedy}") from None
@@ -99,37 +104,49 @@ def open_adapted(
     adapter = StoredAdapter.of_checkpoint(folder, settings if isinstance(settings, dict) else {}, architecture, stored)
     start = str(model.get("initialize_from"))
     name = start if base_folder is None and is_on_hub(start) else str(place.resolve())
-    return AdaptedModel(folder, record, place, name, architecture, base, adapter)
+    return AdaptedModel(folder, record, place, name, architecture, base, weights, adapter)
 
 
-def open_parameters(folder: Path, config: dict[str, Any], base_folder: str | None = None) -> TensorParts:
-    """Return all parameters of the model in the checkpoint ``folder``, merged if it holds an adapter, and whatever else
-    it holds.
+def open_parameters(folder: Path, config: dict[str, Any]) -> TensorParts:
+    """Return the tensors of the checkpoint ``folder``; if it holds an adapter, the parameters of the merged model.
 
     Args:
         folder: of the checkpoint.
         config: content of its ``config.json``.
-        base_folder: see :func:`open_adapted`.
 
     Raises:
         UserError: it cannot be read, or its base model is missing.
     """
     manifest, stored = read_manifest(folder), open_tensors(folder)
-    if not manifest.base:
-        return stored
-    adapted = open_adapted(folder, manifest, stored, config, base_folder)
-    return adapted.parameters
+    return open_adapted(folder, manifest, stored, config).parameters if manifest.base else stored
 
 
-def _open_base(folder: Path, config: dict[str, Any], where: str, requested: Any) -> tuple[TensorParts, Architecture]:
-    """Return parameters and architecture of the base model in ``folder``, whose configuration is ``config``."""
+def require_base(folder: Path) -> None:
+    """Refuse the checkpoint ``folder``, which holds an adapter, if its base has changed. All of the base is read.
+
+    Raises:
+        UserError: it is missing, or has changed.
+    """
+    config = read_hf_config(folder / ASSET_FOLDER / CONFIG_FILE)
+    open_adapted(folder, read_manifest(folder), open_tensors(folder), config).require_base()
+
+
+def _open_base(
+    folder: Path, config: dict[str, Any], where: str, requested: Any
+) -> tuple[Architecture, TensorParts, TensorParts]:
+    """Open the base model in ``folder``, whose configuration is ``config``.
+
+    Returns:
+        its architecture, its parameters, and the tensors in its files.
+    """
     if is_hf_folder(folder):
         opened = open_hf_model(folder, config=config, requested=requested)
-        return opened.parameters, opened.architecture
+        return opened.architecture, opened.parameters, opened.weights
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    parameters = open_parameters(folder, config)
-    architecture = architecture_of_tensors(config, where, parameters.tensors, requested)
+    stored = open_parameters(folder, config)
+    weights = stored.only(name for name in stored.tensors if not name.startswith(OPTIMIZER_PREFIX))
+    architecture = architecture_of_tensors(config, where, weights.tensors, requested)
     model = meta_model(architecture)
-    require_model_tensors(folder, parameters.tensors, model)
-    return parameters.only(name for name, _ in model.named_parameters()), architecture
+    require_model_tensors(folder, weights.tensors, model)
+    return architecture, weights.only(name for name, _ in model.named_parameters()), weights

@@ -73,10 +73,15 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files."""
+    """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files.
+
+    With an adapter, these are only those of the parameters that learn.
+    """
+    weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
+    if config.adapter.kind is not None:
+        return trainable.count(architecture, config.training, config.adapter) * (weight + 2 * state)
     decoder = meta_model(architecture)
     trainable.apply(decoder, config.training)
-    weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
     return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())
 
 

@@ -77,8 +77,8 @@ class Manifest:
     trackers: dict[str, str] = field(default_factory=dict)
     """Ids of the run in its trackers, by name of the tracker: a resume continues their curves."""
     base: dict[str, str] = field(default_factory=dict)
-    """The model that the weights are an adapter of: its ``folder``, and the ``hash`` of its weights, see
-    :mod:`retemper.engine.weights.adapters.base`. Empty: the checkpoint holds all parameters."""
+    """``folder`` and content ``hash`` of the base of an adapter, whose frozen weights the checkpoint does not contain;
+    see :mod:`retemper.engine.weights.base_identity`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run, including its seed."""
     world_size: int = 1

@@ -49,8 +49,22 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
 
 
 def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all tensors of a training checkpoint by name. The optimizer has its states after the first step."""
+    """Return all tensors of training by name. The optimizer has its states after the first step."""
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+
+
+class AdaptedParameters(ParameterOwner, Protocol):
+    """Parameters, some of which may be those of the base of an adapter."""
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        """Names of the parameters that checkpoints do not contain."""
+
+
+def checkpoint_tensors(model: AdaptedParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint of training contains: all but those of the base of an adapter."""
+    tensors = training_tensors(model, optimizer)
+    return {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
 
 
 def open_tensors(folder: str | Path) -> TensorParts:
@@ -130,8 +144,18 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
+    require_tensors(folder, stored, {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()})
+
+
+def require_tensors(
+    folder: str | Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors do not have exactly the ``wanted`` names and shapes.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors.
+    """
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
     difference = describe_difference(weights, wanted)
     if difference:
         raise UserError(f"{folder}: the checkpoint belongs to another model: {difference}")
