@@ -109,7 +109,7 @@ def adapter_parameters(architecture: Architecture, config: AdapterConfig) -> Ada
         {name: [name, name.rpartition(".")[0]] for name in trainable},
         "parameter or module",
     )
-    both = next((name for name in saved if name.rpartition(".")[0] in modules), None)
+    both = next((name for name in shapes if name in saved and name.rpartition(".")[0] in modules), None)
     if both is not None:
         raise UserError(
             f"adapter.modules_to_save trains {both} fully, but adapter.targets gives its layer an adapter; exclude it "

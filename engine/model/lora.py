@@ -54,7 +54,8 @@ class LoraLinear(nn.Linear):
         options = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
         linear.lora_A = nn.Linear(linear.in_features, rank, **options)
         linear.lora_B = nn.Linear(rank, linear.out_features, **options)
-        vector = nn.Parameter(linear.weight.new_empty(linear.out_features)) if dora else None
+        empty = torch.empty(linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+        vector = nn.Parameter(empty) if dora else None
         linear.register_parameter(MAGNITUDE, vector)
         linear.scaling, linear.dropout = scaling, dropout
         return linear
