@@ -12,12 +12,12 @@ from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
-from .model.adapters import adapter_parameters
+from .model.adapters import AdapterParameters, adapter_parameters
 from .model.attention_choice import choose_attention
 from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.generic.remote_code import register_remote_code
-from .model.implementations import architecture_of_tensors, checked, parse_architecture
+from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
 from .parallel import adapter, build, trainable
@@ -28,6 +28,7 @@ from .parallel.process_group import Ranks
 from .schedule import BatchPlan, Progress
 from .start_kinds import AdapterStart, CheckpointStart, HuggingFaceStart, RandomStart, Start
 from .weights.adapters.opening import open_parameters, require_base
+from .weights.adapters.peft_config import PeftConfig
 from .weights.base_identity import BaseIdentity
 from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, asset_folder, complete_assets
 from .weights.checkpoint.manifest import Manifest
@@ -36,6 +37,7 @@ from .weights.checkpoint.store import CheckpointStore
 from .weights.checkpoint.tensors import open_tensors
 from .weights.hugging_face.carried import Carried
 from .weights.hugging_face.initial import INITIALIZE_FROM, local_weights, open_weights
+from .weights.hugging_face.layout import Layout
 from .weights.hugging_face.weight_dtypes import declared_dtype, dtypes_of, with_dtype
 
 
@@ -215,6 +217,7 @@ def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ran
     if config.adapter.kind is None:
         return start
     parameters = adapter_parameters(start.architecture, config.adapter)
+    _require_peft_form(config, start, parameters)
     opened = AdapterStart(
         start.assets,
         start.architecture,
@@ -238,6 +241,19 @@ def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ran
         )
     parts = open_tensors(found.folder)
     return replace(opened, assets=assets, folder=found.folder, resumed_from=found.manifest, parts=parts)
+
+
+def _require_peft_form(config: RunConfig, base: Start, parameters: AdapterParameters) -> None:
+    """Refuse now what the export as a folder of PEFT would refuse at the end of the run."""
+    if not config.checkpoint.export_hf or config.adapter.export == "merged":
+        return
+    model_config, architecture = base.assets.config, base.architecture
+    assert model_config is not None
+    layout = Layout.of(architecture, meta_model(architecture))
+    try:
+        PeftConfig(parameters, architecture, layout).require_form(Path(base.folder or ""), model_config)
+    except UserError as error:
+        raise UserError(f"adapter.export is {config.adapter.export}: {error}") from None
 
 
 def _require_exportable(config: dict[str, Any], assets: HfAssets, where: str) -> None:

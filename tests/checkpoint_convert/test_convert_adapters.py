@@ -76,7 +76,7 @@ def test_a_base_that_was_saved_again_or_converted_is_the_same(checkpoint: Path, 
     for name in ("again", "converted"):
         convert_back(checkpoint, tmp_path / f"from {name}", base=str(tmp_path / name))
     assert torch.equal(logits(tmp_path / "from again"), logits(tmp_path / "from converted"))
-    with pytest.raises(UserError, match=r"converted is a checkpoint, which PEFT cannot load; convert it .* --base"):
+    with pytest.raises(UserError, match="converted is a checkpoint, which PEFT cannot load; convert it with"):
         convert_back(checkpoint, tmp_path / "peft", base=str(tmp_path / "converted"), adapter=True)
 
 

@@ -18,7 +18,8 @@ from ...model.adapters import LORA_A, LORA_B, MAGNITUDE
 from ..hugging_face.layout import Layout
 from ..parts import ComputeBox, Part, TensorParts
 from ..tensor_source import StoredTensor, rows_of
-from .stored import WEIGHT, StoredAdapter
+from .peft_config import WEIGHT
+from .stored import StoredAdapter
 
 
 def merged_parameters(base: TensorParts, adapter: StoredAdapter, layout: Layout) -> TensorParts:

@@ -22,6 +22,7 @@ from ..parts import TensorParts
 from .base import BaseRecord
 from .merged import merged_parameters
 from .peft import PeftExport
+from .peft_config import PeftConfig
 from .stored import StoredAdapter
 
 BASE_OPTION = "--base"
@@ -58,7 +59,8 @@ class AdaptedModel:
     @property
     def peft(self) -> PeftExport:
         """The adapter in the terms of PEFT."""
-        return PeftExport(self.adapter, self.architecture, self.layout, self.base, self.parameters)
+        config = PeftConfig(self.adapter.parameters, self.architecture, self.layout)
+        return PeftExport(config, self.adapter, self.base, self.parameters)
 
     def require_base(self, on_bytes: Callable[[int], object] = lambda count: None) -> None:
         """Refuse a base model that has changed since the training. All of it is read.

@@ -19,8 +19,7 @@ from ...model.architecture import Architecture
 from ..checkpoint.tensors import OPTIMIZER_PREFIX, describe_difference
 from ..damage import DamagedCheckpoint
 from ..parts import TensorParts
-
-WEIGHT = ".weight"
+from .peft_config import WEIGHT
 
 
 @dataclass(frozen=True)

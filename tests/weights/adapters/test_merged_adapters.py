@@ -21,6 +21,7 @@ from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.weights import parts as parts_module
 from retemper.engine.weights.adapters.merged import merged_parameters
 from retemper.engine.weights.adapters.peft import PEFT_WEIGHTS, PeftExport
+from retemper.engine.weights.adapters.peft_config import PeftConfig
 from retemper.engine.weights.hugging_face.model import HfModel, open_hf_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,10 +41,11 @@ def saved(model: torch.nn.Module, folder: Path) -> HfModel:
 def export(base: HfModel, adapter, folder: Path) -> tuple[PeftExport, Path]:
     """The adapter as a folder of PEFT."""
     merged = merged_parameters(base.parameters, adapter, base.layout)
-    peft = PeftExport(adapter, base.architecture, base.layout, base.parameters, merged)
+    config = PeftConfig(adapter.parameters, base.architecture, base.layout)
+    peft = PeftExport(config, adapter, base.parameters, merged)
     folder.mkdir()
     save_file({name: peft.tensors.read(name) for name in peft.tensors.tensors}, folder / PEFT_WEIGHTS)
-    for name, content in peft.files(str(base.weights.folder)).items():
+    for name, content in peft.config.files(str(base.weights.folder)).items():
         (folder / name).write_bytes(content)
     return peft, folder
 
@@ -80,8 +82,8 @@ def test_merged_weights_are_those_of_peft_and_its_folder_gives_its_logits(tmp_pa
     peft, folder = export(base, adapter, tmp_path / "peft")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     assert (logits(loaded) - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert not peft.config("")["rank_pattern"]
-    assert (peft.config("")["target_modules"] == LINEAR) == (targets is not None)
+    assert not peft.config.content("")["rank_pattern"]
+    assert (peft.config.content("")["target_modules"] == LINEAR) == (targets is not None)
 
     merged = base.layout.published(merged_parameters(base.parameters, adapter, base.layout))
     unmerged = base.published
@@ -102,7 +104,7 @@ def test_adapters_of_parts_of_a_fused_projection(tmp_path: Path, name: str, dora
     tensors = random_adapter(base.architecture, config)
     adapter = stored_adapter(tmp_path / "step", base.architecture, config, tensors)
     peft, folder = export(base, adapter, tmp_path / "peft")
-    assert set(peft.config("")["rank_pattern"].values()) >= {8, 12}
+    assert set(peft.config.content("")["rank_pattern"].values()) >= {8, 12}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     from_peft = parts_of(Decoder(base.architecture), _as_stored(name, loaded.merge_and_unload().state_dict()))
 
@@ -168,5 +170,7 @@ def test_a_part_of_a_tensor_that_trained_fully_has_no_form_in_peft(tmp_path: Pat
     config = lora(targets=["*.down_proj"], modules_to_save=["*.layers.0.self_attn.q_proj"])
     tensors = random_adapter(base.architecture, config)
     adapter = stored_adapter(tmp_path / "step", base.architecture, config, tensors)
-    with pytest.raises(UserError, match=r"only a part of .*qkv_proj.weight was trained in full .*; export the merged"):
+    with pytest.raises(
+        UserError, match=r"trains .*layers.0.*q_proj.weight, which is only a part of .*qkv_proj, .*; export the merged"
+    ):
         export(base, adapter, tmp_path / "peft")
