@@ -329,7 +329,7 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog
     if manifest is not None:
         folder = Path(str(start.folder))
         require_allowed(manifest, to_dict(config), config.allow_changes, folder)
-        trainable.require_same(manifest.config, config.training, folder)
+        trainable.require_same(manifest.config, config.training, folder, start.architecture)
         if DATA_FILES not in config.allow_changes:
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)

@@ -146,6 +146,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     training = config.training
     yield from refused(config)
     yield from _pipeline(config.parallel)
+    if training.trainable == []:
+        yield "training.trainable is []; name patterns of parameters, or use all"
     yield from _schedule(training, config.optimizer)
     yield from _data(config.data, training)
     yield from _profile(config.logging)

@@ -121,6 +121,7 @@ def describe_model(run: Run) -> list[str]:
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
         f"{human(num_trained)} {'' if run.config.adapter.kind else 'of them '}trainable, {_describe_weights(run)}",
+        *([] if training.trainable == "all" else [f"trainable   {trainable.describe(architecture, training)}"]),
         *_describe_adapter(run),
         f"computed by {architecture.describe_implementation()}",
         f"attention   {attention.backend}: {attention.reason}",
@@ -175,10 +176,10 @@ def _describe_ranks(run: Run) -> list[str]:
 
 def _flops_per_token(run: Run) -> tuple[float, float]:
     """Return the FLOPs per token that count all pairs of positions, and causal pairs."""
-    architecture, training = run.start.architecture, run.config.training
+    architecture = run.start.architecture
+    learning = trainable.learning(architecture, run.config.training, run.config.adapter)
     all_pairs, causal_pairs = (
-        flops_per_token(architecture, run.plan.sequence_length, halved, training.trainable, run.config.adapter)
-        for halved in (False, True)
+        flops_per_token(architecture, run.plan.sequence_length, halved, learning) for halved in (False, True)
     )
     return all_pairs, causal_pairs
 

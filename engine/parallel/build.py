@@ -58,7 +58,7 @@ def check(
     tensor.check(architecture, config)
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
-    trainable.check(config)
+    trainable.check(config, architecture)
     adapter.check(architecture, config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:

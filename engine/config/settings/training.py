@@ -23,10 +23,11 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
     rounding."""
-    trainable: Literal["all", "embeddings"] = "all"
+    trainable: Literal["all", "embeddings"] | list[str] = "all"
     """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
-    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
-    the same; see docs/vocabulary.md."""
+    phase after tools/extend_vocab.py; see docs/vocabulary.md. A list: those whose names match one of its shell
+    patterns, in which ``*`` is any text: ``["model.layers.2[0-9].*", "*norm*"]`` trains layers 20 to 29 and all norms.
+    All other parameters have no gradients and no optimizer states, and stay bitwise the same."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
     or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
