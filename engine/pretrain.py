@@ -156,8 +156,8 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                settings, step = run.config.checkpoint, run.progress.step
-                export_run(settings, run.store, step, run.start.folder, run.stop.agreed, run.say)
+                step = run.progress.step
+                export_run(run.config, run.store, step, run.start.folder, run.stop.agreed, run.say)
         run.say(*describe_end(run))
 
 

@@ -13,7 +13,6 @@ from .budget import TRAIN, WARMUP, as_written, conflicts, shown, with_budget
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
-    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -191,11 +190,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if adapter.kind is None:
         return
-    if config.model.initialize_from is None:
-        yield (
-            "adapter.kind is lora, but model.initialize_from is null: an adapter changes a trained model; name it "
-            "there, or remove adapter"
-        )
     if config.training.trainable != "all":
         yield (
             f"training.trainable is {config.training.trainable}, but adapter.kind is lora, with which the adapter and "
@@ -203,11 +197,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
-    yield from _not_yet(adapter)
-
-
-def _not_yet(adapter: AdapterConfig) -> Iterator[str]:
-    yield f"adapter.kind is {adapter.kind}, which this version cannot train yet; remove adapter"
 
 
 def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -76,10 +76,16 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            "adapter.modules_to_save",
+            *("adapter.modules_to_save", "adapter.export"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
+        refused=True,
+    ),
+    Rule(
+        ("adapter.export",),
+        lambda now: now.config.checkpoint.export_hf,
+        "checkpoint.export_hf is false, so nothing is exported; set it to true, or remove adapter.export",
         refused=True,
     ),
     Rule(
@@ -236,7 +242,11 @@ RULES = (
     ),
     Rule(
         ("model.initialize_from",),
-        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        lambda now: (
+            now.resumed is None
+            or now.config.adapter.kind is not None  # the base is read from there
+            or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
+        ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )

@@ -35,7 +35,8 @@ class EmergencySave:
 
     Args:
         ranks: that train together.
-        parameters: of this rank by name, taken between steps: after a failure the model may show gathered copies.
+        parameters: of this rank that checkpoints contain, by name, taken between steps: after a failure the model may
+            show gathered copies.
         saver: of the run's checkpoints.
         say: prints a line for people, on the main rank.
         timeout_seconds: time limit of a wait for other ranks.

@@ -48,6 +48,8 @@ class RankUsage:
     """Number of the model's blocks on this rank."""
     parameters: float
     """Number of parameters in this rank's share."""
+    trained: float
+    """Number of those that are trained."""
     kept: dict[str, float]
     """Bytes by kind between steps."""
     peaks: dict[str, dict[str, float]]
@@ -220,9 +222,11 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
         counter.reset_peaks()
         kept, work.flops, work.collectives = dict(counter.bytes), 0.0, {}
         rank.one_step()
-    parameters = sum(_local(parameter).numel() for parameter in rank.model.parameters())
+    sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
-    return RankUsage(spec.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives)
+    peaks, most = counter.peaks, counter.most
+    return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, work.flops, work.collectives)
 
 
 def _num_stages(spec: RankSpec) -> int:

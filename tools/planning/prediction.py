@@ -53,9 +53,9 @@ def predict(
     num_micro_batches: int,
     flops: float,
     collectives: dict[Collective, CollectiveTotal],
-    parameters: float,
+    trained: float,
 ) -> StepPrediction:
-    """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``."""
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters."""
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
@@ -69,7 +69,7 @@ def predict(
         waiting,
         weights,
         (computing + waiting) * idle_share(config, layout, num_micro_batches),
-        parameters * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
+        trained * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
     )
 
 

@@ -54,8 +54,16 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
 
 
 def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all tensors of a training checkpoint by name. The optimizer has its states after the first step."""
+    """Return all tensors of training by name. The optimizer has its states after the first step."""
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+
+
+class AdaptedParameters(ParameterOwner, Protocol):
+    """Parameters, some of which may be those of the base of an adapter."""
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        """Names of the parameters that checkpoints do not contain."""
 
 
 def average_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -65,9 +73,13 @@ def average_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{AVERAGE_PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
-def checkpoint_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the tensors that a checkpoint of training contains: those of training, and averages of the weights."""
-    return {**training_tensors(model, optimizer), **average_tensors(optimizer)}
+def checkpoint_tensors(model: AdaptedParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint of training contains: those of training, and averages of the weights.
+
+    Those of the base of an adapter are left out.
+    """
+    tensors = {**training_tensors(model, optimizer), **average_tensors(optimizer)}
+    return {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
 
 
 def open_tensors(folder: str | Path) -> TensorParts:
@@ -148,8 +160,18 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
+    require_tensors(folder, stored, {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()})
+
+
+def require_tensors(
+    folder: str | Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors do not have exactly the ``wanted`` names and shapes.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors.
+    """
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith(STATE_PREFIXES)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
     difference = describe_difference(weights, wanted)
     if difference:
         raise UserError(f"{folder}: the checkpoint belongs to another model: {difference}")
