@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .config.checks import with_known_budget
 from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
-from .model.adapters import adapter_parameters
+from .model.adapters import AdapterParameters, adapter_parameters
 from .model.attention_choice import choose_attention
 from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
 from .model.generic.remote_code import register_remote_code
-from .model.implementations import architecture_of_tensors, checked, parse_architecture
+from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
 from .parallel import adapter, build, trainable
@@ -27,6 +28,8 @@ from .parallel.precision import with_precision
 from .parallel.process_group import Ranks
 from .schedule import BatchPlan, Progress
 from .start_kinds import AdapterStart, CheckpointStart, HuggingFaceStart, RandomStart, Start
+from .weights.adapters.opening import open_parameters, require_base
+from .weights.adapters.peft_config import PeftConfig
 from .weights.base_identity import BaseIdentity
 from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, asset_folder, complete_assets
 from .weights.checkpoint.manifest import Manifest
@@ -35,6 +38,7 @@ from .weights.checkpoint.store import CheckpointStore
 from .weights.checkpoint.tensors import open_tensors
 from .weights.hugging_face.carried import Carried
 from .weights.hugging_face.initial import INITIALIZE_FROM, local_weights, open_weights
+from .weights.hugging_face.layout import Layout
 from .weights.hugging_face.weight_dtypes import declared_dtype, dtypes_of, with_dtype
 
 
@@ -89,7 +93,7 @@ def open_run(config: RunConfig, plan: BatchPlan, ranks: Ranks, store: Checkpoint
         opened = record_carried(ranks.fail_together(lambda: open_start(config, found.base or found)), ranks)
         start = ranks.fail_together(lambda: with_adapter(config, opened, found, ranks))
         config, start, choices = choose_implementation(config, start, plan, ranks)
-        catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+        config, catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
     return OpenedRun(config, start, choices, catalog, order, progress, found.remarks)
 
 
@@ -148,10 +152,7 @@ def _find_weights(model: ModelConfig, ranks: Ranks, store: CheckpointStore) -> S
     kind, weights = local_weights(str(model.initialize_from), ranks, lambda folder: _check_model(folder, model))
     manifest = store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None
     if manifest is not None and manifest.base:
-        raise UserError(
-            f"{INITIALIZE_FROM}: {weights} holds an adapter and not the weights of its base {manifest.base['folder']}; "
-            "export both as one Hugging Face folder with checkpoint_convert/dcp_to_hf.py, and start from that"
-        )
+        run_in_background(ranks, (lambda: require_base(Path(weights))) if ranks.is_main else None)
     return StartFolder(weights, manifest)
 
 
@@ -197,7 +198,7 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     if folder is None:
         architecture = parse_architecture(assets.config, where, model.implementation)
         return RandomStart(assets, architecture, seed=config.seed)
-    parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
+    parts, resumed_from = open_parameters(Path(folder), assets.config), found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
 
@@ -217,6 +218,7 @@ def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ran
     if config.adapter.kind is None:
         return start
     parameters = adapter_parameters(start.architecture, config.adapter)
+    _require_peft_form(config, start, parameters)
     opened = AdapterStart(
         start.assets,
         start.architecture,
@@ -240,6 +242,19 @@ def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ran
         )
     parts = open_tensors(found.folder)
     return replace(opened, assets=assets, folder=found.folder, resumed_from=found.manifest, parts=parts)
+
+
+def _require_peft_form(config: RunConfig, base: Start, parameters: AdapterParameters) -> None:
+    """Refuse now what the export as a folder of PEFT would refuse at the end of the run."""
+    if not config.checkpoint.export_hf or config.adapter.export == "merged":
+        return
+    model_config, architecture = base.assets.config, base.architecture
+    assert model_config is not None
+    layout = Layout.of(architecture, meta_model(architecture))
+    try:
+        PeftConfig(parameters, architecture, layout).require_form(Path(base.folder or ""), model_config)
+    except UserError as error:
+        raise UserError(f"adapter.export is {config.adapter.export}: {error}") from None
 
 
 def _require_exportable(config: dict[str, Any], assets: HfAssets, where: str) -> None:
@@ -304,18 +319,19 @@ def choose_implementation(
     return config, replace(start, architecture=architecture), ranks.fail_together(decide)
 
 
-def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog, SampleOrder, Progress]:
-    """Open the datasets of a run, and return its place in their order.
+def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConfig, Catalog, SampleOrder, Progress]:
+    """Open the datasets of a run; return its configuration with its budget in tokens, and its place in their order.
 
     Raises:
         UserError: the datasets are unusable, or do not fit the model or the checkpoint.
     """
     catalog = open_catalog(config.data, plan, start.architecture.vocab_size, start.assets.tokenizer, config.seed)
+    config = with_known_budget(config, catalog.epoch_tokens)
     order, progress, manifest = catalog.sample_order(config.seed), Progress(), start.resumed_from
     if manifest is not None:
         folder = Path(str(start.folder))
         require_allowed(manifest, to_dict(config), config.allow_changes, folder)
-        trainable.require_same(manifest.config, config.training, folder)
+        trainable.require_same(manifest.config, config.training, folder, start.architecture)
         if DATA_FILES not in config.allow_changes:
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)
@@ -329,6 +345,6 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog
             f"optimizer.schedule_start_tokens is {begin:,}, but the run continues at {progress.tokens:,} tokens, "
             f"before its schedule begins; set it to {progress.tokens} at most"
         )
-    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
+    steps = plan.steps_left(config.training.budget, progress.tokens)
     order.require(progress.samples + steps * plan.global_batch_size)
-    return catalog, order, progress
+    return config, catalog, order, progress

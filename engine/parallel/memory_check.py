@@ -31,23 +31,22 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     """
     layout = plan_layout(config.parallel, world_size)
     sharing = layout.world_size // layout.replicate
-    weight_bytes = DTYPES[config.training.weight_dtype].itemsize
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_parameter, of_adapter = weight_bytes, 0
-    if config.adapter.kind is not None:
-        per_parameter = DTYPES[config.training.precision].itemsize  # frozen
-        trained = trainable.count(architecture, config.training, config.adapter)
-        of_adapter = trained * (2 * weight_bytes + 2 * state_bytes)
-    elif config.training.trainable == "all":
-        per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
-    needed = (architecture.num_parameters * per_parameter + of_adapter) // sharing
+    training, adapter = config.training, config.adapter
+    total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
+    weight_bytes = DTYPES[training.weight_dtype].itemsize
+    per_weight = weight_bytes
+    per_trained = weight_bytes + 2 * state_bytes + training.average_bytes  # gradient and both moments
+    if adapter.kind is not None:  # weights of the base have the dtype of the computation
+        per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
+    needed = (total * per_weight + trained * per_trained) // sharing
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
     available = device_memory(device) // ranks_here
     if needed > available:
-        adapter = f" + {of_adapter:,} bytes for the adapter" if of_adapter else ""
         raise UserError(
-            f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
-            f"states){adapter} / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained} bytes "
+            f"of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
+            "rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 

@@ -21,11 +21,14 @@ from .tensor_source import TensorSource, read_blocks
 from .workers import default_workers
 
 
-def content_hash(source: TensorSource) -> str:
-    """Return the xxh3_128, in hexadecimal, of names, shapes, dtypes and values of the tensors of ``source``."""
+def content_hash(source: TensorSource, on_bytes: Callable[[int], object] = lambda count: None) -> str:
+    """Return the xxh3_128, in hexadecimal, of names, shapes, dtypes and values of the tensors of ``source``.
+
+    ``on_bytes`` is called with the number of bytes of every block, from any thread.
+    """
     names = sorted(source.tensors)
     with ThreadPoolExecutor(default_workers()) as pool:
-        digests = list(pool.map(lambda name: _hash_of(source, name), names))
+        digests = list(pool.map(lambda name: _hash_of(source, name, on_bytes), names))
     facts = [
         [name, list(source.tensors[name].shape), str(source.tensors[name].dtype), digest]
         for name, digest in zip(names, digests, strict=True)
@@ -70,8 +73,10 @@ def _compute(result: Future[str], hash_base: Callable[[], str]) -> None:
         result.set_exception(error)
 
 
-def _hash_of(source: TensorSource, name: str) -> str:
+def _hash_of(source: TensorSource, name: str, on_bytes: Callable[[int], object]) -> str:
     digest = xxhash.xxh3_128()
     for block in read_blocks(source, name, BLOCK_BYTES):
-        digest.update(bytes_of(block))
+        data = bytes_of(block)
+        digest.update(data)
+        on_bytes(len(data))
     return digest.hexdigest()
