@@ -54,6 +54,11 @@ def build_parser() -> CommandParser:
         help="number of rows of embedding and head, such as that before padding (default: unchanged)",
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="export the moving average of the weights that training.ema_decay keeps, instead of the weights",
+    )
+    parser.add_argument(
         "--carried-from",
         metavar="DIR",
         help="folder of the original Hugging Face model, if it has been moved: exports take the tensors that are not "
@@ -129,7 +134,7 @@ def _convert_and_upload(
     checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
     # What convert would refuse before it reads any weights is refused before a repository is made.
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
-    planned = ("dtype", "max_shard_size", "vocab_size", "carried_from", "base", "adapter")
+    planned = ("dtype", "max_shard_size", "vocab_size", "carried_from", "ema", "base", "adapter")
     plan_export(checkpoint, **{key: options[key] for key in planned})
     place = open_repository(repository, PUSH, private=not public, only_private=private)
     print(f"will be uploaded to {place}")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...engine.config.budget import in_tokens
 from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
@@ -111,7 +112,7 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
     """
     source = architecture_source(config.model)
     architecture = configured_architecture(config.model)
-    training, data = config.training, config.data
+    training, data = in_tokens(config).training, config.data
     num_steps = options.warmup_steps + options.steps + (WARMUP_STEPS + PROFILED_STEPS if options.profile else 0)
     samples = num_steps * training.global_batch_size
     if not options.real_data:

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import budget
 from ..config.effects import Situation, without_effect
-from ..config.settings import DataConfig, RunConfig
+from ..config.settings import DataConfig, RunConfig, TrainingConfig
 from ..data.catalog import Catalog
 from ..data.document_packing import CHUNKS_PER_GROUP
 from ..data.sample_order import SampleOrder
@@ -82,11 +83,11 @@ def _describe_notes(run: Run) -> list[str]:
 
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
-    budget, tokens = run.config.training.train_tokens, run.progress.tokens
-    if tokens - budget < run.plan.tokens_per_step:  # the last step is complete
+    training, tokens = run.config.training, run.progress.tokens
+    if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
-        f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+        f"{budget.shown(training, budget.TRAIN)} is less than the {tokens:,} tokens that this run has trained on: "
         "no step is left; raise it to continue training"
     ]
 
@@ -157,9 +158,15 @@ def _describe_budget(run: Run) -> list[str]:
     return [
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
-        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
+        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
+        f"{remaining_steps:,} steps to go{shortest}",
     ]
+
+
+def _budget(run: Run) -> str:
+    training = run.config.training
+    epochs = "" if training.train_epochs is None else f"{training.train_epochs:g} x {run.catalog.epoch_tokens:,} = "
+    return f"{epochs}{training.budget:,} tokens"
 
 
 def _describe_ranks(run: Run) -> list[str]:
@@ -171,7 +178,15 @@ def _describe_ranks(run: Run) -> list[str]:
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
+        *_describe_average(training),
     ]
+
+
+def _describe_average(training: TrainingConfig) -> list[str]:
+    if training.ema_decay is None:
+        return []
+    evaluated = "evaluations use it" if training.eval_ema else "evaluations use the weights"
+    return [f"average     of the weights in {training.ema_dtype}, decay {training.ema_decay:g} per step; {evaluated}"]
 
 
 def _flops_per_token(run: Run) -> tuple[float, float]:
@@ -214,7 +229,8 @@ def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
     for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
+        of_trained = (state_bytes, state_bytes, *(bytes_ for bytes_ in (config.training.average_bytes,) if bytes_))
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *learns * of_trained)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

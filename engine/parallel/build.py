@@ -15,7 +15,18 @@ from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
-from . import adapter, context, data_parallel, float8, fused_projections, pipeline, recompute, tensor, trainable
+from . import (
+    adapter,
+    context,
+    data_parallel,
+    float8,
+    fused_projections,
+    neftune,
+    pipeline,
+    recompute,
+    tensor,
+    trainable,
+)
 from . import compile as block_compile
 from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
@@ -135,11 +146,13 @@ def build_model(
 
     def build_stage(layers: LayerRange) -> tuple[LanguageModel, DataParallel]:
         model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
+        model.z_loss = training.z_loss
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         adapter.apply(model, config, ranks.device)
         context.apply(model, mesh.context_group)
+        neftune.apply(model, config, mesh)
         float8.apply(model, training, ranks.device)
         recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:

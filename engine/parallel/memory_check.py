@@ -36,7 +36,7 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
     weight_bytes = DTYPES[training.weight_dtype].itemsize
     per_weight = weight_bytes
-    per_trained = weight_bytes + 2 * state_bytes  # gradient and both moments
+    per_trained = weight_bytes + 2 * state_bytes + training.average_bytes  # gradient and both moments
     if adapter.kind is not None:  # weights of the base have the dtype of the computation
         per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
     needed = (total * per_weight + trained * per_trained) // sharing

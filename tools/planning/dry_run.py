@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
-from ...engine.optim import allocate_states, build_optimizer
+from ...engine.optim import allocate_states, build_average, build_optimizer, keep_average
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
@@ -139,6 +139,9 @@ class SimulatedRank:
             read_no_values(self.forward_backward)
         compact = CompactAdamW if has_values() else StatesOnlyAdamW
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed, compact)
+        self.average = build_average(self.model.named_parameters(), config.training, config.seed)
+        if has_values():  # an update has many small chunks, and allocates nothing that stays
+            keep_average(self.optimizer, self.average)
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
@@ -157,6 +160,7 @@ class SimulatedRank:
         """Tell the counter which tensors are the optimizer's states."""
         values = (value for state in self.optimizer.state.values() for value in state.values())
         self.counter.declare("optimizer states", (value for value in values if isinstance(value, Tensor)))
+        self.counter.declare("optimizer states", self.average.tensors().values() if self.average else ())
 
     def _batch(self) -> Batch:
         length, samples = self.plan.sequence_length, self.plan.micro_batch_size
@@ -167,7 +171,8 @@ class SimulatedRank:
             with unset_fake_temporarily():
                 on_host = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
                 plan = plan_attention(self._backend, on_host, self._windows, on_host.device)
-            return Batch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length, plan)
+            tokens, targets, positions = numbers, numbers.clone(), numbers.clone()
+            return Batch(tokens, targets, positions, offsets, length, samples * length, plan, numbers.clone())
 
 
 def attention_backend(config: RunConfig, architecture: Architecture) -> str:

@@ -57,7 +57,8 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     # Of an adapter, the base is held in the compute dtype, and what is trained in the dtype of weights.
     weights = 2 * mine + weight * trained if adapted else weight * mine
     ranks = layout.shard * layout.context
-    states = (weights + trained * 2 * bytes_of(config.optimizer.state_dtype)) / ranks
+    per_trained = 2 * bytes_of(config.optimizer.state_dtype) + config.training.average_bytes
+    states = (weights + trained * per_trained) / ranks
     once = parallel.reduce_gradients == "step" and count > 1
     gradients = trained * (4 if once or layout.pipeline > 1 else gradient_bytes(config, count) / ranks)
     tokens = _tokens(config, layout)

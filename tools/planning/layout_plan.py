@@ -107,8 +107,8 @@ class LayoutPlan:
 
     @property
     def hours(self) -> float:
-        """Return the hours for ``training.train_tokens``, without evaluations, checkpoints and restarts."""
-        return self.batches.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
+        """Return the hours for the token budget, without evaluations, checkpoints and restarts."""
+        return self.batches.steps_for(self.config.training.budget) * self.prediction.step / 3600
 
     @property
     def checkpoint_bytes(self) -> float:

@@ -101,11 +101,13 @@ def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
     Clipping reads the gradient. AdamW reads it, and reads and writes the weight and both moments. PyTorch's fused one,
-    for fp32, also writes the clipped gradient.
+    for fp32, also writes the clipped gradient. An average reads the weight, and is read and written.
     """
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
     passes = 3 if weight == state == 4 else 2
-    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
+    average = config.training.average_bytes
+    averaging = weight + 2 * average if average else 0
+    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state) + averaging
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:

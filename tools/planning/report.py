@@ -90,7 +90,7 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
         flops_per_token(architecture, batches.sequence_length, halved, learned) for halved in (False, True)
     )
     ranks, rank = plan.layout.world_size, plan.slowest
-    tokens = plan.config.training.train_tokens
+    tokens = plan.config.training.budget
     seconds = plan.hours * 3600
     executed = rank.flops * ranks / batches.tokens_per_step
     return [
@@ -107,7 +107,8 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
 
 
 def _stored(plan: LayoutPlan) -> str:
-    return "the adapter and its moments" if plan.config.adapter.kind is not None else "weights and both moments"
+    what = "the adapter" if plan.config.adapter.kind is not None else "weights"
+    return f"{what}, both moments, average" if plan.config.training.average_bytes else f"{what} and both moments"
 
 
 def _seconds(prediction: StepPrediction) -> str:

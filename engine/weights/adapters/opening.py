@@ -14,7 +14,7 @@ from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.implementations import architecture_of_tensors, meta_model
 from ..checkpoint.assets import ASSET_FOLDER, is_hf_folder
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, open_tensors, require_model_tensors
+from ..checkpoint.tensors import STATE_PREFIXES, open_tensors, require_model_tensors
 from ..hugging_face.hub_download import is_on_hub
 from ..hugging_face.layout import Layout
 from ..hugging_face.model import open_hf_model
@@ -147,7 +147,7 @@ def _open_base(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     stored = open_parameters(folder, config)
-    weights = stored.only(name for name in stored.tensors if not name.startswith(OPTIMIZER_PREFIX))
+    weights = stored.only(name for name in stored.tensors if not name.startswith(STATE_PREFIXES))
     architecture = architecture_of_tensors(config, where, weights.tensors, requested)
     model = meta_model(architecture)
     require_model_tensors(folder, weights.tensors, model)

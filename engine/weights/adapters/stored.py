@@ -16,7 +16,7 @@ from ...config.settings import AdapterConfig
 from ...errors import UserError
 from ...model.adapters import AdapterParameters, adapter_parameters
 from ...model.architecture import Architecture
-from ..checkpoint.tensors import OPTIMIZER_PREFIX, describe_difference
+from ..checkpoint.tensors import STATE_PREFIXES, describe_difference
 from ..damage import DamagedCheckpoint
 from ..parts import TensorParts
 from .peft_config import WEIGHT
@@ -54,7 +54,7 @@ class StoredAdapter:
                 f"{folder}: its manifest has an adapter with {sorted(settings)}, known are {sorted(names)}; use the "
                 "release that wrote it, or a newer one"
             ) from None
-        found = {name: item for name, item in stored.tensors.items() if not name.startswith(OPTIMIZER_PREFIX)}
+        found = {name: item for name, item in stored.tensors.items() if not name.startswith(STATE_PREFIXES)}
         if difference := describe_difference(found, parameters.trained):
             raise UserError(f"{folder}: the checkpoint belongs to another model or adapter: {difference}")
         return cls(parameters, stored.only(parameters.trained))

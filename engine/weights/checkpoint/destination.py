@@ -74,16 +74,17 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files.
+    """Return the size of a checkpoint without small files: weights; moments and averages of trainable parameters.
 
     With an adapter, these are only those of the parameters that learn.
     """
     weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
+    trained = 2 * state + config.training.average_bytes
     if config.adapter.kind is not None:
-        return trainable.count(architecture, config.training, config.adapter) * (weight + 2 * state)
+        return trainable.count(architecture, config.training, config.adapter) * (weight + trained)
     decoder = meta_model(architecture)
     trainable.apply(decoder, config.training)
-    return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())
+    return sum(p.numel() * (weight + trained * p.requires_grad) for p in decoder.parameters())
 
 
 def require_destination(

@@ -32,6 +32,7 @@ def plan_export(
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
     vocab_size: int | None = None,
     carried_from: str | None = None,
+    ema: bool = False,
     base: str | None = None,
     adapter: bool = False,
 ) -> Conversion:
@@ -41,7 +42,7 @@ def plan_export(
         UserError: the checkpoint is incomplete, or not a model that can be exported.
     """
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
-    model = open_checkpoint(checkpoint, base)
+    model = open_checkpoint(checkpoint, ema, base)
     if adapter:
         return plan_peft_export(model, target)
     target = target or model.export_dtype
@@ -57,6 +58,8 @@ def plan_export(
         "max_shard_size": shard_bytes,
         "vocab_size": source.vocab_size,
     }
+    if ema:
+        options["ema"] = True
     if isinstance(model.published, WithCarried):
         options["carried_from"] = model.published.identity
     return Conversion(
@@ -107,6 +110,7 @@ def convert(
     allow_nonfinite: bool = False,
     verify: bool = False,
     trust_remote_code: bool = False,
+    ema: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the Hugging Face folder ``output`` from ``checkpoint``, or with ``adapter`` a folder of PEFT.
@@ -123,7 +127,7 @@ def convert(
     if trust_remote_code:
         assets = Path(checkpoint) / ASSET_FOLDER
         register_remote_code(read_hf_config(assets), assets)
-    conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from, base, adapter)
+    conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from, ema, base, adapter)
     model, tensors = conversion.model, conversion.tensors
 
     def compare(content: Path) -> dict[str, Any]:

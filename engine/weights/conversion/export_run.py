@@ -119,7 +119,7 @@ def export_run(
         checkpoint = Path(str(start))
     try:
         for form, output in exports:
-            _export(store, checkpoint, form, output, stop_agreed, say)
+            _export(store, checkpoint, form, output, config.checkpoint.export_ema, stop_agreed, say)
     except _StopRequested as stopped:
         say(f"stopped the export to {stopped} as requested; the same command completes it")
         return
@@ -143,16 +143,17 @@ def _export(
     checkpoint: Path,
     form: Form,
     output: Path,
+    ema: bool,
     stop_agreed: Callable[[], bool],
     say: Callable[[str], None],
 ) -> None:
     """Write one export, if it does not exist."""
     ranks = store.ranks
-    if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
+    if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, ema))):
         say(f"exported    {output} already exists")
         return
     _require_valid(store, checkpoint)
-    _write(ranks, checkpoint, form, output, stop_agreed, say)
+    _write(ranks, checkpoint, form, output, ema, stop_agreed, say)
 
 
 class _StopRequested(Exception):
@@ -177,8 +178,8 @@ def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
         ) from None
 
 
-def _is_there(output: Path, checkpoint: Path) -> bool:
-    """Return whether ``output`` has been made from ``checkpoint``.
+def _is_there(output: Path, checkpoint: Path, ema: bool) -> bool:
+    """Return whether ``output`` has been made from ``checkpoint``, from its average if ``ema``.
 
     Raises:
         UserError: it is something else.
@@ -187,11 +188,14 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
         return False
     try:
         content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
-        made_of = content["source"]["manifest_xxh3_128"]
-    except (OSError, ValueError, KeyError, TypeError):
+        made_of = content["source"]["manifest_xxh3_128"], bool(content["options"].get("ema"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         made_of = None
-    if made_of != hash_file(checkpoint / MANIFEST_FILE):
-        raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
+    if made_of != (hash_file(checkpoint / MANIFEST_FILE), ema):
+        raise UserError(
+            f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint or export_ema; move it "
+            "away"
+        )
     return True
 
 
@@ -200,10 +204,11 @@ def _write(
     checkpoint: Path,
     form: Form,
     output: Path,
+    ema: bool,
     stop_agreed: Callable[[], bool],
     say: Callable[[str], None],
 ) -> None:
-    export = ranks.fail_together(lambda: plan_export(checkpoint, adapter=form == "peft"))
+    export = ranks.fail_together(lambda: plan_export(checkpoint, ema=ema, adapter=form == "peft"))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
