@@ -13,7 +13,6 @@ from .budget import TRAIN, WARMUP, as_written, conflicts, shown, with_budget
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
-    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -72,6 +71,7 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.ema_decay": Range("in (0, 1), or null", lambda value: 0 < value < 1),
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,
@@ -191,11 +191,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if adapter.kind is None:
         return
-    if config.model.initialize_from is None:
-        yield (
-            "adapter.kind is lora, but model.initialize_from is null: an adapter changes a trained model; name it "
-            "there, or remove adapter"
-        )
     if config.training.trainable != "all":
         yield (
             f"training.trainable is {config.training.trainable}, but adapter.kind is lora, with which the adapter and "
@@ -203,11 +198,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
-    yield from _not_yet(adapter)
-
-
-def _not_yet(adapter: AdapterConfig) -> Iterator[str]:
-    yield f"adapter.kind is {adapter.kind}, which this version cannot train yet; remove adapter"
 
 
 def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -76,10 +76,16 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            "adapter.modules_to_save",
+            *("adapter.modules_to_save", "adapter.export"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
+        refused=True,
+    ),
+    Rule(
+        ("adapter.export",),
+        lambda now: now.config.checkpoint.export_hf,
+        "checkpoint.export_hf is false, so nothing is exported; set it to true, or remove adapter.export",
         refused=True,
     ),
     Rule(
@@ -101,6 +107,17 @@ RULES = (
         "checkpoint.export_hf is false, so there is no export to upload; set it to true, or remove "
         "checkpoint.push_to_hub",
         refused=True,
+    ),
+    Rule(
+        ("training.ema_dtype", "training.eval_ema", "checkpoint.export_ema"),
+        lambda now: now.config.training.ema_decay is not None,
+        "training.ema_decay is null, so there is no average; set it to a number such as 0.999, or remove this",
+        refused=True,
+    ),
+    Rule(
+        ("checkpoint.export_ema",),
+        lambda now: now.config.checkpoint.export_hf,
+        "nothing is exported; set checkpoint.export_hf",
     ),
     Rule(
         ("checkpoint.hub_private", "checkpoint.hub_message"),
@@ -131,7 +148,7 @@ RULES = (
     Rule(
         (
             *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
-            "logging.sample_prompts",
+            *("logging.sample_prompts", "training.eval_ema"),
         ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
@@ -225,7 +242,11 @@ RULES = (
     ),
     Rule(
         ("model.initialize_from",),
-        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        lambda now: (
+            now.resumed is None
+            or now.config.adapter.kind is not None  # the base is read from there
+            or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
+        ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )
@@ -239,8 +260,8 @@ ALWAYS = {
     *("data.stages[].train", "data.stages[].train_tokens"),
     *("training.train_tokens", "training.train_steps", "training.train_epochs"),
     *("training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
-    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.precision", "training.weight_dtype"),
-    "training.gc_interval",
+    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
+    *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
     *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
     *("optimizer.state_dtype", "optimizer.clip_grad_norm"),

@@ -109,6 +109,15 @@ class TrainingConfig:
     """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
     Null: no limit."""
+    ema_decay: float | None = None
+    """Also keep an exponential moving average of the trained weights, with this decay per step, such as 0.999: about
+    the mean of the last 1 / (1 - decay) steps. It begins as the weights that the run starts from. Checkpoints contain
+    it as ``ema.{parameter}``; ``eval_ema`` and ``checkpoint.export_ema`` use it. Null: none."""
+    ema_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the average: 4 or 2 more bytes per trained parameter. bf16 is written with stochastic rounding."""
+    eval_ema: bool = False
+    """Evaluate the average instead of the weights, also to find the best checkpoint and for ``logging.sample_prompts``.
+    The weights are kept in host memory meanwhile."""
     eval_interval: int = 0
     """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
@@ -133,3 +142,8 @@ class TrainingConfig:
     def warmup(self) -> int:
         """``warmup_tokens``, given or derived; 0 without a warm-up."""
         return self.warmup_tokens or 0
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes of the average of the weights for each trained parameter."""
+        return 0 if self.ema_decay is None else {"fp32": 4, "bf16": 2}[self.ema_dtype]
