@@ -76,6 +76,7 @@ RANGES = {
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,
     "optimizer.min_learning_rate": _FROM_0,
+    "optimizer.min_learning_rate_ratio": Range("in [0, 1], or null", lambda value: 0 <= value <= 1),
     "optimizer.weight_decay": _FROM_0,
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
@@ -220,7 +221,12 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
     """
     if all(getattr(training, key) is None for key in TRAIN):
         yield "the length of the run is missing; set training.train_tokens, train_steps or train_epochs"
-    if optimizer.min_learning_rate > optimizer.learning_rate:
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate_ratio is not None:
+        yield (
+            "optimizer.min_learning_rate and optimizer.min_learning_rate_ratio are both set; keep one of them, and "
+            "remove the other or set it to null"
+        )
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate {optimizer.min_learning_rate:g} is above optimizer.learning_rate "
             f"{optimizer.learning_rate:g}; lower the minimum"
@@ -237,6 +243,11 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
     if warmup > budget - start:
         key = warmup_shown.split(" ")[0]
         yield f"{warmup_shown} is more than {train_shown}{behind}; lower {key}"
+    if optimizer.schedule == "inverse_sqrt" and warmup == 0:
+        yield (
+            "optimizer.schedule inverse_sqrt falls from the end of the warm-up on, by its length; set "
+            "training.warmup_tokens, warmup_steps or warmup_ratio"
+        )
     if optimizer.decay_tokens is not None and optimizer.schedule == "wsd":
         room = budget - start - warmup
         if not 0 < optimizer.decay_tokens <= room:
