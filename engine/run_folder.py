@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
+from .config.budget import as_written
 from .config.settings import RunConfig, to_dict
 from .config.yaml_loader import dump_yaml
 from .errors import UserError
@@ -53,7 +54,7 @@ def require_room(
     Raises:
         UserError: on every rank.
     """
-    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
+    steps = plan.steps_left(config.training.budget, progress.tokens)
     ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
     lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
     store.expected_bytes = ranks.broadcast(store.expected_bytes)
@@ -84,7 +85,9 @@ def _open(run: Run, console: Console | None) -> None:
     run.report.start(run.progress.step if resumed else None, run.evaluation_pending)
     if console is not None:
         console.open(folder)
-    (folder / CONFIG_FILE).write_text(dump_yaml(masked(to_dict(run.config), without_signature)), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(
+        dump_yaml(masked(to_dict(as_written(run.config)), without_signature)), encoding="utf-8"
+    )
     note_start(folder, resumed is None, run.store.origin)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .config.checks import with_known_budget
 from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
 from .data.renamed_sources import keep_names
@@ -184,7 +185,7 @@ def open_run(config: RunConfig, plan: BatchPlan, ranks: Ranks, store: Checkpoint
     with report_if_slow("opening the weights and the data", say):
         start = record_carried(ranks.fail_together(lambda: open_start(config, found)), ranks)
         config, start, choices = choose_implementation(config, start, plan, ranks)
-        catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
+        config, catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
     return OpenedRun(config, start, choices, catalog, order, progress, found.remarks)
 
 
@@ -349,18 +350,19 @@ def choose_implementation(
     return config, replace(start, architecture=architecture), ranks.fail_together(decide)
 
 
-def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog, SampleOrder, Progress]:
-    """Open the datasets of a run, and return its place in their order.
+def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConfig, Catalog, SampleOrder, Progress]:
+    """Open the datasets of a run; return its configuration with its budget in tokens, and its place in their order.
 
     Raises:
         UserError: the datasets are unusable, or do not fit the model or the checkpoint.
     """
     catalog = open_catalog(config.data, plan, start.architecture.vocab_size, start.assets.tokenizer, config.seed)
+    config = with_known_budget(config, catalog.epoch_tokens)
     order, progress, manifest = catalog.sample_order(config.seed), Progress(), start.resumed_from
     if manifest is not None:
         folder = Path(str(start.folder))
         require_allowed(manifest, to_dict(config), config.allow_changes, folder)
-        trainable.require_same(manifest.config, config.training, folder)
+        trainable.require_same(manifest.config, config.training, folder, start.architecture)
         if DATA_FILES not in config.allow_changes:
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)
@@ -374,6 +376,6 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog
             f"optimizer.schedule_start_tokens is {begin:,}, but the run continues at {progress.tokens:,} tokens, "
             f"before its schedule begins; set it to {progress.tokens} at most"
         )
-    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
+    steps = plan.steps_left(config.training.budget, progress.tokens)
     order.require(progress.samples + steps * plan.global_batch_size)
-    return catalog, order, progress
+    return config, catalog, order, progress

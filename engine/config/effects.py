@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .budget import as_written
 from .settings import CheckpointConfig, RunConfig, SourceConfig
 
 
@@ -39,7 +40,7 @@ class Situation:
     def steps(self) -> int:
         """Return the number of steps of the whole run."""
         training = self.config.training
-        return math.ceil(training.train_tokens / (training.global_batch_size * training.sequence_length))
+        return math.ceil(training.budget / training.tokens_per_step)
 
     @property
     def evaluates(self) -> bool:
@@ -169,8 +170,8 @@ RULES = (
         "no step of the run is a multiple of both it and checkpoint.save_interval",
     ),
     Rule(
-        ("training.warmup_tokens",),
-        lambda now: now.config.training.warmup_tokens > _tokens_per_step(now),
+        ("training.warmup_tokens", "training.warmup_steps", "training.warmup_ratio"),
+        lambda now: now.config.training.warmup > now.config.training.tokens_per_step,
         "the first step is at least as long and ends the warm-up",
     ),
     Rule(
@@ -181,12 +182,12 @@ RULES = (
     Rule(
         ("optimizer.schedule", "optimizer.min_learning_rate"),
         lambda now: _decays(now) or now.config.optimizer.schedule == "constant",
-        "training.warmup_tokens fills the whole schedule; there is no decay",
+        "the warm-up fills the whole schedule; there is no decay",
     ),
     Rule(
         ("optimizer.schedule_start_tokens",),
-        lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup_tokens > 0,
-        "optimizer.schedule constant without training.warmup_tokens has the same rate everywhere",
+        lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup > 0,
+        "optimizer.schedule constant without a warm-up has the same rate everywhere",
     ),
     Rule(
         ("parallel.recompute_every",),
@@ -247,14 +248,10 @@ ALWAYS = {
     *("data.train", "data.stages", "data.shuffle", "data.packing", "data.validation", "data.validation_fraction"),
     *("data.attend_across_documents", "data.prefetch_steps", "data.train[].path", "data.train[].name"),
     *("data.stages[].train", "data.stages[].train_tokens"),
-    *("training.train_tokens", "training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
-    *(
-        "training.ema_decay",
-        "training.trainable",
-        "training.precision",
-        "training.weight_dtype",
-        "training.gc_interval",
-    ),
+    *("training.train_tokens", "training.train_steps", "training.train_epochs"),
+    *("training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
+    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.precision", "training.weight_dtype"),
+    *("training.ema_decay", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
     *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
     *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
@@ -306,7 +303,7 @@ def _without_effect(now: Situation, chosen: Callable[[Rule], bool]) -> Iterator[
         if rule.matters(now):
             continue
         for key in rule.keys:
-            for name, value, default in _values(now.config, key):
+            for name, value, default in _values(as_written(now.config), key):
                 if name not in reported and value != default:
                     reported.add(name)
                     yield rule, name, value
@@ -345,13 +342,9 @@ def _mixtures(config: RunConfig) -> list[list[SourceConfig]]:
     return [sources for _, sources in _named_mixtures(config)]
 
 
-def _tokens_per_step(now: Situation) -> int:
-    return now.config.training.global_batch_size * now.config.training.sequence_length
-
-
 def _decays(now: Situation) -> bool:
     training = now.config.training
-    return training.warmup_tokens < training.train_tokens - now.config.optimizer.schedule_start_tokens
+    return training.warmup < training.budget - now.config.optimizer.schedule_start_tokens
 
 
 def _saves_a_multiple(checkpoint: CheckpointConfig, steps: int) -> bool:

@@ -105,7 +105,7 @@ def _obstacle(
     start = config.optimizer.schedule_start_tokens
     if manifest.consumed_tokens < start:
         return f"{target} was written before optimizer.schedule_start_tokens {start:,}"
-    remaining = plan.steps_left(config.training.train_tokens, manifest.consumed_tokens)
+    remaining = plan.steps_left(config.training.budget, manifest.consumed_tokens)
     try:
         order.require(progress.samples + remaining * plan.global_batch_size)
     except UserError as error:

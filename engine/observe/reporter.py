@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.settings import RunConfig
 from ..model.architecture import Architecture
+from ..parallel import trainable
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
@@ -114,7 +115,7 @@ class Reporter:
     ):
         self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
         self._flops = flops_per_token(
-            architecture, plan.sequence_length, causal_halved=False, trainable=config.training.trainable
+            architecture, plan.sequence_length, False, trainable.learning(architecture, config.training)
         )
         self.observers = create_observers(config, say) if ranks.is_main else []
         self.observers += early

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import budget
 from ..config.effects import Situation, without_effect
 from ..config.settings import DataConfig, RunConfig, TrainingConfig
 from ..data.catalog import Catalog
@@ -81,11 +82,11 @@ def _describe_notes(run: Run) -> list[str]:
 
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
-    budget, tokens = run.config.training.train_tokens, run.progress.tokens
-    if tokens - budget < run.plan.tokens_per_step:  # the last step is complete
+    training, tokens = run.config.training, run.progress.tokens
+    if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
-        f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+        f"{budget.shown(training, budget.TRAIN)} is less than the {tokens:,} tokens that this run has trained on: "
         "no step is left; raise it to continue training"
     ]
 
@@ -119,6 +120,7 @@ def describe_model(run: Run) -> list[str]:
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
         f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
+        *([] if training.trainable == "all" else [f"trainable   {trainable.describe(architecture, training)}"]),
         f"computed by {architecture.describe_implementation()}",
         f"attention   {attention.backend}: {attention.reason}",
         f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
@@ -135,9 +137,15 @@ def _describe_budget(run: Run) -> list[str]:
     return [
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
-        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
+        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
+        f"{remaining_steps:,} steps to go{shortest}",
     ]
+
+
+def _budget(run: Run) -> str:
+    training = run.config.training
+    epochs = "" if training.train_epochs is None else f"{training.train_epochs:g} x {run.catalog.epoch_tokens:,} = "
+    return f"{epochs}{training.budget:,} tokens"
 
 
 def _describe_ranks(run: Run) -> list[str]:
@@ -162,9 +170,10 @@ def _describe_average(training: TrainingConfig) -> list[str]:
 
 def _flops_per_token(run: Run) -> tuple[float, float]:
     """Return the FLOPs per token that count all pairs of positions, and causal pairs."""
-    architecture, training = run.start.architecture, run.config.training
+    architecture = run.start.architecture
+    learning = trainable.learning(architecture, run.config.training)
     all_pairs, causal_pairs = (
-        flops_per_token(architecture, run.plan.sequence_length, halved, training.trainable) for halved in (False, True)
+        flops_per_token(architecture, run.plan.sequence_length, halved, learning) for halved in (False, True)
     )
     return all_pairs, causal_pairs
 

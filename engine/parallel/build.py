@@ -16,7 +16,7 @@ from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from . import compile as block_compile
-from . import context, data_parallel, float8, fused_projections, pipeline, recompute, tensor, trainable
+from . import context, data_parallel, float8, fused_projections, neftune, pipeline, recompute, tensor, trainable
 from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
 from .mesh import Mesh
@@ -58,7 +58,7 @@ def check(
     tensor.check(architecture, config)
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
-    trainable.check(config)
+    trainable.check(config, architecture)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(
@@ -134,10 +134,12 @@ def build_model(
 
     def build_stage(layers: LayerRange) -> tuple[LanguageModel, DataParallel]:
         model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
+        model.z_loss = training.z_loss
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         context.apply(model, mesh.context_group)
+        neftune.apply(model, config, mesh)
         float8.apply(model, training, ranks.device)
         recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:

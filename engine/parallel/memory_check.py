@@ -18,6 +18,7 @@ from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
 from ..system import total_memory
 from .layout import plan_layout
+from .trainable import count
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -32,16 +33,16 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     sharing = layout.world_size // layout.replicate
     weight_bytes = DTYPES[config.training.weight_dtype].itemsize
     state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_parameter = weight_bytes
-    if config.training.trainable == "all":
-        per_parameter += weight_bytes + 2 * state_bytes + config.training.average_bytes  # gradient and both moments
-    needed = architecture.num_parameters * per_parameter // sharing
+    per_trained = weight_bytes + 2 * state_bytes + config.training.average_bytes  # gradient, both moments, average
+    total, trained = architecture.num_parameters, count(architecture, config.training)
+    needed = (total * weight_bytes + trained * per_trained) // sharing
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
     available = device_memory(device) // ranks_here
     if needed > available:
         raise UserError(
-            f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
-            f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"model: ({total:,} parameters x {weight_bytes} bytes + {trained:,} trainable ones x {per_trained} bytes "
+            f"of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
+            "rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 

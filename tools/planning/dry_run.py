@@ -169,7 +169,8 @@ class SimulatedRank:
             with unset_fake_temporarily():
                 on_host = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
                 plan = plan_attention(self._backend, on_host, self._windows, on_host.device)
-            return Batch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length, plan)
+            tokens, targets, positions = numbers, numbers.clone(), numbers.clone()
+            return Batch(tokens, targets, positions, offsets, length, samples * length, plan, numbers.clone())
 
 
 def attention_backend(config: RunConfig, architecture: Architecture) -> str:

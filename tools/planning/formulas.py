@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
+from ...engine.parallel import trainable
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches
 from .options import ClusterSpec
@@ -52,10 +53,11 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
     sharded = mine / (layout.shard * layout.context)
-    states = sharded * (bytes_of(config.training.weight_dtype) + 2 * bytes_of(config.optimizer.state_dtype))
-    states += sharded * config.training.average_bytes
+    trained = trainable.count(architecture, config.training) / architecture.num_parameters
+    states = sharded * (bytes_of(config.training.weight_dtype) + trained * 2 * bytes_of(config.optimizer.state_dtype))
+    states += sharded * trained * config.training.average_bytes
     once = parallel.reduce_gradients == "step" and count > 1
-    gradients = 4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count)
+    gradients = trained * (4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count))
     tokens = _tokens(config, layout)
     blocks = architecture.num_layers / layout.pipeline
     recomputed = blocks / parallel.recompute_every
@@ -78,8 +80,8 @@ def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> flo
     """Return the FLOPs of a micro-batch on one rank; a forward pass is a third of them if all parameters are
     trained.
     """
-    length, trainable = config.training.sequence_length, config.training.trainable
-    both = flops_per_token(architecture, length, causal_halved=True, trainable=trainable)
+    length = config.training.sequence_length
+    both = flops_per_token(architecture, length, True, trainable.learning(architecture, config.training))
     forward = flops_per_token(architecture, length, causal_halved=True) / 3
     again = {"none": 0.0, "selective": 0.06, "full": 1.0}[config.parallel.recompute] / config.parallel.recompute_every
     return (both + again * forward) * _tokens(config, layout) / layout.pipeline

@@ -9,6 +9,7 @@ from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
+from ...engine.parallel.trainable import learning
 from ...engine.schedule import BatchPlan, plan_batches
 from .dry_run import RankUsage
 from .gpus import GiB
@@ -99,14 +100,15 @@ class LayoutPlan:
             causal_halved: count the pairs of positions that causal attention computes, as the prediction does; the
                 result is then at most the assumed efficiency. False: all pairs, as in the trainer's log.
         """
-        trainable = self.config.training.trainable
-        per_token = flops_per_token(self.cluster.architecture, self.batches.sequence_length, causal_halved, trainable)
+        architecture = self.cluster.architecture
+        learned = learning(architecture, self.config.training)
+        per_token = flops_per_token(architecture, self.batches.sequence_length, causal_halved, learned)
         return self.tokens_per_second * per_token / self.cluster.gpu.flops
 
     @property
     def hours(self) -> float:
-        """Return the hours for ``training.train_tokens``, without evaluations, checkpoints and restarts."""
-        return self.batches.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
+        """Return the hours for the token budget, without evaluations, checkpoints and restarts."""
+        return self.batches.steps_for(self.config.training.budget) * self.prediction.step / 3600
 
     @property
     def checkpoint_bytes(self) -> float:

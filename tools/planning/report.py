@@ -7,6 +7,7 @@ from typing import Any
 
 from ...engine.observe.flops import flops_per_token
 from ...engine.observe.progress import duration
+from ...engine.parallel.trainable import learning
 from .layout_plan import LayoutPlan, digits, gib, shown_layout
 from .memory import KINDS
 from .prediction import StepPrediction
@@ -84,12 +85,12 @@ def _traffic_table(plan: LayoutPlan) -> list[str]:
 
 def _time_lines(plan: LayoutPlan) -> list[str]:
     architecture, batches = plan.cluster.architecture, plan.batches
-    trainable = plan.config.training.trainable
+    learned = learning(architecture, plan.config.training)
     every, causal = (
-        flops_per_token(architecture, batches.sequence_length, halved, trainable) for halved in (False, True)
+        flops_per_token(architecture, batches.sequence_length, halved, learned) for halved in (False, True)
     )
     ranks, rank = plan.layout.world_size, plan.slowest
-    tokens = plan.config.training.train_tokens
+    tokens = plan.config.training.budget
     seconds = plan.hours * 3600
     executed = rank.flops * ranks / batches.tokens_per_step
     kept = "weights, both moments, average" if plan.config.training.average_bytes else "weights and both moments"
@@ -242,7 +243,10 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
         ],
         "step_seconds": {**dataclasses.asdict(plan.prediction), "step": plan.prediction.step},
         "flops_per_token": flops_per_token(
-            cluster.architecture, plan.batches.sequence_length, False, plan.config.training.trainable
+            cluster.architecture,
+            plan.batches.sequence_length,
+            False,
+            learning(cluster.architecture, plan.config.training),
         ),
         "tokens_per_second_per_gpu": plan.tokens_per_second,
         "mfu": plan.mfu(causal_halved=False),
