@@ -214,7 +214,7 @@ def dropped(name: str, numbers: Tensor | None, probability: float = 0.25) -> Ten
 def test_dropout_is_a_function_of_layer_and_token():
     numbers = torch.arange(10**12, 10**12 + 200)
     mask = dropped("layers.0.q_proj", numbers)
-    assert set(mask.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     # 5.5 standard deviations of the mean of 60,000 draws
     assert abs((mask > 0).double().mean() - 0.75) < 5.5 * (0.75 * 0.25 / mask.numel()) ** 0.5
     assert torch.equal(dropped("layers.0.q_proj", numbers.flip(0)), mask.flip(0))
@@ -224,5 +224,5 @@ def test_dropout_is_a_function_of_layer_and_token():
 
 
 def test_dropout_of_rows_that_are_not_tokens_is_refused():
-    with pytest.raises(UserError, match="experts.1 computes 200 rows of 150 tokens at a time"):
+    with pytest.raises(UserError, match=r"experts\.1 computes 200 rows of 150 tokens at a time"):
         dropped("experts.1", torch.arange(150))
