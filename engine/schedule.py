@@ -19,6 +19,8 @@ class Progress:
     tokens: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     """Record of the best evaluation; see :class:`~retemper.engine.evaluation.BestMetric`."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """State of :class:`~retemper.engine.early_stopping.EarlyStopping`."""
 
     def after_step(self, plan: BatchPlan) -> Progress:
         """Return the progress after one more step."""

@@ -70,6 +70,8 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.early_stopping.patience": _FROM_1,
+    "training.early_stopping.min_delta": _FROM_0,
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,

@@ -96,6 +96,24 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("training.early_stopping.min_delta", "training.early_stopping.metric"),
+        lambda now: now.config.training.early_stopping.patience is not None,
+        "training.early_stopping.patience is null, so the run does not stop early; set it, or remove the other",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.evaluates,
+        "there is no validation set, so nothing is evaluated; set data.validation or data.validation_fraction",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.config.training.eval_interval != 0,
+        "training.eval_interval is 0, so the run evaluates only at its end; set it to a number of steps",
+        refused=True,
+    ),
+    Rule(
         ("checkpoint.push_to_hub",),
         lambda now: now.config.checkpoint.export_hf,
         "checkpoint.export_hf is false, so there is no export to upload; set it to true, or remove "

@@ -100,6 +100,8 @@ class RecordedRun:
     """Lines that the newest start logged about model, ranks, blocks and attention."""
     train_tokens: int | None = None
     """The token budget; None if it is not known."""
+    stopped_early: bool = False
+    """Whether the newest checkpoint is that of an early stop, and nothing was trained after it."""
     starts: int | None = None
     """Number of starts; None without a log."""
     restarts: list[Restart] = field(default_factory=list)
@@ -125,8 +127,8 @@ class RecordedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the token budget is used up."""
-        return self.train_tokens is not None and self.tokens >= self.train_tokens
+        """Return whether the token budget is used up, or the run has stopped early."""
+        return self.stopped_early or (self.train_tokens is not None and self.tokens >= self.train_tokens)
 
     def median(self, column: str) -> float | None:
         """Return the median of a column; None without values."""
@@ -193,6 +195,7 @@ def read_run(folder: Path) -> RecordedRun:
         configuration=text,
         config=config,
         train_tokens=_budget(config, newest),
+        stopped_early=_stopped_early(config, newest, curves.tokens[-1]),
         logged=log.lines,
         starts=log.starts or None,
         restarts=list(_restarts(folder, curves, log, config, remarks)),
@@ -227,6 +230,13 @@ def _budget(config: dict[str, Any], newest: Manifest | None) -> int | None:
         return recorded_budget(_section(config, "training"), _section(newest.config, "training") if newest else None)
     except (KeyError, TypeError):  # a configuration that was edited
         return None
+
+
+def _stopped_early(config: dict[str, Any], newest: Manifest | None, tokens: int) -> bool:
+    if newest is None or not newest.early_stopping or tokens > newest.consumed_tokens:
+        return False
+    patience = _section(_section(config, "training"), "early_stopping").get("patience")
+    return type(patience) is int and newest.early_stopping["evaluations"] >= patience
 
 
 def _curve_remarks(curves: Curves) -> Iterator[str]:

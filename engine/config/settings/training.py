@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .marks import Switch
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """End the run before its budget is used up, when a validation loss no longer falls."""
+
+    patience: int | None = None
+    """Number of evaluations in a row, none of which has a new lowest loss, after which the run ends: all ranks save the
+    same step as the final one, and export it if configured. The same command does not continue it; a higher patience or
+    null does. Null: no early stopping."""
+    min_delta: float = 0.0
+    """How much a loss must be below the lowest one before to count as a new lowest one, in nats per token."""
+    metric: str | None = None
+    """Name of the validation set whose loss decides. Null: the first one, as for ``checkpoint.keep_best``."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,7 @@ class TrainingConfig:
     """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
     Null: no limit."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     eval_interval: int = 0
     """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
