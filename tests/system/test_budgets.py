@@ -9,7 +9,8 @@ import yaml
 from retemper.engine import pretrain
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.observe.start_summary import describe_start
-from retemper.engine.weights.checkpoint.manifest import read_manifestfrom retemper.tools.reports.run import read_run
+from retemper.engine.weights.checkpoint.manifest import read_manifest
+from retemper.tools.reports.run import read_run
 from retemper.tools.reports.run_page import run_facts
 
 EPOCHS = ["--training.train_epochs", "0.3", "--training.warmup_ratio", "0.25"]
