@@ -43,7 +43,7 @@ class EarlyStopping:
         self._metric = None if config.patience is None else _metric(config, validation)
 
     def stopped(self, progress: Progress) -> bool:
-        """Return whether the run ends at ``progress``, although its budget is not used up."""
+        """Return whether the evaluations up to ``progress`` end the run."""
         state = progress.early_stopping
         return self._metric is not None and self._metric.matches(state) and is_stopped(self._config, state)
 

@@ -203,7 +203,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
                 run.say(f"stopped at step {run.progress.step} as requested; resume: auto continues")
                 return None
     run.saver.wait(raise_on_failure=True)
-    if run.early_stopping.stopped(run.progress):
+    if run.stopped_early:
         run.say(run.early_stopping.describe(run.progress))
     run.say(f"finished: {run.progress.tokens:,} tokens in {run.progress.step:,} steps")
     return None

@@ -82,8 +82,15 @@ class Run:
     @property
     def remaining_steps(self) -> int:
         """Number of steps until the token budget is used up; 0 if the run has stopped early."""
-        if self.early_stopping.stopped(self.progress):
-            return 0
+        return 0 if self.stopped_early else self._steps_of_budget
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ends here, although its token budget is not used up."""
+        return self._steps_of_budget > 0 and self.early_stopping.stopped(self.progress)
+
+    @property
+    def _steps_of_budget(self) -> int:
         return self.plan.steps_left(self.config.training.budget, self.progress.tokens)
 
     @property

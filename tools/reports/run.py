@@ -187,6 +187,7 @@ def read_run(folder: Path) -> RecordedRun:
     config, text = _read_config(folder / CONFIG_FILE, remarks)
     log = _read_log(folder / LOG_FILE)
     checkpoints, newest = _read_checkpoints(folder, curves, remarks)
+    budget = _budget(config, newest)
     written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
     return RecordedRun(
         folder=str(folder),
@@ -194,8 +195,8 @@ def read_run(folder: Path) -> RecordedRun:
         last_record=f"{written:%Y-%m-%d %H:%M:%S} UTC",
         configuration=text,
         config=config,
-        train_tokens=_budget(config, newest),
-        stopped_early=_stopped_early(config, newest, curves.tokens[-1]),
+        train_tokens=budget,
+        stopped_early=_stopped_early(config, newest, curves.tokens[-1], budget),
         logged=log.lines,
         starts=log.starts or None,
         restarts=list(_restarts(folder, curves, log, config, remarks)),
@@ -232,8 +233,8 @@ def _budget(config: dict[str, Any], newest: Manifest | None) -> int | None:
         return None
 
 
-def _stopped_early(config: dict[str, Any], newest: Manifest | None, tokens: int) -> bool:
-    if newest is None or not newest.early_stopping or tokens > newest.consumed_tokens:
+def _stopped_early(config: dict[str, Any], newest: Manifest | None, tokens: int, budget: int | None) -> bool:
+    if newest is None or not newest.early_stopping or tokens > newest.consumed_tokens or tokens >= (budget or math.inf):
         return False
     patience = _section(_section(config, "training"), "early_stopping").get("patience")
     return type(patience) is int and newest.early_stopping["evaluations"] >= patience
