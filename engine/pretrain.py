@@ -116,7 +116,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
     with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed, model.table_names)
     stop.exit_if_agreed()
     with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):
         casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
@@ -230,7 +230,8 @@ def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
 
     rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
     clip = run.config.optimizer.clip_grad_norm
-    result = train_step(run.model, run.forward_backward, run.optimizer, batches, num_targets, rate, clip, run.guards)
+    parts, step = (run.model, run.forward_backward, run.optimizer), run.progress.step + 1
+    result = train_step(*parts, batches, num_targets, rate, clip, run.guards, step)
     run.progress = run.progress.after_step(run.plan)
     run.guards.step_done()
     return result

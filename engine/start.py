@@ -24,7 +24,7 @@ from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
-from .optim import allocate_states
+from .optim import TrainingOptimizer, allocate_states
 from .parallel import build, trainable
 from .parallel import compile as block_compile
 from .parallel.data_parallel import copy_full_
@@ -79,7 +79,7 @@ class Start(ABC):
     """Manifest of the checkpoint from which the run continues; None for a new run."""
 
     @abstractmethod
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """Initialize or load the weights of ``model``, and return lines about casts. All ranks must call this.
 
         Args:
@@ -104,7 +104,7 @@ class RandomStart(Start):
     _: KW_ONLY
     seed: int
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         for decoder in model.decoders:
             decoder.initialize_(self.seed, copy_full_)
@@ -118,7 +118,7 @@ class HuggingFaceStart(Start):
     _: KW_ONLY
     weights: HfModel
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         assert self.folder is not None
         tensors = model_tensors(model)
@@ -137,7 +137,7 @@ class CheckpointStart(Start):
     parts: TensorParts
     """The tensors of the checkpoint."""
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         assert self.folder is not None
         require_model_tensors(self.folder, self.parts.tensors, meta_model(self.architecture))

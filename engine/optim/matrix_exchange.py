@@ -35,7 +35,7 @@ class MatrixExchange:
     """Applies a function of whole matrices to matrices that the ranks of one mesh share.
 
     Args:
-        matrices: DTensors of one mesh and one placement, in the same order on every rank.
+        matrices: DTensors of one mesh, placement and number of dimensions, in the same order on every rank.
     """
 
     def __init__(self, matrices: Sequence[DTensor]):

@@ -97,7 +97,7 @@ class Muon(TrainingOptimizer):
             update = _Update(name, group, parameter, self.state_of(parameter))
             update.state["step"] += 1
             if isinstance(parameter, DTensor) and _splits_matrices(parameter):
-                shared[parameter.device_mesh, parameter.placements].append(update)
+                shared[parameter.device_mesh, parameter.placements, parameter.ndim].append(update)
             else:
                 whole.append(update)
         for update in whole:
@@ -130,7 +130,7 @@ class Muon(TrainingOptimizer):
         buffer, share = local_part(update.state["momentum_buffer"]), 1 - update.group["momentum"]
         momentum = buffer.float().lerp(gradient, share)
         self._write(update, "momentum_buffer", buffer, momentum)
-        return gradient.lerp_(momentum, update.group["momentum"]) if self._nesterov else momentum
+        return gradient.lerp(momentum, update.group["momentum"]) if self._nesterov else momentum
 
     def _apply(self, update: _Update, result: Tensor) -> None:
         """Change this rank's shard of a weight."""

@@ -15,7 +15,6 @@ from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
 from ...engine.optim import allocate_states, build_optimizer
-from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
 from ...engine.parallel.layout import Layout
@@ -26,11 +25,11 @@ from ...engine.schedule import plan_batches
 from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import (
-    StatesOnlyAdamW,
     attention_options,
     fresh_constants,
     labelled,
     read_no_values,
+    states_only,
     triton_loss,
 )
 from .memory import MemoryCounter
@@ -135,8 +134,9 @@ class SimulatedRank:
         self.model, self.forward_backward = built
         if isinstance(self.forward_backward, Pipelined) and not has_values():
             read_no_values(self.forward_backward)
-        compact = CompactAdamW if has_values() else StatesOnlyAdamW
-        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed, compact)
+        adapt = states_only if not has_values() else (lambda kind: kind)
+        named, tables = self.model.named_parameters(), self.model.table_names
+        self.optimizer = build_optimizer(named, config.optimizer, config.seed, tables, adapt)
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))

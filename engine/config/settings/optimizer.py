@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+OPTIMIZERS = ("adamw", "muon", "lion")
+"""The values of ``optimizer.name`` that are not import paths."""
+
 
 @dataclass(frozen=True)
 class ParameterGroupConfig:

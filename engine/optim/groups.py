@@ -1,0 +1,134 @@
+"""Divide the parameters of a run into groups with their own learning rate, weight decay and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..config.settings import OptimizerConfig, ParameterGroupConfig
+from ..errors import UserError
+
+Named = list[tuple[str, Tensor]]
+
+
+class Selected(NamedTuple):
+    """A group of ``optimizer.groups`` and its parameters; the last one of a run is the rest, without a group."""
+
+    group: ParameterGroupConfig | None
+    parameters: Named
+
+
+def patterns_of(group: ParameterGroupConfig) -> list[str]:
+    """Return the patterns of a group."""
+    return [group.match] if isinstance(group.match, str) else group.match
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether one of the shell patterns matches all of ``name``."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check(config: OptimizerConfig, names: Collection[str]) -> None:
+    """Refuse patterns that match no parameter, and groups that match the same one.
+
+    Args:
+        config: of the run.
+        names: of all trainable parameters of the whole model.
+
+    Raises:
+        UserError: names the pattern, and some parameters.
+    """
+    some = ", ".join(list(names)[:3])
+    given = [(f"optimizer.groups[{place}].match", patterns_of(one)) for place, one in enumerate(config.groups)]
+    for key, patterns in [*given, ("optimizer.muon.exclude", config.muon.exclude)]:
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(
+                    f"{key} has {pattern!r}, which matches no trainable parameter; parameters are named {some} ..."
+                )
+    for name in names:
+        keys = [key for key, patterns in given if matches(name, patterns)]
+        if len(keys) > 1:
+            raise UserError(f"{keys[0]} and {keys[1]} both match {name}; let each parameter be in one group")
+
+
+def select(parameters: Named, config: OptimizerConfig) -> list[Selected]:
+    """Return the parameters by group of ``optimizer.groups``; then the rest."""
+    selected = [
+        Selected(group, [(name, p) for name, p in parameters if matches(name, patterns_of(group))])
+        for group in config.groups
+    ]
+    taken = {name for one in selected for name, _ in one.parameters}
+    return [*selected, Selected(None, [(name, p) for name, p in parameters if name not in taken])]
+
+
+def parameter_groups(parameters: Named, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer: those of ``optimizer.groups``, and two for the rest.
+
+    Vectors (norms, biases) do not decay, unless they are in a group that says so. A pipeline stage may have no parameters
+    of a kind: groups without parameters are left out.
+    """
+    groups: list[dict[str, Any]] = []
+    for group, some in select(parameters, config):
+        for vectors in (False, True):
+            decay = 0.0 if vectors else config.weight_decay
+            scale = 1.0
+            if group is not None and group.weight_decay is not None:
+                decay = group.weight_decay
+            if group is not None and group.learning_rate is not None:
+                scale = group.learning_rate / config.learning_rate
+            named = [(name, p) for name, p in some if (p.ndim < 2) == vectors]
+            groups.append(
+                {"params": named, "weight_decay": decay, "lr": config.learning_rate * scale, "lr_scale": scale}
+            )
+    return [one for one in groups if one["params"]]
+
+
+def is_muons(name: str, parameter: Tensor, config: OptimizerConfig, tables: Collection[str]) -> bool:
+    """Return whether Muon updates a parameter: a matrix of the blocks, or a stack of experts.
+
+    Args:
+        name: of the parameter.
+        parameter: of any shape.
+        config: of the run.
+        tables: names of embeddings and heads.
+    """
+    is_matrix = parameter.ndim == 2 or (parameter.ndim == 3 and "experts" in name)  # other stacks are convolutions
+    return is_matrix and name not in tables and not matches(name, config.muon.exclude)
+
+
+def describe(config: OptimizerConfig, parameters: Sequence[tuple[str, Tensor]], tables: Collection[str]) -> list[str]:
+    """Return lines about the optimizer for the start summary.
+
+    Args:
+        config: of the run.
+        parameters: all trainable ones of the whole model, by name.
+        tables: names of embeddings and heads.
+    """
+    lines = [f"optimizer   {_describe_kind(config, parameters, tables)}"]
+    for group, some in select(list(parameters), config):
+        if group is not None:
+            values = [
+                *([f"learning rate {group.learning_rate:g}"] if group.learning_rate is not None else []),
+                *([f"weight decay {group.weight_decay:g}"] if group.weight_decay is not None else []),
+            ]
+            lines.append(f"group       {', '.join(patterns_of(group))}: {_counted(some)}, {', '.join(values)}")
+    if config.child_tuning is not None:
+        lines.append(f"child-tuning in each step {config.child_tuning:.3g} of the elements of every parameter learn")
+    return lines
+
+
+def _describe_kind(config: OptimizerConfig, parameters: Iterable[tuple[str, Tensor]], tables: Collection[str]) -> str:
+    rates = f"learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
+    if config.name != "muon":
+        return f"{config.name}, {rates}"
+    mine = [(name, p) for name, p in parameters if is_muons(name, p, config, tables)]
+    return f"muon for {_counted(mine)}, adamw for the rest; {rates}"
+
+
+def _counted(parameters: Sequence[tuple[str, Tensor]]) -> str:
+    return f"{len(parameters)} parameters with {sum(p.numel() for _, p in parameters):,} elements"
+
