@@ -7,7 +7,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
@@ -25,6 +24,7 @@ from .model.implementations import architecture_of_tensors, checked, meta_model,
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
 from .optim import TrainingOptimizer, allocate_states
+from .optim.groups import require_same_optimizer
 from .parallel import build, trainable
 from .parallel import compile as block_compile
 from .parallel.data_parallel import copy_full_
@@ -361,6 +361,7 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[Catalog
         folder = Path(str(start.folder))
         require_allowed(manifest, to_dict(config), config.allow_changes, folder)
         trainable.require_same(manifest.config, config.training, folder)
+        require_same_optimizer(manifest.config, config.optimizer, folder)
         if DATA_FILES not in config.allow_changes:
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)

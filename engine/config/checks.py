@@ -242,8 +242,8 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
     imported = "." in optimizer.name
     if optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
         yield (
-            f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the import "
-            "path of a class, such as my_module.MyOptimizer"
+            f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
+            "import path of a class, such as my_module.MyOptimizer"
         )
     for key in ("lr", "weight_decay", "params") if imported else ():
         if key in optimizer.options:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .checks import problems
 from .command_line import CommandParser
 from .files import find_config
+from .import_paths import search_folders
 from .options import Settings
 from .settings import RunConfig, to_yaml
 from .spelling import known_keys
@@ -114,6 +115,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     if prints:
         print(to_yaml(run), end="")
         raise SystemExit(0)
+    if "." in run.optimizer.name:  # a class, which every command that computes the memory of a run imports
+        search_folders([*config_folders(waiting), Path.cwd()])
     return run
 
 

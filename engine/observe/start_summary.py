@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Iterable
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config.effects import Situation, without_effect
@@ -18,10 +16,12 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
-from ..model.dtypes import DTYPES
 from ..model.wrappers import text_config_of
+from ..optim import groups
 from ..optim.local import local_part
+from ..optim.state_sizes import state_itemsizes
 from ..parallel import trainable
+from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
 from ..system import free_memory, total_memory
@@ -49,10 +49,11 @@ def describe_start(run: Run) -> list[str]:
     sections = {
         "Model": describe_model(run),
         "Data": [*describe_data(config.data, catalog, run.order, last_sample), *run.validation.describe()],
+        "Optimizer": _describe_optimizer(run),
         "Budget": _describe_budget(run),
         "Ranks and memory": _describe_ranks(run),
         "Checkpoints": [
-            describe_saving(config, run.model.parameters()),
+            describe_saving(config, run.model),
             describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
         ],
         "Outputs": describe_outputs(config),
@@ -125,6 +126,11 @@ def describe_model(run: Run) -> list[str]:
     ]
 
 
+def _describe_optimizer(run: Run) -> list[str]:
+    names, tables = trainable.parameters(run.start.architecture, run.config.training)
+    return groups.describe(run.config.optimizer, names, tables)
+
+
 def _describe_budget(run: Run) -> list[str]:
     training, plan, ranks, remaining_steps = run.config.training, run.plan, run.ranks, run.remaining_steps
     # A lower bound by arithmetic. The line of every step has the measured remaining time.
@@ -181,17 +187,19 @@ def _describe_recompute(config: RunConfig) -> str:
     return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
 
 
-def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+def describe_saving(config: RunConfig, model: ModelParts) -> str:
     """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
-        parameters: of this rank.
+        model: this rank's part.
     """
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
-    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
+    tables = model.table_names
+    for name, parameter in model.named_parameters():
+        held = local_part(parameter)
+        states = state_itemsizes(name, parameter, config.optimizer, tables) if parameter.requires_grad else []
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *states)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

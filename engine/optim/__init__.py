@@ -140,9 +140,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["lr_scale"]
 
 
-def step_unless(
-    optimizer: TrainingOptimizer, skip: Tensor, divisor: Tensor | None = None, step: int = 0
-) -> None:
+def step_unless(optimizer: TrainingOptimizer, skip: Tensor, divisor: Tensor | None = None, step: int = 0) -> None:
     """Update the weights, or leave them and all states bitwise unchanged.
 
     There is no host sync for device tensors, except by the optimizers that say so. Some optimizers count skipped steps

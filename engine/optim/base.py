@@ -78,4 +78,3 @@ class CombinedOptimizer(TrainingOptimizer):
     def describe(self) -> list[str]:
         """See the base class."""
         return [line for part in self.parts for line in part.describe()]
-

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -68,8 +69,8 @@ def select(parameters: Named, config: OptimizerConfig) -> list[Selected]:
 def parameter_groups(parameters: Named, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return parameter groups for an optimizer: those of ``optimizer.groups``, and two for the rest.
 
-    Vectors (norms, biases) do not decay, unless they are in a group that says so. A pipeline stage may have no parameters
-    of a kind: groups without parameters are left out.
+    Vectors (norms, biases) do not decay, unless they are in a group that says so. A pipeline stage may have no
+    parameters of a kind: groups without parameters are left out.
     """
     groups: list[dict[str, Any]] = []
     for group, some in select(parameters, config):
@@ -98,6 +99,28 @@ def is_muons(name: str, parameter: Tensor, config: OptimizerConfig, tables: Coll
     """
     is_matrix = parameter.ndim == 2 or (parameter.ndim == 3 and "experts" in name)  # other stacks are convolutions
     return is_matrix and name not in tables and not matches(name, config.muon.exclude)
+
+
+def require_same_optimizer(former: Mapping[str, Any], config: OptimizerConfig, folder: str | Path) -> None:
+    """Refuse to continue from a checkpoint with the states of another optimizer.
+
+    Args:
+        former: configuration of the run that wrote the checkpoint ``folder``, as a nested dictionary.
+        config: of this run.
+        folder: of the checkpoint.
+
+    Raises:
+        UserError: with both values.
+    """
+    there = former.get("optimizer", {})
+    excluded = there.get("muon", {}).get("exclude", []) if isinstance(there.get("muon"), dict) else []
+    pairs = {"name": (config.name, there.get("name", "adamw")), "muon.exclude": (config.muon.exclude, excluded)}
+    for key, (now, then) in pairs.items():
+        if now != then:
+            raise UserError(
+                f"optimizer.{key} is {now}, but {folder} was trained with {then} and holds the states of that "
+                "optimizer; set it back, or start a new run_folder with model.initialize_from"
+            )
 
 
 def describe(config: OptimizerConfig, parameters: Sequence[tuple[str, Tensor]], tables: Collection[str]) -> list[str]:
@@ -131,4 +154,3 @@ def _describe_kind(config: OptimizerConfig, parameters: Iterable[tuple[str, Tens
 
 def _counted(parameters: Sequence[tuple[str, Tensor]]) -> str:
     return f"{len(parameters)} parameters with {sum(p.numel() for _, p in parameters):,} elements"
-

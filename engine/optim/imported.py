@@ -23,14 +23,14 @@ class ImportedOptimizer(TrainingOptimizer):
 
     Args:
         groups: parameter groups of named parameters.
-        inner: creates the optimizer from groups; its groups and states are shared.
-        name: import path, for messages.
+        inner: class of the optimizer; its groups and states are shared.
+        options: of ``inner``.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], inner: type[torch.optim.Optimizer], name: str, **options: Any):
+    def __init__(self, groups: list[dict[str, Any]], inner: type[torch.optim.Optimizer], **options: Any):
         self._inner = inner(groups, **options)
         super().__init__(self._inner.param_groups, {})
-        self.param_groups, self.state, self._name = self._inner.param_groups, self._inner.state, name
+        self.param_groups, self.state = self._inner.param_groups, self._inner.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -46,7 +46,7 @@ class ImportedOptimizer(TrainingOptimizer):
             self._inner.step()
 
     def allocate(self) -> None:
-        """Allocate states by a step with zero gradients and a learning rate of zero, after which the weights are
+        """Allocate states by a step with zero gradients, learning rate and weight decay, after which the weights are
         restored. No parameter may have a gradient.
 
         States have the values that this step leaves, except ``step``, which is zero.
@@ -54,16 +54,16 @@ class ImportedOptimizer(TrainingOptimizer):
         missing = [parameter for _, _, parameter in self.named() if not self.state.get(parameter)]
         if not missing:
             return
-        rates = [group["lr"] for group in self.param_groups]
+        settings = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] = 0.0
+            group["lr"] = group["weight_decay"] = 0.0
         before = [local_part(parameter).detach().clone() for parameter in missing]
         for parameter in missing:
             parameter.grad = torch.zeros_like(parameter)
         self._inner.step()
         self._inner.zero_grad(set_to_none=True)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, (rate, decay) in zip(self.param_groups, settings, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
         for parameter, values in zip(missing, before, strict=True):
             local_part(parameter.detach()).copy_(values)
             if "step" in self.state[parameter]:
@@ -76,10 +76,18 @@ def build_imported(groups: list[dict[str, Any]], config: OptimizerConfig) -> Imp
     Raises:
         UserError: there is no such class, it refuses its options, or a checkpoint cannot store its states.
     """
-    options = _options(config)
-    kind = import_class("optimizer.name", config.name, torch.optim.Optimizer, "torch.optim.Optimizer")
+    kind = imported_class(config)
     require_storable(kind, config)
-    return ImportedOptimizer(groups, kind, config.name, lr=config.learning_rate, **options)
+    return ImportedOptimizer(groups, kind, lr=config.learning_rate, **_options(config))
+
+
+def imported_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
+    """Return the class that ``optimizer.name`` imports.
+
+    Raises:
+        UserError: there is none.
+    """
+    return import_class("optimizer.name", config.name, torch.optim.Optimizer, "torch.optim.Optimizer")
 
 
 def require_storable(kind: type[torch.optim.Optimizer], config: OptimizerConfig) -> dict[str, Tensor]:

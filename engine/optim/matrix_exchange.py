@@ -1,8 +1,8 @@
 """Bring each sharded matrix to one rank, and the result back to the shards.
 
 Matrices are dealt to the ranks that share them in turn. In a round every rank receives the parts of at most one matrix,
-so no rank ever holds more than one whole matrix, however many there are. The transfers of a round overlap. They go along
-one axis of the mesh after the other, so that only the process groups of the mesh are used.
+so no rank ever holds more than one whole matrix, however many there are. The transfers of a round overlap. They go
+along one axis of the mesh after the other, so that only the process groups of the mesh are used.
 """
 
 from __future__ import annotations
@@ -192,4 +192,3 @@ def _wait(works: Sequence[dist.Work | None]) -> None:
     for work in works:
         if work is not None:
             work.wait()
-

@@ -13,8 +13,8 @@ _EPS = 1e-7
 def newton_schulz(matrix: Tensor, num_steps: int) -> Tensor:
     """Return an approximation of U V^T, where U S V^T is the singular value decomposition of ``matrix``.
 
-    The singular values of the result are between about 0.7 and 1.2, as in ``torch.optim.Muon``. The iteration is the one
-    of https://kellerjordan.github.io/posts/muon/.
+    The singular values of the result are between about 0.7 and 1.2, as in ``torch.optim.Muon``. The iteration is the
+    one of https://kellerjordan.github.io/posts/muon/.
 
     Args:
         matrix: [rows, columns], or [batch, rows, columns] for several, bf16 or fp32, the dtype of the computation.

@@ -15,6 +15,7 @@ from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
+from ..optim import groups
 from . import compile as block_compile
 from . import context, data_parallel, float8, fused_projections, pipeline, recompute, tensor, trainable
 from .data_parallel import DataParallel
@@ -59,6 +60,8 @@ def check(
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config)
+    if config.optimizer.groups or config.optimizer.muon.exclude:
+        groups.check(config.optimizer, [name for name, _ in trainable.parameters(architecture, training)[0]])
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(

@@ -16,6 +16,7 @@ from ..config.settings import RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
+from ..optim.state_sizes import state_bytes
 from ..system import total_memory
 from .layout import plan_layout
 
@@ -31,17 +32,16 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     layout = plan_layout(config.parallel, world_size)
     sharing = layout.world_size // layout.replicate
     weight_bytes = DTYPES[config.training.weight_dtype].itemsize
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_parameter = weight_bytes
+    per_parameter: float = weight_bytes
     if config.training.trainable == "all":
-        per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
-    needed = architecture.num_parameters * per_parameter // sharing
+        per_parameter += weight_bytes + state_bytes(config.optimizer, architecture)  # gradient and states
+    needed = int(architecture.num_parameters * per_parameter) // sharing
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
     available = device_memory(device) // ranks_here
     if needed > available:
         raise UserError(
-            f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
-            f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"model: {architecture.num_parameters:,} parameters x {per_parameter:.4g} bytes (weights, gradients, "
+            f"optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 

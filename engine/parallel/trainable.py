@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config.settings import RunConfig, TrainingConfig
 from ..errors import UserError
 from ..model.architecture import Architecture
+from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 
 
@@ -39,6 +42,14 @@ def apply(model: LanguageModel, config: TrainingConfig) -> None:
     model.requires_grad_(False)
     for parameter in model.table_parameters():
         parameter.requires_grad_(True)
+
+
+def parameters(architecture: Architecture, config: TrainingConfig) -> tuple[list[tuple[str, Tensor]], set[str]]:
+    """Return the trainable parameters of the whole model by name, on the meta device, and the names of its tables."""
+    model = meta_model(architecture)
+    apply(model, config)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return named, model.table_names()
 
 
 def count(architecture: Architecture, config: TrainingConfig) -> int:

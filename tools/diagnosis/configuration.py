@@ -85,7 +85,7 @@ def _model(config: RunConfig, world_size: int | None, network: bool) -> list[Fin
     findings.append(ok(GROUP, "model", f"{architecture.num_parameters:,} parameters"))
     if world_size is not None:
         findings += checked(GROUP, "memory", lambda: _memory(config, architecture, world_size))
-    return [*findings, _checkpoints(config, architecture.num_parameters)]
+    return [*findings, _checkpoints(config, architecture)]
 
 
 def _memory(config: RunConfig, architecture: Architecture, world_size: int) -> list[Finding]:
@@ -99,11 +99,12 @@ def _memory(config: RunConfig, architecture: Architecture, world_size: int) -> l
     return [note(GROUP, "memory", text, "`retemper plan` estimates activations as well")]
 
 
-def _checkpoints(config: RunConfig, parameters: int) -> Finding:
+def _checkpoints(config: RunConfig, architecture: Architecture) -> Finding:
     from ...engine.model.dtypes import DTYPES
+    from ...engine.optim.state_sizes import state_bytes
 
-    each = DTYPES[config.training.weight_dtype].itemsize + 2 * DTYPES[config.optimizer.state_dtype].itemsize
-    size, kept = parameters * each, config.checkpoint.keep_last
+    each = DTYPES[config.training.weight_dtype].itemsize + state_bytes(config.optimizer, architecture)
+    size, kept = int(architecture.num_parameters * each), config.checkpoint.keep_last
     free = free_bytes(Path(config.run_folder))
     text = f"{format_bytes(free)} free for {kept} checkpoints of up to {format_bytes(size)} in {config.run_folder}"
     if free < size:

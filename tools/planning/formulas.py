@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
+from ...engine.optim.state_sizes import state_bytes
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches
 from .options import ClusterSpec
@@ -52,7 +53,8 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
     sharded = mine / (layout.shard * layout.context)
-    states = sharded * (bytes_of(config.training.weight_dtype) + 2 * bytes_of(config.optimizer.state_dtype))
+    per_parameter = bytes_of(config.training.weight_dtype) + state_bytes(config.optimizer, architecture)
+    states = sharded * per_parameter
     once = parallel.reduce_gradients == "step" and count > 1
     gradients = 4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count)
     tokens = _tokens(config, layout)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
+from ...engine.optim.state_sizes import state_bytes
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import BatchPlan, plan_batches
 from .dry_run import RankUsage
@@ -110,12 +111,12 @@ class LayoutPlan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Return the bytes of one checkpoint: weights, both moments, and a step count for each parameter."""
-        per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
-        return checkpoint_bytes(self.cluster.architecture, per_parameter)
+        """Return the bytes of one checkpoint: weights and optimizer states."""
+        architecture, weight = self.cluster.architecture, bytes_of(self.config.training.weight_dtype)
+        return checkpoint_bytes(architecture, weight + state_bytes(self.config.optimizer, architecture))
 
 
-def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:
+def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: float) -> float:
     """Return the bytes of a checkpoint's tensors; its index and its manifest are not included."""
     return architecture.num_parameters * bytes_per_parameter
 

@@ -101,7 +101,7 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
         f"--efficiency is its bound), {plan.mfu(causal_halved=False):.1%} (all pairs, as in a run's log)",
         f"run         {tokens:,} tokens = {batches.steps_for(tokens):,} steps: {duration(seconds)} = "
         f"{digits(plan.hours)} hours, {digits(plan.hours * ranks)} GPU-hours",
-        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB (weights and both moments)",
+        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB (weights and optimizer states)",
     ]
 
 
@@ -131,6 +131,8 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
     ]
     if plan.config.parallel.cpu_offload:
         lines.append("not counted the time of copies to host memory and of the optimizer there")
+    if plan.config.optimizer.name == "muon":
+        lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
     return lines
 
 

@@ -33,8 +33,8 @@ class MuonConfig:
     """Use Nesterov momentum."""
     scale: Literal["rms", "spectral"] = "rms"
     """Size of an update of a matrix. rms: 0.2 sqrt(max(rows, columns)), about that of AdamW's updates, so that AdamW's
-    learning rates apply (Moonlight). spectral: sqrt(max(1, rows / columns)) of the original Muon; its learning rates are
-    about 0.02, and ``optimizer.groups`` then gives AdamW's parameters theirs."""
+    learning rates apply (Moonlight). spectral: sqrt(max(1, rows / columns)) of the original Muon; its learning rates
+    are about 0.02, and ``optimizer.groups`` then gives AdamW's parameters theirs."""
     newton_schulz_steps: int = 5
     """Iterations that orthogonalise a matrix."""
     newton_schulz_dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -64,7 +64,8 @@ class OptimizerConfig:
     Or the import path of a subclass of ``torch.optim.Optimizer``, such as ``my_module.MyOptimizer``; its
     module is also found in the folder of the ``--config`` file. See docs/training_methods.md."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the class that ``optimizer.name`` imports. ``lr`` and ``weight_decay`` come from the settings here."""
+    """Arguments of the class that ``optimizer.name`` imports. ``lr`` and ``weight_decay`` come from the settings
+    here."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
     min_learning_rate: float = 5e-6

@@ -19,6 +19,7 @@ from ...model.architecture import Architecture
 from ...model.dtypes import DTYPES
 from ...model.implementations import meta_model
 from ...observe.curves import TENSORBOARD_FOLDER
+from ...optim.state_sizes import state_itemsizes
 from ...parallel import trainable
 from .store import CheckpointStore
 
@@ -73,11 +74,14 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Return the size of a checkpoint: weights, and both moments of trainable parameters, without small files."""
+    """Return the size of a checkpoint: weights, and optimizer states of trainable parameters, without small files."""
     decoder = meta_model(architecture)
     trainable.apply(decoder, config.training)
-    weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
-    return sum(p.numel() * (weight + 2 * state * p.requires_grad) for p in decoder.parameters())
+    weight, tables = DTYPES[config.training.weight_dtype].itemsize, decoder.table_names()
+    return sum(
+        p.numel() * (weight + sum(state_itemsizes(name, p, config.optimizer, tables)) * p.requires_grad)
+        for name, p in decoder.named_parameters()
+    )
 
 
 def require_destination(
