@@ -96,11 +96,10 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
     2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
     """
     peak, minimum, start = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule_start_tokens
-    tokens, train_tokens = max(0, tokens - start), training.train_tokens - start
-    if tokens < training.warmup_tokens:
+    tokens, train_tokens, decay_start = max(0, tokens - start), training.budget - start, training.warmup
+    if tokens < decay_start:
         lowest = minimum if start else 0.0
-        return lowest + (peak - lowest) * tokens / training.warmup_tokens
-    decay_start = training.warmup_tokens
+        return lowest + (peak - lowest) * tokens / decay_start
     if optimizer.schedule == "constant":
         return peak
     if optimizer.schedule == "wsd":

@@ -25,6 +25,9 @@ Attend = Callable[..., Tensor]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
 
+ChangeEmbeddings = Callable[[Tensor, Batch], Tensor]
+"""Maps [..., T, H] embeddings of the tokens of a batch to those that the first block takes."""
+
 NextTokens = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to the [n] most likely token after each
 position whose target is not masked."""
@@ -47,12 +50,22 @@ class LanguageModel(nn.Module, ABC):
     """Returns the [] fp32 sum of the losses, with gradients."""
     token_losses: Loss
     """Returns the [T] fp32 terms of that sum, zero where the target is masked, without gradients."""
+    z_loss: float = 0.0
+    """Factor of the z-loss of :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`. Only gradients
+    contain it: the value of :attr:`loss` is the cross-entropy."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
+    base_names: frozenset[str] = frozenset()
+    """Names of the frozen parameters of the base of an adapter. Checkpoints do not contain them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.next_tokens: NextTokens = self._most_likely
+
+    @property
+    def active_z_loss(self) -> float:
+        """The factor of the z-loss in this pass: zero without gradients."""
+        return self.z_loss if torch.is_grad_enabled() else 0.0
 
     @property
     @abstractmethod
@@ -99,6 +112,20 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """Replace the attention operation of every block by ``wrap`` of it."""
+
+    @abstractmethod
+    def change_embeddings(self, change: ChangeEmbeddings) -> None:
+        """Let every forward pass call ``change`` on the result of the token embedding, with the batch.
+
+        The result is that of the embedding module of transformers, which contains the scale of some families.
+        """
+
+    @abstractmethod
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """Call ``see(batch)`` whenever ``block`` begins to compute the tokens of ``batch``, also in recomputation.
+
+        Call this before the forward of the block is wrapped by others.
+        """
 
     @abstractmethod
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config.settings import OptimizerConfig
 from ..model.dtypes import DTYPES
 from .adamw import CompactAdamW
+from .average import WeightAverage, build_average
 from .base import CombinedOptimizer, TrainingOptimizer
 from .child_tuning import ChildTuning
 from .clipping import clip_divisor, global_norm
@@ -24,9 +25,12 @@ from .muon import Muon
 __all__ = [
     "TrainingOptimizer",
     "allocate_states",
+    "average_of",
+    "build_average",
     "build_optimizer",
     "clip_divisor",
     "global_norm",
+    "keep_average",
     "set_learning_rate",
     "step_unless",
 ]
@@ -95,7 +99,7 @@ def _lion(given: _Ingredients) -> TrainingOptimizer:
 def _muon(given: _Ingredients) -> TrainingOptimizer:
     """Return Muon of the matrices of the blocks, combined with AdamW of the rest."""
     config, options = given.config, given.config.muon
-    mine = [named for named in given.parameters if is_muons(*named, config, given.tables)]
+    mine = [named for named in given.parameters if is_muons(named[0], named[1].ndim, config, given.tables)]
     names = {name for name, _ in mine}
     parts: list[TrainingOptimizer] = []
     if mine:
@@ -134,7 +138,17 @@ def _computed_on(parameter: Tensor) -> str:
     return parameter.device.type if mesh is None else mesh.device_type
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def average_of(optimizer: TrainingOptimizer) -> WeightAverage | None:
+    """Return the average of the weights that ``optimizer`` keeps up to date; None without one."""
+    return optimizer.average
+
+
+def keep_average(optimizer: TrainingOptimizer, average: WeightAverage | None) -> None:
+    """Let every step of ``optimizer`` update ``average``, of its parameters."""
+    optimizer.average = average
+
+
+def set_learning_rate(optimizer: TrainingOptimizer, value: float) -> None:
     """Use ``value`` in every parameter group, times the ``lr_scale`` of the group."""
     for group in optimizer.param_groups:
         group["lr"] = value * group["lr_scale"]
@@ -150,7 +164,8 @@ def step_unless(optimizer: TrainingOptimizer, skip: Tensor, divisor: Tensor | No
         optimizer: of :func:`build_optimizer`.
         skip: [] fp32 on the device, 1 to leave out the update, else 0.
         divisor: [] fp32 of all gradients; None: one.
-        step: number of the step of the run, of which the mask of child-tuning is a function.
+        step: number of the step of the run, of which the mask of child-tuning and the random rounding of the
+            average are functions.
     """
     # Waits for parameters on the host only: a copy that does not might be read too early.
     home = optimizer.param_groups[0]["params"][0].device
@@ -161,6 +176,8 @@ def step_unless(optimizer: TrainingOptimizer, skip: Tensor, divisor: Tensor | No
         kept = torch.full((), optimizer.child_tuning.probability, device=home)
         optimizer.grad_scale = kept if optimizer.grad_scale is None else optimizer.grad_scale * kept
     optimizer.step()
+    if optimizer.average is not None:
+        optimizer.average.update(optimizer.found_inf, step)
 
 
 def allocate_states(optimizer: TrainingOptimizer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .average import WeightAverage
 from .child_tuning import ChildTuning
 
 
@@ -26,6 +27,8 @@ class TrainingOptimizer(torch.optim.Optimizer):
     """[] fp32; gradients are divided by it, as in PyTorch's fused AdamW."""
     child_tuning: ChildTuning | None = None
     """Masks gradients before each step."""
+    average: WeightAverage | None = None
+    """Follows the weights."""
 
     def named(self) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
         """Return the name, the group and the tensor of every parameter."""
@@ -42,10 +45,6 @@ class TrainingOptimizer(torch.optim.Optimizer):
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the states of ``parameter`` by name; allocate them if it has none."""
         raise NotImplementedError
-
-    def describe(self) -> list[str]:
-        """Return lines for the start summary that the settings do not tell; none for most optimizers."""
-        return []
 
 
 class CombinedOptimizer(TrainingOptimizer):
@@ -74,7 +73,3 @@ class CombinedOptimizer(TrainingOptimizer):
         """See the base class."""
         for part in self.parts:
             part.allocate()
-
-    def describe(self) -> list[str]:
-        """See the base class."""
-        return [line for part in self.parts for line in part.describe()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..config.settings import OptimizerConfig, ParameterGroupConfig
 from ..errors import UserError
 
 Named = list[tuple[str, Tensor]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Selected(NamedTuple):
@@ -88,16 +90,16 @@ def parameter_groups(parameters: Named, config: OptimizerConfig) -> list[dict[st
     return [one for one in groups if one["params"]]
 
 
-def is_muons(name: str, parameter: Tensor, config: OptimizerConfig, tables: Collection[str]) -> bool:
+def is_muons(name: str, ndim: int, config: OptimizerConfig, tables: Collection[str]) -> bool:
     """Return whether Muon updates a parameter: a matrix of the blocks, or a stack of experts.
 
     Args:
         name: of the parameter.
-        parameter: of any shape.
+        ndim: number of its dimensions.
         config: of the run.
         tables: names of embeddings and heads.
     """
-    is_matrix = parameter.ndim == 2 or (parameter.ndim == 3 and "experts" in name)  # other stacks are convolutions
+    is_matrix = ndim == 2 or (ndim == 3 and "experts" in name)  # other stacks are convolutions
     return is_matrix and name not in tables and not matches(name, config.muon.exclude)
 
 
@@ -123,34 +125,34 @@ def require_same_optimizer(former: Mapping[str, Any], config: OptimizerConfig, f
             )
 
 
-def describe(config: OptimizerConfig, parameters: Sequence[tuple[str, Tensor]], tables: Collection[str]) -> list[str]:
+def describe(config: OptimizerConfig, shapes: Shapes, tables: Collection[str]) -> list[str]:
     """Return lines about the optimizer for the start summary.
 
     Args:
         config: of the run.
-        parameters: all trainable ones of the whole model, by name.
+        shapes: of all trainable parameters of the whole model, by name.
         tables: names of embeddings and heads.
     """
-    lines = [f"optimizer   {_describe_kind(config, parameters, tables)}"]
-    for group, some in select(list(parameters), config):
-        if group is not None:
-            values = [
-                *([f"learning rate {group.learning_rate:g}"] if group.learning_rate is not None else []),
-                *([f"weight decay {group.weight_decay:g}"] if group.weight_decay is not None else []),
-            ]
-            lines.append(f"group       {', '.join(patterns_of(group))}: {_counted(some)}, {', '.join(values)}")
+    lines = [f"optimizer   {_describe_kind(config, shapes, tables)}"]
+    for group in config.groups:
+        values = [
+            *([f"learning rate {group.learning_rate:g}"] if group.learning_rate is not None else []),
+            *([f"weight decay {group.weight_decay:g}"] if group.weight_decay is not None else []),
+        ]
+        mine = [shape for name, shape in shapes.items() if matches(name, patterns_of(group))]
+        lines.append(f"group       {', '.join(patterns_of(group))}: {_counted(mine)}, {', '.join(values)}")
     if config.child_tuning is not None:
         lines.append(f"child-tuning in each step {config.child_tuning:.3g} of the elements of every parameter learn")
     return lines
 
 
-def _describe_kind(config: OptimizerConfig, parameters: Iterable[tuple[str, Tensor]], tables: Collection[str]) -> str:
+def _describe_kind(config: OptimizerConfig, shapes: Shapes, tables: Collection[str]) -> str:
     rates = f"learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
     if config.name != "muon":
         return f"{config.name}, {rates}"
-    mine = [(name, p) for name, p in parameters if is_muons(name, p, config, tables)]
+    mine = [shape for name, shape in shapes.items() if is_muons(name, len(shape), config, tables)]
     return f"muon for {_counted(mine)}, adamw for the rest; {rates}"
 
 
-def _counted(parameters: Sequence[tuple[str, Tensor]]) -> str:
-    return f"{len(parameters)} parameters with {sum(p.numel() for _, p in parameters):,} elements"
+def _counted(shapes: Sequence[tuple[int, ...]]) -> str:
+    return f"{len(shapes)} parameters with {sum(map(math.prod, shapes)):,} elements"

@@ -145,7 +145,7 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
         parallelize_module(block, mesh, _present(block, block_plan(model.architecture)))
     if model.model.embeds and model.model.embed_tokens is not None:
         model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
-    model.loss = _on_whole_vocabulary(mesh, model.architecture, _loss_sum)
+    model.loss = _on_whole_vocabulary(mesh, model.architecture, functools.partial(_loss_sum, model))
     model.token_losses = _on_whole_vocabulary(mesh, model.architecture, token_losses)
     model.next_tokens = _on_whole_vocabulary(mesh, model.architecture, most_likely_of_all_ranks)
     if overlap:
@@ -182,8 +182,9 @@ def _present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Par
     return {name: style for name, style in plan.items() if name in there}
 
 
-def _loss_sum(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **options: Any) -> Tensor:
-    return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).loss_sum
+def _loss_sum(model: Decoder, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **options: Any) -> Tensor:
+    result = linear_cross_entropy(hidden_TH, weight_VH, targets_T, z_loss=model.active_z_loss, **options)
+    return result.cross_entropy_sum
 
 
 def _on_whole_vocabulary(mesh: DeviceMesh, architecture: DecoderArchitecture, compute: Callable[..., Tensor]) -> Loss:

@@ -41,7 +41,7 @@ def test_same_as_in_numpy(first):
 def test_uniform_and_uncorrelated():
     values = actual(np.arange(4096), np.arange(256)).astype(np.float64)
     count = values.size
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     assert abs(values.mean() - 0.5) < 5 * np.sqrt(1 / 12 / count)
     assert abs(values.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / count)
     centered = (values - 0.5) * np.sqrt(12)

@@ -135,7 +135,7 @@ def test_settings_that_cannot_be_meant_are_refused(optimizer, expected):
 
 
 def test_the_summary_lists_the_groups():
-    lines = describe(config(name="muon"), list(parameters().items()), {"lm_head.weight", "model.embed_tokens.weight"})
+    lines = describe(config(name="muon"), SHAPES, {"lm_head.weight", "model.embed_tokens.weight"})
     assert lines[0].startswith("optimizer   muon for 1 parameters with 16 elements")
     assert "2 parameters with 96 elements, learning rate 0.001" in lines[1]
     assert "1 parameters with 4 elements, learning rate 0, weight decay 0.3" in lines[2]

@@ -100,11 +100,9 @@ def _memory(config: RunConfig, architecture: Architecture, world_size: int) -> l
 
 
 def _checkpoints(config: RunConfig, architecture: Architecture) -> Finding:
-    from ...engine.model.dtypes import DTYPES
-    from ...engine.optim.state_sizes import state_bytes
+    from ...engine.weights.checkpoint.destination import checkpoint_bytes
 
-    each = DTYPES[config.training.weight_dtype].itemsize + state_bytes(config.optimizer, architecture)
-    size, kept = int(architecture.num_parameters * each), config.checkpoint.keep_last
+    size, kept = checkpoint_bytes(config, architecture), config.checkpoint.keep_last
     free = free_bytes(Path(config.run_folder))
     text = f"{format_bytes(free)} free for {kept} checkpoints of up to {format_bytes(size)} in {config.run_folder}"
     if free < size:
