@@ -228,8 +228,10 @@ def _record(one: EvaluatedSet, losses: Mapping[str, float]) -> dict[str, Any]:
     return {"measured": one.fingerprint, "losses": of_set}
 
 
-def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
-    """Return the number of targets in this rank's samples; zero if another rank counts them."""
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> float:
+    """Return the number of targets in this rank's samples, or the sum of their weights; zero if another rank counts
+    them.
+    """
     return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
 
 
