@@ -79,7 +79,7 @@ class Run:
     @property
     def remaining_steps(self) -> int:
         """Number of steps until the token budget is used up."""
-        return self.plan.steps_left(self.config.training.train_tokens, self.progress.tokens)
+        return self.plan.steps_left(self.config.training.budget, self.progress.tokens)
 
     @property
     def end_sample(self) -> int:

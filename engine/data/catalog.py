@@ -48,6 +48,11 @@ class Catalog:
     remarks: list[str] = field(default_factory=list)
     """Remarks for the user about unusual but usable datasets."""
 
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens in an epoch of the mixture: those of all chunks of all sources, whatever their weights."""
+        return sum(source.num_chunks * source.sequence_length for source in self.train)
+
     def finish_checks(self) -> None:
         """Wait for the checks of very large indexes that run in threads.
 

@@ -22,7 +22,7 @@ from ..parallel.process_group import Ranks
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.manifest import Manifest
 from ..weights.checkpoint.saver import Saver
-from ..weights.checkpoint.tensors import training_tensors
+from ..weights.checkpoint.tensors import checkpoint_tensors
 from .liveness import is_connection_error
 
 _OTHERS_SECONDS = 10.0
@@ -35,7 +35,8 @@ class EmergencySave:
 
     Args:
         ranks: that train together.
-        parameters: of this rank by name, taken between steps: after a failure the model may show gathered copies.
+        parameters: of this rank that checkpoints contain, by name, taken between steps: after a failure the model may
+            show gathered copies.
         saver: of the run's checkpoints.
         say: prints a line for people, on the main rank.
         timeout_seconds: time limit of a wait for other ranks.
@@ -100,7 +101,7 @@ class EmergencySave:
         if self._ranks.device.type == "cuda":
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        tensors = training_tensors(self, optimizer)
+        tensors = checkpoint_tensors(self, optimizer)
         if self._saver.ranks.all_reduce(not all(map(_is_finite, tensors.values()))):
             raise UserError("weights or optimizer states are not finite")
         folder: Path = self._saver.save_now(tensors, assets, manifest)

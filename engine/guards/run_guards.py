@@ -62,7 +62,8 @@ class RunGuards:
             self.step_guard.load_state_dict(resumed.health)
         self.replica_check = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest_checkpoint)
         self.watchdog = Watchdog(seconds, ranks)
-        self.emergency = EmergencySave(ranks, dict(model.named_parameters()), saver, say, seconds)
+        saved = {name: parameter for name, parameter in model.named_parameters() if name not in model.base_names}
+        self.emergency = EmergencySave(ranks, saved, saver, say, seconds)
         self._garbage = GarbageCollection(config.training.gc_interval)
         self._step, self._on_phase = 0, on_phase
         self._phase = "other"

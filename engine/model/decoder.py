@@ -105,6 +105,10 @@ class Decoder(LanguageModel):
         """See :class:`LanguageModel`."""
         self.model.change_embeddings = change
 
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """See :class:`LanguageModel`."""
+        block.forward = functools.partial(_seeing, see, block.forward)
+
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """See :class:`LanguageModel`: normal with the architecture's ``initializer_range``, norms one, biases zero."""
@@ -112,6 +116,8 @@ class Decoder(LanguageModel):
             whole = Decoder(self.architecture)
         places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
         for name, parameter in self.named_parameters():
+            if name not in places:  # of an adapter, see lora.initialize_
+                continue
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
@@ -122,6 +128,18 @@ class Decoder(LanguageModel):
                     0.0, self.architecture.initializer_range, generator=generator
                 )
                 copy_(parameter, values)
+
+
+def _seeing(
+    see: Callable[[Batch], object],
+    forward: Callable[..., Tensor],
+    hidden_TH: Tensor,
+    rotation: Rotation | None,
+    batch: Batch,
+) -> Tensor:
+    """Run the forward of a block after ``see(batch)``."""
+    see(batch)
+    return forward(hidden_TH, rotation, batch)
 
 
 def scaled_logits(

@@ -56,6 +56,8 @@ class LanguageModel(nn.Module, ABC):
     contain it: the value of :attr:`loss` is the cross-entropy."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
+    base_names: frozenset[str] = frozenset()
+    """Names of the frozen parameters of the base of an adapter. Checkpoints do not contain them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,6 +119,13 @@ class LanguageModel(nn.Module, ABC):
         """Let every forward pass call ``change`` on the result of the token embedding, with the batch.
 
         The result is that of the embedding module of transformers, which contains the scale of some families.
+        """
+
+    @abstractmethod
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """Call ``see(batch)`` whenever ``block`` begins to compute the tokens of ``batch``, also in recomputation.
+
+        Call this before the forward of the block is wrapped by others.
         """
 
     @abstractmethod

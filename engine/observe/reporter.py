@@ -114,9 +114,8 @@ class Reporter:
         early: Sequence[Observer] = (),
     ):
         self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
-        self._flops = flops_per_token(
-            architecture, plan.sequence_length, False, trainable.learning(architecture, config.training)
-        )
+        learning = trainable.learning(architecture, config.training, config.adapter)
+        self._flops = flops_per_token(architecture, plan.sequence_length, False, learning)
         self.observers = create_observers(config, say) if ranks.is_main else []
         self.observers += early
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)

@@ -10,10 +10,21 @@ from torch import Tensor, nn
 from ..config.settings import OptimizerConfig
 from ..model.dtypes import DTYPES
 from .adamw import CompactAdamW
+from .average import WeightAverage, build_average
 from .clipping import clip_divisor, global_norm
 from .fused_adamw import FusedAdamW
 
-__all__ = ["allocate_states", "build_optimizer", "clip_divisor", "global_norm", "set_learning_rate", "step_unless"]
+__all__ = [
+    "allocate_states",
+    "average_of",
+    "build_average",
+    "build_optimizer",
+    "clip_divisor",
+    "global_norm",
+    "keep_average",
+    "set_learning_rate",
+    "step_unless",
+]
 
 
 def build_optimizer(
@@ -44,19 +55,31 @@ def build_optimizer(
     return compact(groups, DTYPES[config.state_dtype], seed, lr=rate, betas=betas, eps=config.eps)
 
 
+def average_of(optimizer: torch.optim.Optimizer) -> WeightAverage | None:
+    """Return the average of the weights that ``optimizer`` keeps up to date; None without one."""
+    return optimizer.average if isinstance(optimizer, FusedAdamW | CompactAdamW) else None
+
+
+def keep_average(optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
+    """Let every step of ``optimizer`` update ``average``, of its parameters."""
+    assert isinstance(optimizer, FusedAdamW | CompactAdamW)
+    optimizer.average = average
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Use ``value`` in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
-def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None) -> None:
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor | None = None, step: int = 0) -> None:
     """Update the weights, or leave them and both moments bitwise unchanged, without a host sync for device tensors.
 
     Args:
         optimizer: of :func:`build_optimizer`.
         skip: [] fp32 on the device, 1 to leave out the update, else 0.
         divisor: [] fp32 of all gradients; None: one.
+        step: number of the step of the run, of which the random rounding of the average is a function.
     """
     assert isinstance(optimizer, FusedAdamW | CompactAdamW)
     # Waits for parameters on the host only: a copy that does not might be read too early.
@@ -64,6 +87,8 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor, divisor: Tensor 
     optimizer.found_inf = skip.to(home)
     optimizer.grad_scale = None if divisor is None else divisor.to(home)
     optimizer.step()
+    if optimizer.average is not None:
+        optimizer.average.update(optimizer.found_inf, step)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ...kernels.random_bits import mixed, random_bits, stream_key
+from .average import WeightAverage
 from .local import local_part
 from .stochastic_rounding import round_stochastically
 
@@ -55,6 +56,8 @@ class CompactAdamW(torch.optim.Optimizer):
         """[] fp32; a non-zero value makes the next step change nothing, as in PyTorch's fused AdamW."""
         self.grad_scale: Tensor | None = None
         """[] fp32; gradients are divided by it, as in PyTorch's fused AdamW."""
+        self.average: WeightAverage | None = None
+        """Follows the weights."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

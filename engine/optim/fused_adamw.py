@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .average import WeightAverage
 from .local import local_part
 
 
@@ -28,6 +29,8 @@ class FusedAdamW(torch.optim.AdamW):
         """[] fp32 on the parameters' device; gradients are divided by it."""
         self.found_inf: Tensor | None = None
         """[] fp32 on the parameters' device; 1 makes the next step change nothing."""
+        self.average: WeightAverage | None = None
+        """Follows the weights."""
         self._parts: dict[Tensor, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()

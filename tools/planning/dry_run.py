@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
-from ...engine.optim import allocate_states, build_optimizer
+from ...engine.optim import allocate_states, build_average, build_optimizer, keep_average
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
@@ -48,6 +48,8 @@ class RankUsage:
     """Number of the model's blocks on this rank."""
     parameters: float
     """Number of parameters in this rank's share."""
+    trained: float
+    """Number of those that are trained."""
     kept: dict[str, float]
     """Bytes by kind between steps."""
     peaks: dict[str, dict[str, float]]
@@ -137,6 +139,9 @@ class SimulatedRank:
             read_no_values(self.forward_backward)
         compact = CompactAdamW if has_values() else StatesOnlyAdamW
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed, compact)
+        self.average = build_average(self.model.named_parameters(), config.training, config.seed)
+        if has_values():  # an update has many small chunks, and allocates nothing that stays
+            keep_average(self.optimizer, self.average)
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
@@ -155,6 +160,7 @@ class SimulatedRank:
         """Tell the counter which tensors are the optimizer's states."""
         values = (value for state in self.optimizer.state.values() for value in state.values())
         self.counter.declare("optimizer states", (value for value in values if isinstance(value, Tensor)))
+        self.counter.declare("optimizer states", self.average.tensors().values() if self.average else ())
 
     def _batch(self) -> Batch:
         length, samples = self.plan.sequence_length, self.plan.micro_batch_size
@@ -216,9 +222,11 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
         counter.reset_peaks()
         kept, work.flops, work.collectives = dict(counter.bytes), 0.0, {}
         rank.one_step()
-    parameters = sum(_local(parameter).numel() for parameter in rank.model.parameters())
+    sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
-    return RankUsage(spec.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives)
+    peaks, most = counter.peaks, counter.most
+    return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, work.flops, work.collectives)
 
 
 def _num_stages(spec: RankSpec) -> int:

@@ -47,7 +47,7 @@ class TransformersModel(LanguageModel):
         self.constants = _turn_buffers_into_parameters(self)
         self._library_head = LibraryHead(parts)
         self._form = self._library_head.form()
-        self._attentions = [self._prepare(block) for block in self._blocks]
+        self._attentions = {block: self._prepare(block) for block in self._blocks}
         self._takes_positions = "position_ids" in inspect.signature(parts.backbone.forward).parameters
         self._batch: Batch | None = None
         self.loss: Loss = self._loss_sum
@@ -87,7 +87,7 @@ class TransformersModel(LanguageModel):
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
-        for packed in self._attentions:
+        for packed in self._attentions.values():
             packed.attend = wrap(packed.attend)
 
     def change_embeddings(self, change: ChangeEmbeddings) -> None:
@@ -97,6 +97,10 @@ class TransformersModel(LanguageModel):
             return hidden_1TH if self._batch is None else change(hidden_1TH, self._batch)
 
         self._parts.embedding.register_forward_hook(hook)
+
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """See :class:`LanguageModel`. With one document at a time, ``see`` gets each document."""
+        self._attentions[block].on_batch.append(see)
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
