@@ -48,6 +48,7 @@ _POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
 _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].validation_fraction": _SHARE,
     "data.prefetch_steps": _FROM_1,
@@ -365,6 +366,11 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                     f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{known.path}; give one of the two another 'name'"
                 )
+            elif known.loss_weight != source.loss_weight:
+                yield (
+                    f"{where}.train gives '{source.identity}' the loss_weight {source.loss_weight:g}, but an earlier "
+                    f"stage {known.loss_weight:g}; use the same, or give one of the two another 'name'"
+                )
             elif known.for_text != source.for_text:
                 yield (
                     f"{where}.train reads the text '{source.identity}' with other settings than an earlier stage; use "
@@ -377,7 +383,7 @@ def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> I
     for position, source in enumerate(sources):
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
-        for key in ("weight", "max_epochs", "validation_fraction"):
+        for key in ("weight", "loss_weight", "max_epochs", "validation_fraction"):
             value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"

@@ -237,6 +237,11 @@ RULES = (
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
     ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
+    ),
     # The conditions below are known only when the run starts.
     Rule(
         ("parallel.reduce_gradients",),
