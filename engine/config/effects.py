@@ -66,6 +66,8 @@ def _fits(key: str) -> Callable[[Situation], bool]:
     return lambda now: getattr(now.config.training, key) <= now.steps
 
 
+_MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
+
 RULES = (
     Rule(
         ("model.rope.factor",),
@@ -76,16 +78,52 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            "adapter.modules_to_save",
+            *("adapter.modules_to_save", "adapter.export"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
         refused=True,
     ),
     Rule(
-        ("optimizer.decay_tokens",),
+        ("adapter.export",),
+        lambda now: now.config.checkpoint.export_hf,
+        "checkpoint.export_hf is false, so nothing is exported; set it to true, or remove adapter.export",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.decay_tokens", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
+        refused=True,
+    ),
+    Rule(
+        tuple(f"optimizer.muon.{key}" for key in _MUON),
+        lambda now: now.config.optimizer.name == "muon",
+        "only optimizer.name muon uses it; remove it or set optimizer.name to muon",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.lion.beta1", "optimizer.lion.beta2"),
+        lambda now: now.config.optimizer.name == "lion",
+        "only optimizer.name lion uses it; remove it or set optimizer.name to lion",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.options",),
+        lambda now: "." in now.config.optimizer.name,
+        "only an optimizer with an import path gets options; remove them, or name the class in optimizer.name",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
+        lambda now: now.config.optimizer.name in ("adamw", "muon"),
+        "only adamw and muon use it; lion has optimizer.lion, and a class with an import path optimizer.options",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.state_dtype",),
+        lambda now: "." not in now.config.optimizer.name,
+        "a class with an import path chooses the dtype of its states; remove it",
         refused=True,
     ),
     Rule(
@@ -121,6 +159,17 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("training.ema_dtype", "training.eval_ema", "checkpoint.export_ema"),
+        lambda now: now.config.training.ema_decay is not None,
+        "training.ema_decay is null, so there is no average; set it to a number such as 0.999, or remove this",
+        refused=True,
+    ),
+    Rule(
+        ("checkpoint.export_ema",),
+        lambda now: now.config.checkpoint.export_hf,
+        "nothing is exported; set checkpoint.export_hf",
+    ),
+    Rule(
         ("checkpoint.hub_private", "checkpoint.hub_message"),
         lambda now: now.config.checkpoint.push_to_hub is not None,
         "checkpoint.push_to_hub is null, so nothing is uploaded",
@@ -149,7 +198,7 @@ RULES = (
     Rule(
         (
             *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
-            "logging.sample_prompts",
+            *("logging.sample_prompts", "training.eval_ema"),
         ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
@@ -182,12 +231,12 @@ RULES = (
         "the first step is at least as long and ends the warm-up",
     ),
     Rule(
-        ("optimizer.min_learning_rate",),
+        ("optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: now.config.optimizer.schedule != "constant" or now.config.optimizer.schedule_start_tokens > 0,
         "optimizer.schedule constant stays at the peak",
     ),
     Rule(
-        ("optimizer.schedule", "optimizer.min_learning_rate"),
+        ("optimizer.schedule", "optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: _decays(now) or now.config.optimizer.schedule == "constant",
         "the warm-up fills the whole schedule; there is no decay",
     ),
@@ -205,6 +254,11 @@ RULES = (
         ("data.weights", "data.train[].weight"),
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
+    ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
     ),
     # The conditions below are known only when the run starts.
     Rule(
@@ -243,7 +297,11 @@ RULES = (
     ),
     Rule(
         ("model.initialize_from",),
-        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        lambda now: (
+            now.resumed is None
+            or now.config.adapter.kind is not None  # the base is read from there
+            or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
+        ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )
@@ -257,10 +315,12 @@ ALWAYS = {
     *("data.stages[].train", "data.stages[].train_tokens"),
     *("training.train_tokens", "training.train_steps", "training.train_epochs"),
     *("training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
-    *("training.trainable", "training.precision", "training.weight_dtype", "training.gc_interval"),
+    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
+    *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
-    *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-    *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
+    *("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
+    *("optimizer.child_tuning", "optimizer.groups", "optimizer.groups[].match"),
+    *("optimizer.groups[].learning_rate", "optimizer.groups[].weight_decay"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),

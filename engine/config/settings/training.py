@@ -51,10 +51,19 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
     rounding."""
-    trainable: Literal["all", "embeddings"] = "all"
+    trainable: Literal["all", "embeddings"] | list[str] = "all"
     """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
-    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
-    the same; see docs/vocabulary.md."""
+    phase after tools/extend_vocab.py; see docs/vocabulary.md. A list: those whose names match one of its shell
+    patterns, in which ``*`` is any text: ``["model.layers.2[0-9].*", "*norm*"]`` trains layers 20 to 29 and all norms.
+    All other parameters have no gradients and no optimizer states, and stay bitwise the same."""
+    neftune_alpha: float | None = None
+    """Strength of noise on the embeddings during training (NEFTune), such as 5: uniform in [-1, 1] times neftune_alpha
+    / sqrt(``sequence_length`` x hidden size). It makes fine-tuning on few examples overfit less. The noise is a
+    function of seed, sample and place, the same in every layout. Null: none."""
+    z_loss: float = 0.0
+    """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
+    keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
+    model. 0: none."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
     or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
@@ -115,6 +124,15 @@ class TrainingConfig:
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
     Null: no limit."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    ema_decay: float | None = None
+    """Also keep an exponential moving average of the trained weights, with this decay per step, such as 0.999: about
+    the mean of the last 1 / (1 - decay) steps. It begins as the weights that the run starts from. Checkpoints contain
+    it as ``ema.{parameter}``; ``eval_ema`` and ``checkpoint.export_ema`` use it. Null: none."""
+    ema_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the average: 4 or 2 more bytes per trained parameter. bf16 is written with stochastic rounding."""
+    eval_ema: bool = False
+    """Evaluate the average instead of the weights, also to find the best checkpoint and for ``logging.sample_prompts``.
+    The weights are kept in host memory meanwhile."""
     eval_interval: int = 0
     """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
@@ -139,3 +157,8 @@ class TrainingConfig:
     def warmup(self) -> int:
         """``warmup_tokens``, given or derived; 0 without a warm-up."""
         return self.warmup_tokens or 0
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes of the average of the weights for each trained parameter."""
+        return 0 if self.ema_decay is None else {"fp32": 4, "bf16": 2}[self.ema_dtype]

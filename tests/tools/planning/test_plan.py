@@ -20,13 +20,14 @@ from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.optim import allocate_states, build_optimizer
 from retemper.engine.parallel.layout import Layout
+from retemper.engine.weights.checkpoint.destination import checkpoint_bytes
 from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors
 from retemper.engine.weights.saving import save_tensors
 from retemper.tools import plan as command
 from retemper.tools.planning import command as planning_command
 from retemper.tools.planning.extrapolation import dry_run_short, places
 from retemper.tools.planning.gpus import GPUS, GiB, find_gpu
-from retemper.tools.planning.layout_plan import LayoutPlan, checkpoint_bytes
+from retemper.tools.planning.layout_plan import LayoutPlan
 from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
 from retemper.tools.planning.prediction import bandwidth, idle_share, predict
@@ -320,7 +321,7 @@ def test_checkpoint_size_is_that_of_a_written_one(run_file, tmp_path):
     folder.mkdir()
     save_tensors(folder, {**model_tensors(model), **optimizer_tensors(model, optimizer)}, distributed=False)
     written = sum(path.stat().st_size for path in folder.iterdir())
-    assert written == pytest.approx(checkpoint_bytes(architecture, 12), rel=0.03)
+    assert written == pytest.approx(checkpoint_bytes(config, architecture), rel=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
