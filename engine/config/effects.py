@@ -67,6 +67,12 @@ def _fits(key: str) -> Callable[[Situation], bool]:
 
 RULES = (
     Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision in ("fp16", "auto"),
+        "only training.precision fp16 scales the loss; remove it, or set training.precision to fp16",
+        refused=True,
+    ),
+    Rule(
         ("model.rope.factor",),
         lambda now: now.config.model.rope.kind is not None,
         "model.rope.kind is null, so positions are not scaled; set it to yarn, or remove factor",
@@ -179,6 +185,11 @@ RULES = (
         "no mixture has more than one source",
     ),
     # The conditions below are known only when the run starts.
+    Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision == "fp16",
+        "training.precision auto did not choose fp16, which alone scales the loss",
+    ),
     Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,

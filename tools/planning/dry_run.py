@@ -180,7 +180,7 @@ def attention_backend(config: RunConfig, architecture: Architecture) -> str:
         return requested
     head_dim = max(architecture.head_dim, architecture.value_head_dim or 0)
     fits = head_dim % 8 == 0 and head_dim <= 256
-    return VARIABLE_LENGTH[-1] if config.training.precision == "bf16" and fits else PER_DOCUMENT
+    return VARIABLE_LENGTH[-1] if config.training.precision in ("bf16", "fp16") and fits else PER_DOCUMENT
 
 
 def dry_run(spec: RankSpec) -> RankUsage:

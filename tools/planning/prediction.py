@@ -114,5 +114,5 @@ def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
 
 
 def bytes_of(dtype: str) -> int:
-    """Bytes of a number: fp32 or bf16."""
-    return {"fp32": 4, "bf16": 2}[dtype]
+    """Bytes of a number: fp32, bf16 or fp16."""
+    return {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
