@@ -199,7 +199,7 @@ RULES = (
         ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
         lambda now: (
             now.reduces
-            or now.config.parallel.cpu_offload
+            or now.config.parallel.cpu_offload is True
             or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
         ),
         "no other rank has a part of this rank's parameters, so nothing is gathered",

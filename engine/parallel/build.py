@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.attention import Choice as AttentionChoice
-from ..config.settings import RunConfig
+from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture, LayerRange
 from ..model.decoder import Decoder
@@ -59,6 +59,7 @@ def check(
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config)
+    _check_offload(parallel, world_size)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(
@@ -70,6 +71,15 @@ def check(
         raise UserError(
             "parallel.async_tensor is true, but it needs parallel.tensor > 1, a GPU and compiled blocks "
             "(training.compile); set it to false"
+        )
+
+
+def _check_offload(parallel: ParallelConfig, world_size: int) -> None:
+    if parallel.cpu_offload == "optimizer" and world_size != parallel.pipeline:
+        sharing = world_size // parallel.pipeline
+        raise UserError(
+            f"parallel.cpu_offload is optimizer, which is for ranks that hold all parameters of their layers, but "
+            f"{sharing} ranks share them; set it to true, which offloads each rank's part, or use one rank"
         )
 
 

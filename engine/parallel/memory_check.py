@@ -36,8 +36,9 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     if config.training.trainable == "all":
         per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
     needed = architecture.num_parameters * per_parameter // sharing
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
-    available = device_memory(device) // ranks_here
+    on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
+    available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
     if needed > available:
         raise UserError(
             f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "

@@ -60,6 +60,8 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
 
     def take_and_declare(weight: UsedWeight) -> None:
         take_gradient(weight)
+        if weight.transfers is not None:
+            weight.transfers.finish()  # a gradient is in the memory of the device until it has been copied
         counter.declare("gradients", [weight.weight.grad])
 
     gathers = {
