@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Tests compare with its files. Installed without its dependencies, which are large and not needed for that.
 ORACLE := megatron-core==0.16.1
 
-.PHONY: help setup demo test test-slow check-models faults gpu-check gpu-wheels lint types docs site format clean
+.PHONY: help setup demo test test-slow test-extended check-models faults gpu-check gpu-wheels lint types docs site format clean
 
 help:
 	@echo "make demo       the main job on real text, on this machine, in some minutes"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the long runs that make test leaves out"
+	@echo "make test-extended  before a release: every model type, layout and configuration of which make test-slow tries some"
 	@echo "make check-models  each model type against transformers: train, resume, export; TYPES=olmo2 checks one"
 	@echo "make faults     kills, full disks, damaged files and more against real runs: 200 cases, an hour or less"
 	@echo "make gpu-check  tests, kernels and steps on a CUDA machine, next to peers, in 760 seconds; PART=1 or 2: one half"
@@ -42,7 +43,10 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not extended" -n $(WORKERS) --dist loadfile
+
+test-extended: setup
+	$(BIN)/python -m pytest -m extended -n $(WORKERS) --dist loadfile
 
 # Writes docs/models.md if all types are checked.
 TYPES ?= --all --write-docs

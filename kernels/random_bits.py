@@ -55,4 +55,28 @@ def uniform(positions: Tensor, keys: Tensor) -> Tensor:
     Returns:
         [...] fp32.
     """
-    return ((random_bits(positions, keys) >> 8) & 0xFFFFFF).float() * 2.0**-24
+    return _unit_interval(random_bits(positions, keys))
+
+
+def token_uniform(token_numbers: Tensor, features: Tensor, keys: Tensor) -> Tensor:
+    """Return a random number in [0, 1) for every feature of every token, a multiple of 2^-24.
+
+    A rank that has some of the tokens or some of the features passes their numbers, and gets the values that one rank
+    with all of them would. The bits of a token (:func:`random_bits`) are mixed with those of the feature, so nothing
+    of shape [T, F] is wider than 32 bits.
+
+    Args:
+        token_numbers: [T] int64, not negative: ``Batch.token_numbers``.
+        features: [F] int64, the numbers of the features in the whole tensor, from zero.
+        keys: [2] int32, from :func:`stream_key`.
+
+    Returns:
+        [T, F] fp32.
+    """
+    of_feature = mixed(features.to(torch.int32) ^ keys[1])
+    return _unit_interval(mixed(random_bits(token_numbers, keys)[:, None] ^ of_feature))
+
+
+def _unit_interval(bits: Tensor) -> Tensor:
+    """Return the upper 24 bits as fp32 in [0, 1)."""
+    return ((bits >> 8) & 0xFFFFFF).float() * 2.0**-24

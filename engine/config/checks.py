@@ -12,6 +12,7 @@ from typing import NamedTuple
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
+    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -52,6 +53,9 @@ RANGES = {
     "data.validation_fraction": _SHARE,
     "model.rope.factor": _FROM_1,
     "model.dropout": Range("0, or null", lambda value: value == 0),
+    "adapter.rank": _FROM_1,
+    "adapter.alpha": _POSITIVE,
+    "adapter.dropout": _SHARE,
     "training.train_tokens": _FROM_1,
     "training.warmup_tokens": _FROM_0,
     "training.sequence_length": _FROM_1,
@@ -153,6 +157,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     yield from _schedule(training, config.optimizer)
     yield from _data(config.data, training)
     yield from _profile(config.logging)
+    yield from _adapter(config)
     if config.model.initialize_from is None and config.model.architecture is None:
         yield (
             "model.initialize_from and model.architecture are both null: name a checkpoint to start from, or describe "
@@ -181,6 +186,29 @@ def _precision(training: TrainingConfig) -> Iterator[str]:
             f"training.min_loss_scale {training.min_loss_scale:g} is above training.initial_loss_scale "
             f"{training.initial_loss_scale:g}; lower the minimum"
         )
+
+
+def _adapter(config: RunConfig) -> Iterator[str]:
+    adapter = config.adapter
+    if adapter.kind is None:
+        return
+    if config.model.initialize_from is None:
+        yield (
+            "adapter.kind is lora, but model.initialize_from is null: an adapter changes a trained model; name it "
+            "there, or remove adapter"
+        )
+    if config.training.trainable != "all":
+        yield (
+            f"training.trainable is {config.training.trainable}, but adapter.kind is lora, with which the adapter and "
+            "adapter.modules_to_save train; remove training.trainable, and name parameters in adapter.modules_to_save"
+        )
+    if not adapter.targets:
+        yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
+    yield from _not_yet(adapter)
+
+
+def _not_yet(adapter: AdapterConfig) -> Iterator[str]:
+    yield f"adapter.kind is {adapter.kind}, which this version cannot train yet; remove adapter"
 
 
 def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -79,6 +79,15 @@ RULES = (
         refused=True,
     ),
     Rule(
+        (
+            *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
+            "adapter.modules_to_save",
+        ),
+        lambda now: now.config.adapter.kind is not None,
+        "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
+        refused=True,
+    ),
+    Rule(
         ("optimizer.decay_tokens",),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
@@ -233,6 +242,7 @@ RULES = (
 
 ALWAYS = {
     *("run_folder", "seed", "resume", "device", "model.architecture", "model.rope.kind", "model.implementation"),
+    "adapter.kind",
     *("model.dropout", "model.trust_remote_code", "model.tokenizer"),
     *("data.train", "data.stages", "data.shuffle", "data.packing", "data.validation", "data.validation_fraction"),
     *("data.attend_across_documents", "data.prefetch_steps", "data.train[].path", "data.train[].name"),

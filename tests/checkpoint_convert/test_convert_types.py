@@ -8,7 +8,7 @@ import pytest
 import torch
 from converting import SINGLE, convert_back, convert_there
 from library_models import library_model
-from model_table import TYPES, VOCAB_SIZE
+from model_table import TYPES, VOCAB_SIZE, sampled
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, read_folder
 from transformers import AutoModelForCausalLM
@@ -22,9 +22,7 @@ REFUSED = ("deepseek_v4", "inkling2_text", "zamba", "zamba2")
 QUICK = ("deepseek_v3", "gpt2", "gpt_neox", "qwen3_moe")
 
 
-@pytest.mark.parametrize(
-    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
-)
+@pytest.mark.parametrize("model_type", sampled(TYPES, QUICK))
 def test_every_type_makes_the_round_trip(model_type: str, tmp_path: Path) -> None:
     library_model(model_type).save_pretrained(tmp_path / "hf")
     if model_type in REFUSED:

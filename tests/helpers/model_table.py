@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 TABLE: dict[str, Any] = json.loads((Path(__file__).parents[1] / "models" / "tiny_models.json").read_text("utf-8"))
@@ -15,6 +17,13 @@ VOCAB_SIZE: int = TABLE["common"]["vocab_size"]
 STATISTICS = re.compile(r"(?<!balancing_)bias(es)?$|scalar$")
 """Buffers that a checkpoint of a trained model holds with other values than a new model: biases of routers, scales.
 transformers replaces an element of those of zaya whenever it loads them."""
+
+
+def sampled(names: Sequence[str], quick: Collection[str]) -> list[Any]:
+    """Parameters of a test of many types: ``quick`` in every run, a quarter of the others slow, the rest extended."""
+    others = [name for name in names if name not in quick]
+    slow, extended = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.extended]
+    return [*quick, *(pytest.param(name, marks=extended if n % 4 else slow) for n, name in enumerate(others))]
 
 
 def tiny_config(model_type: str) -> Any:

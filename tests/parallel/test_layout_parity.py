@@ -68,25 +68,31 @@ MORE_CASES: list[Case] = [
     (4, "context=4", (PACKED,)),  # more ranks than key/value heads
     (4, "context=2 tensor=2", (PACKED,)),
     (4, "pipeline=2 context=2", (WHOLE,)),
-    (2, "tensor=2 compile=on", (WHOLE, PACKED, NORMED)),
-    (2, "context=2 compile=on", (PACKED,)),
+    (2, "tensor=2 compile=on", (NORMED,)),
     (2, "pipeline=2 compile=on", (PACKED,)),
-    (4, "tensor=2 context=2 compile=on", (NORMED,)),
     (4, "tensor=2 shard=2", OPTIONS[:3]),
     (2, "tensor=2 recompute=selective", OPTIONS[:2]),
-    (2, "tensor=2 compile=on", OPTIONS[:3]),
     (4, "context=2 tensor=2", OPTIONS[:3]),
     (1, "recompute=full", OPTIONS[1:4]),
 ]
 """Slow, as what is left of the others."""
+EXTENDED_CASES: list[Case] = [
+    (2, "tensor=2 compile=on", (WHOLE, PACKED, *OPTIONS[:3])),
+    (2, "context=2 compile=on", (PACKED,)),
+    (4, "tensor=2 context=2 compile=on", (NORMED,)),
+]
+"""Most of their time is compilation."""
 
 
 def parameters():
     """Every layout with every model that is named for it."""
     quick = {(settings, models[0]) for _, settings, models in CASES}
-    for world_size, settings, models in CASES + MORE_CASES:
+    for case in CASES + MORE_CASES + EXTENDED_CASES:
+        world_size, settings, models = case
         for model in models:
-            marks = () if (settings, model) in quick else pytest.mark.slow
+            marks = [] if (settings, model) in quick else [pytest.mark.slow]
+            if case in EXTENDED_CASES:
+                marks.append(pytest.mark.extended)
             yield pytest.param(world_size, settings, model, id=f"{settings}, {model}", marks=marks)
 
 

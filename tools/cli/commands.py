@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("plan", "predict memory, traffic and time of a run, without GPUs", "tools.plan"),
         Command("launch", "list, print or copy scripts for many nodes: Slurm, Kubernetes", "tools.launch_scripts"),
         Command("report", "show the results of a run, and write them as a page", "tools.report"),
-        Command("checkpoint", "list, verify, compare, prune and upgrade checkpoints", "tools.checkpoint"),
+        Command("checkpoint", "list, verify, compare, average, prune and upgrade checkpoints", "tools.checkpoint"),
     ),
     "data": (
         Command("preprocess", "tokenize text to a dataset", "tools.preprocess"),

@@ -7,6 +7,7 @@ One YAML file describes a run; its keys are the fields below. The command line c
 finds values without effect; every new setting needs an entry there.
 """
 
+from .adapter import AdapterConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig, SourceConfig, StageConfig
 from .logging import LoggingConfig
@@ -24,6 +25,7 @@ __all__ = [
     "ORDER_KEYS",
     "PATH_MARK",
     "URL_MARK",
+    "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
     "DataPath",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ..yaml_loader import dump_yaml
+from .adapter import AdapterConfig
 from .checkpoint import CheckpointConfig
 from .data import DataConfig
 from .logging import LoggingConfig
@@ -26,6 +27,7 @@ class RunConfig:
     data: DataConfig
     training: TrainingConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

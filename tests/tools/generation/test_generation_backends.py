@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import MODELS, VOCAB, hf_config, hf_model, our_model
-from model_table import TYPES, tiny_config, tiny_model
+from model_table import TYPES, sampled, tiny_config, tiny_model
 
 from retemper.engine.model.implementations import checked, meta_model, parse_architecture
 from retemper.engine.weights.checkpoint.tensors import model_tensors
@@ -107,13 +107,7 @@ UNSUPPORTED = {"deepseek_v4", "dots3_note_text", "inkling2_text", "zamba", "zamb
 GENERIC = ["gpt_oss", "minicpm3", "qwen3_next", "gpt2", "bloom", "deepseek_v3", "mamba2", "recurrent_gemma"]
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        *GENERIC,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in TYPES if name not in UNSUPPORTED.union(GENERIC)),
-    ],
-)
+@pytest.mark.parametrize("model_type", sampled([name for name in TYPES if name not in UNSUPPORTED], GENERIC))
 def test_models_of_transformers(model_type: str, tmp_path) -> None:
     """Through transformers, and with our attention, where either supports the type."""
     hf = tiny_model(tiny_config(model_type)).eval()

@@ -332,7 +332,11 @@ def request(gpu: str | None, nodes: int, gpus_per_node: int, **changes) -> PlanO
     return replace(PlanOptions(nodes, gpus_per_node, gpu, 0.55, 4.0, None), **changes)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if number % 8 == 0 else pytest.mark.extended) for number, path in enumerate(SHIPPED)],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.slow
 def test_shipped_configs_are_within_5_percent_of_the_best_layout_that_is_found(path, pool):
     """On the machine that the first line of the file names."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from library_models import library_model, own_tensors
-from model_table import TYPES
+from model_table import TYPES, sampled
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -30,8 +30,7 @@ REFUSED = ("inkling2_text",)
 
 
 def cases() -> list:
-    names = [name for name in TYPES if name not in REFUSED]
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return sampled([name for name in TYPES if name not in REFUSED], QUICK)
 
 
 def layout_of(model) -> Layout:
