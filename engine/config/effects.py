@@ -219,7 +219,7 @@ RULES = (
         "no two ranks hold the same weights",
     ),
     Rule(
-        ("parallel.cpu_offload",),
+        ("parallel.cpu_offload", "parallel.offload_activations"),
         lambda now: now.device != "cpu",
         "the run computes on the CPU, where everything is in host memory",
     ),

@@ -15,8 +15,18 @@ from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
+from . import (
+    activation_offload,
+    context,
+    data_parallel,
+    float8,
+    fused_projections,
+    pipeline,
+    recompute,
+    tensor,
+    trainable,
+)
 from . import compile as block_compile
-from . import context, data_parallel, float8, fused_projections, pipeline, recompute, tensor, trainable
 from .data_parallel import DataParallel
 from .forward_backward import BatchPreparer, ForwardBackward, ModelParts, NonPipelined
 from .mesh import Mesh
@@ -60,6 +70,7 @@ def check(
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config)
     _check_offload(parallel, world_size)
+    activation_offload.check(config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(
@@ -118,8 +129,8 @@ def build_model(
     stages: list[LayerRange] | None = None,
     materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
-    """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> freeze -> shard ->
-    materialize.
+    """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> offload ->
+    freeze -> shard -> materialize.
 
     Weights are loaded afterwards.
 
@@ -152,6 +163,8 @@ def build_model(
         recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:
             block_compile.apply(model)
+        if parallel.offload_activations:
+            activation_offload.apply(model, ranks.device)
         trainable.apply(model, training)
         wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)

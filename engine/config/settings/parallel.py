@@ -58,6 +58,11 @@ class ParallelConfig:
     input. Results are the same."""
     recompute_every: int = 1
     """Recompute only every n-th block; the others store everything."""
+    offload_activations: bool = False
+    """Keep activations in host memory between the forward and the backward pass, except those of the last block. On a
+    GPU they are copied while other blocks compute. With ``recompute`` full these are the inputs of the blocks; with
+    none, everything that is stored for the backward pass. Results are the same. The gain on a GPU has not been
+    measured."""
     timeout_seconds: int = 600
     """Timeout in seconds. The run ends when a collective waits longer, a rank is silent for longer, or a step makes no
     progress for longer; see docs/cluster.md."""
