@@ -110,6 +110,7 @@ def test_the_device_frees_what_has_left(one_rank, run_file, monkeypatch):
         run = pretrain.build(parse_config(["--config", str(run_file), *overrides]), one_rank)
         [batch] = run.data.micro_batches(0)[:1]
         counter = MemoryCounter(block_bytes=1)
+        counter.declare("parameters", run.model.parameters())
         to_host = ActivationOffload._to_host
 
         def unseen(offload, whole):

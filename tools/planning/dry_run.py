@@ -27,6 +27,7 @@ from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import (
     StatesOnlyAdamW,
+    activations_on_host,
     attention_options,
     fresh_constants,
     labelled,
@@ -57,6 +58,8 @@ class RankUsage:
     flops: float
     """Floating-point operations, including those of recomputation."""
     collectives: dict[Collective, CollectiveTotal]
+    sent_activations: float = 0.0
+    """Bytes of activations that are sent to host memory."""
 
     @property
     def most(self) -> dict[str, float]:
@@ -206,6 +209,7 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             stack.enter_context(attention_options())
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)
+        sent = stack.enter_context(activations_on_host(counter))
         rank = SimulatedRank(spec, ranks, counter)
         if spec.whole_steps:
             rank.one_step()
@@ -213,11 +217,13 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             allocate_states(rank.optimizer)
             rank.declare_states()
         counter.reset_peaks()
-        kept, work.flops, work.collectives = dict(counter.bytes), 0.0, {}
+        kept, work.flops, work.collectives, sent[0] = dict(counter.bytes), 0.0, {}, 0.0
         rank.one_step()
     parameters = sum(_local(parameter).numel() for parameter in rank.model.parameters())
     blocks = sum(1 for _ in rank.model.blocks())
-    return RankUsage(spec.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives)
+    return RankUsage(
+        spec.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives, sent[0]
+    )
 
 
 def _num_stages(spec: RankSpec) -> int:

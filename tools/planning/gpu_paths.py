@@ -19,6 +19,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from ...engine.model import decoder
 from ...engine.optim.adamw import CompactAdamW
+from ...engine.parallel.activation_offload import ActivationOffload
 from ...engine.parallel.pipeline import Pipelined
 from ...engine.parallel.unsharded import UsedWeight
 from ...kernels import attention
@@ -82,6 +83,20 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
         replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
     ):
         yield
+
+
+@contextlib.contextmanager
+def activations_on_host(counter: MemoryCounter) -> Iterator[list[float]]:
+    """Do not count activations in host memory; yield a list of the number of bytes that were sent there."""
+    sent, to_host = [0.0], ActivationOffload._to_host
+
+    def uncounted(offload: ActivationOffload, whole: Tensor) -> Tensor:
+        sent[0] += whole.untyped_storage().nbytes()
+        with counter.paused():
+            return to_host(offload, whole)
+
+    with replaced(ActivationOffload, _to_host=uncounted):
+        yield sent
 
 
 @contextlib.contextmanager

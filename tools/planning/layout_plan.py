@@ -75,6 +75,7 @@ class LayoutPlan:
             rank.flops,
             rank.collectives,
             rank.parameters,
+            rank.sent_activations,
         )
 
     @property
@@ -134,7 +135,9 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
     if parallel.reduce_gradients == "step" and layout.pipeline == 1:
         parts.append("gradients reduced once")
     if parallel.cpu_offload:
-        parts.append("offload")
+        parts.append("offload" if parallel.cpu_offload is True else "optimizer on the host")
+    if parallel.offload_activations:
+        parts.append("activations on the host")
     return ", ".join(parts)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.parallel.layout import Layout
 from .gpus import Gpu
+from .offload import offload_seconds
 from .options import Assumptions
 from .work import Collective, CollectiveTotal
 
@@ -29,10 +30,11 @@ class StepPrediction:
     waiting: float
     """Waiting for activations of other ranks."""
     weights: float
-    """Gathering parameters and reducing gradients, concurrent with computing."""
+    """Gathering parameters, reducing gradients and transfers to host memory, concurrent with computing."""
     idle: float
     """Idle time in the pipeline."""
     optimizer: float
+    """The update; with ``parallel.cpu_offload`` on the host, and transfers for which it waits."""
 
     @property
     def exposed(self) -> float:
@@ -54,8 +56,12 @@ def predict(
     flops: float,
     collectives: dict[Collective, CollectiveTotal],
     parameters: float,
+    sent_activations: float = 0.0,
 ) -> StepPrediction:
-    """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``."""
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``.
+
+    ``sent_activations`` are the bytes of activations that go to host memory in a step.
+    """
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
@@ -64,12 +70,15 @@ def predict(
             waiting += seconds
         else:
             weights += seconds
+    update_bytes = optimizer_bytes(config, num_micro_batches)
+    optimizer = parameters * update_bytes / (gpu.memory_bandwidth * assumptions.link_efficiency)
+    moved = offload_seconds(config, gpu, assumptions, num_micro_batches, parameters, sent_activations, update_bytes)
     return StepPrediction(
         computing,
         waiting,
-        weights,
+        weights + moved.transfers,
         (computing + waiting) * idle_share(config, layout, num_micro_batches),
-        parameters * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
+        moved.waiting if config.parallel.cpu_offload else optimizer,
     )
 
 

@@ -129,8 +129,12 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
         f"not counted fragmentation, NCCL's buffers, CUDA's context: the reserve of {gib(cluster.reserve)} GiB is for "
         "them (--reserve). Compiled blocks keep less than is counted. Nothing was measured on a GPU",
     ]
-    if plan.config.parallel.cpu_offload:
-        lines.append("not counted the time of copies to host memory and of the optimizer there")
+    if plan.config.parallel.cpu_offload or plan.config.parallel.offload_activations:
+        lines.append(
+            f"offload     {gpu.host_link / 1e9:g} GB/s to the host in each direction, host memory "
+            f"{assumptions.host_bandwidth / 1e9:g} GB/s (--host-bandwidth), each x {assumptions.link_efficiency:g}; "
+            "transfers overlap with computing, the update does not"
+        )
     return lines
 
 
@@ -176,7 +180,7 @@ def format_savings(plan: LayoutPlan, savings: list[Saving]) -> str:
         speed = _relative_speed(saving, plan)
         lines.append(
             f"| {saving.change} | {gib(saving.saved_bytes)} | {gib(saving.plan.peak_bytes)} "
-            f"| {'' if speed is None else f'{speed:.0%}'} | {saving.change.drawback} |"
+            f"| {speed:.0%} | {saving.change.drawback} |"
         )
     if not savings:
         lines.append("| no change of one setting saves memory: use more or larger GPUs | | | | |")
@@ -198,10 +202,8 @@ def savings_record(plan: LayoutPlan, savings: list[Saving]) -> list[dict[str, An
     ]
 
 
-def _relative_speed(saving: Saving, plan: LayoutPlan) -> float | None:
-    """Return the predicted speed compared with ``plan``; None for offloading, whose copies are not predicted."""
-    if saving.plan.config.parallel.cpu_offload:
-        return None
+def _relative_speed(saving: Saving, plan: LayoutPlan) -> float:
+    """Return the predicted speed compared with ``plan``."""
     return saving.plan.tokens_per_second / plan.tokens_per_second
 
 
