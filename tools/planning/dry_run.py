@@ -16,6 +16,7 @@ from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
 from ...engine.optim import allocate_states, build_optimizer
 from ...engine.optim.adamw import CompactAdamW
+from ...engine.optim.loss_scaling import LossScaler
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
 from ...engine.parallel.layout import Layout
@@ -92,7 +93,8 @@ class RankSpec:
 class PhaseCounter(SkipNonFinite):
     """Tells ``counter`` the purpose of memory in each phase of a step of ``model``."""
 
-    def __init__(self, counter: MemoryCounter, model: ModelParts):
+    def __init__(self, counter: MemoryCounter, model: ModelParts, loss_scaler: LossScaler | None = None):
+        super().__init__(loss_scaler)
         self._counter = counter
         modules = (module for decoder in model.decoders for module in decoder.modules())
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
@@ -143,7 +145,9 @@ class SimulatedRank:
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
-        self._guards = PhaseCounter(counter, self.model)
+        in_fp16 = config.training.precision == "fp16"
+        scaler = LossScaler(config.training, ranks.device) if in_fp16 else None
+        self._guards = PhaseCounter(counter, self.model, scaler)
         self._guards.begin_phase("other")
 
     def one_step(self) -> None:

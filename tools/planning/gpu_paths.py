@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from ...engine.model import decoder
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.activation_offload import ActivationOffload
+from ...engine.parallel.host_transfers import HostTransfers
 from ...engine.parallel.pipeline import Pipelined
 from ...engine.parallel.unsharded import UsedWeight
 from ...kernels import attention
@@ -65,12 +66,28 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
             weight.transfers.finish()  # a gradient is in the memory of the device until it has been copied
         counter.declare("gradients", [weight.weight.grad])
 
-    gathers = {
-        name: inside(in_communication, getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")
-    }
+    send = HostTransfers.send
+
+    def send_and_declare(transfers: HostTransfers, copies: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        counter.declare("communication buffers", copies)
+        send(transfers, copies, weights)
+
+    def with_copies(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Count what CPUOffloadPolicy copies to a GPU before it casts and gathers: a group's shards."""
+
+        def call(group: FSDPParamGroup, *args: Any, **kwargs: Any) -> Any:
+            offloaded = [one for one in group.fsdp_params if one.offload_to_cpu] if group.is_sharded else []
+            copies = [torch.empty_like(one._sharded_param_data) for one in offloaded]
+            result = function(group, *args, **kwargs)
+            del copies
+            return result
+
+        return inside(in_communication, call)
+
+    gathers = {name: with_copies(getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")}
     # An operator does not say what its memory is for, so the functions that allocate it are replaced:
     # - `compute` and `_scaled` allocate all buffers of the loss, in its forward and in its backward pass.
-    # - Without FSDP, a gradient is moved from a copy to its weight.
+    # - Without FSDP, a gradient is moved from a copy to its weight. Weights in host memory have copies on the GPU.
     # - FSDP has no hooks around its gathers and reductions, which also run outside of modules' own hooks.
     # - DTensor runs operators on whole tensors without values, to learn a result's shape. No rank holds these tensors,
     #   and nothing distinguishes them from a rank's own in a dry run.
@@ -79,6 +96,7 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
         replaced(chunked, compute=inside(in_loss, chunked.compute)),
         replaced(loss, _scaled=inside(in_loss, loss._scaled)),
         replaced(UsedWeight, take_gradient=take_and_declare),
+        replaced(HostTransfers, send=send_and_declare),
         replaced(FSDPParamGroup, post_backward=post_backward, **gathers),
         replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
     ):

@@ -1,7 +1,8 @@
 """Predict the time that transfers to host memory and an update on the host take.
 
-FSDP2's ``CPUOffloadPolicy`` sends each shard in the dtype of the weights for every gather, and each reduced gradient back
-in the same dtype (PyTorch's ``_fsdp_param.py`` and ``_fsdp_collectives.py``). ``cpu_offload: optimizer`` sends weights once a step and gradients after each micro-batch, both in the compute dtype
+FSDP2's ``CPUOffloadPolicy`` sends each shard in the dtype of the weights for every gather, and each reduced gradient
+back in the same dtype (PyTorch's ``_fsdp_param.py`` and ``_fsdp_collectives.py``). ``cpu_offload: optimizer`` sends
+weights once a step and gradients after each micro-batch, both in the compute dtype
 (:mod:`retemper.engine.parallel.host_transfers`), as ZeRO-Offload does (Ren et al., 2021,
 https://arxiv.org/abs/2101.06840, section 4). Both directions of PCIe work at the same time.
 """

@@ -58,6 +58,8 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
         lines.append(f"| {kind}{note} | {gib(rank.kept[kind])} | {gib(rank.most[kind])} | {gib(peak[kind])} |")
     total = sum(peak.values())
     lines.append(f"| **all** | {gib(sum(rank.kept.values()))} | | **{gib(total)}** |")
+    if offloaded:
+        lines += ["", f"host        {gib(plan.host_bytes)} GiB of host memory for each rank, and pinned buffers"]
     lines += ["", f"memory      {_sizes(plan)}"]
     return lines
 
