@@ -89,6 +89,11 @@ class Unsharded:
         self._split: list[DTensor] = []
         """The weights of tensor parallelism."""
 
+    @property
+    def copies_of_host_weights(self) -> list[Tensor]:
+        """Return the device's copies of weights that are in host memory."""
+        return [] if self._transfers is None else self._copies
+
     def on_materialized(self, accumulates: bool) -> None:
         """See the class. Allocates the copies."""
         by_weight: dict[nn.Parameter, UsedWeight] = {}

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from ...engine.model import decoder
 from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.activation_offload import ActivationOffload
-from ...engine.parallel.host_transfers import HostTransfers
 from ...engine.parallel.pipeline import Pipelined
-from ...engine.parallel.unsharded import UsedWeight
+from ...engine.parallel.unsharded import Unsharded, UsedWeight
 from ...kernels import attention
 from ...kernels import linear_cross_entropy as loss
 from ...kernels.attention import flash
@@ -66,11 +65,11 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
             weight.transfers.finish()  # a gradient is in the memory of the device until it has been copied
         counter.declare("gradients", [weight.weight.grad])
 
-    send = HostTransfers.send
+    on_materialized = Unsharded.on_materialized
 
-    def send_and_declare(transfers: HostTransfers, copies: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        counter.declare("communication buffers", copies)
-        send(transfers, copies, weights)
+    def materialized(wrapped: Unsharded, accumulates: bool) -> None:
+        on_materialized(wrapped, accumulates)
+        counter.declare("communication buffers", wrapped.copies_of_host_weights)
 
     def with_copies(function: Callable[..., Any]) -> Callable[..., Any]:
         """Count what CPUOffloadPolicy copies to a GPU before it casts and gathers: a group's shards."""
@@ -96,7 +95,7 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
         replaced(chunked, compute=inside(in_loss, chunked.compute)),
         replaced(loss, _scaled=inside(in_loss, loss._scaled)),
         replaced(UsedWeight, take_gradient=take_and_declare),
-        replaced(HostTransfers, send=send_and_declare),
+        replaced(Unsharded, on_materialized=materialized),
         replaced(FSDPParamGroup, post_backward=post_backward, **gathers),
         replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
     ):
