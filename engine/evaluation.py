@@ -6,7 +6,8 @@ therefore has a fingerprint of the evaluated data, and starts over when that cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 
 from ..kernels.linear_cross_entropy import IGNORE_INDEX
 from .batch import Batch
-from .config.settings import RunConfig
+from .config.settings import RunConfig, TrainingConfig
 from .data.catalog import Catalog
 from .data.loader import SourceBatch, describe_evaluated, validation_batches
 from .data.source import Source
 from .errors import UserError
 from .observe.loss_changes import LossChange
 from .observe.waiting import ProgressBar, Say
+from .optim import TrainingOptimizer, average_of
 from .parallel.forward_backward import ForwardBackward
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
@@ -228,8 +230,30 @@ def _record(one: EvaluatedSet, losses: Mapping[str, float]) -> dict[str, Any]:
     return {"measured": one.fingerprint, "losses": of_set}
 
 
-def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
-    """Return the number of targets in this rank's samples; zero if another rank counts them."""
+@contextmanager
+def evaluated_weights(
+    config: TrainingConfig, optimizer: TrainingOptimizer, hold_update: Callable[[], object]
+) -> Iterator[None]:
+    """Inside, let the model have the weights to evaluate: with ``training.eval_ema`` the average, else its own.
+
+    Args:
+        config: of the run.
+        optimizer: of the model.
+        hold_update: waits until a checkpoint that is being written has copied the weights.
+    """
+    average = average_of(optimizer) if config.eval_ema else None
+    if average is None:
+        yield
+        return
+    hold_update()
+    with average.applied():
+        yield
+
+
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> float:
+    """Return the number of targets in this rank's samples, or the sum of their weights; zero if another rank counts
+    them.
+    """
     return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
 
 

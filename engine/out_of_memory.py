@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .config.budget import in_tokens
 from .config.settings import RunConfig, to_yaml
 from .errors import UserError
 from .files.atomic import replace_file, temporary_path
@@ -257,7 +258,7 @@ def find_savings(config: RunConfig, ranks: Ranks, seconds: float) -> dict[str, A
     tflops = (device_peak_flops(ranks.device) or _USUAL_TFLOPS * 1e12) / 1e12
     with tempfile.TemporaryDirectory(prefix="retemper-") as folder:
         file, report, problem = (Path(folder, name) for name in ("run.yaml", "plan.json", "error"))
-        file.write_text(to_yaml(config), encoding="utf-8")
+        file.write_text(to_yaml(in_tokens(config)), encoding="utf-8")
         cluster = ["--nodes", str(math.ceil(ranks.world_size / per_node)), "--gpus-per-node", str(per_node)]
         gpu = ["--gpu-memory", str(device_memory(ranks.device) / 2**30), "--gpu-tflops", str(tflops), "--reserve", "0"]
         command = [sys.executable, str(PLAN), "--config", str(file), *cluster, *gpu, "--savings", "--json", str(report)]

@@ -90,7 +90,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.observe.profiler import StepProfiler
     from retemper.engine.observe.reporter import Reporter, create_early_observers
     from retemper.engine.observe.waiting import rank0_printer, report_if_slow
-    from retemper.engine.optim import build_optimizer
+    from retemper.engine.optim import build_average, build_optimizer, keep_average
     from retemper.engine.out_of_memory import MemoryGuard
     from retemper.engine.parallel.build import build_model
     from retemper.engine.parallel.mesh import build_mesh
@@ -99,6 +99,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     from retemper.engine.run import Run
     from retemper.engine.run_folder import require_room, run_store
     from retemper.engine.start import open_run
+    from retemper.engine.weights.checkpoint.average import load_average
     from retemper.engine.weights.checkpoint.saver import Saver
 
     validate(config)
@@ -116,10 +117,12 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
     with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed, model.table_names)
+    keep_average(optimizer, build_average(model.named_parameters(), config.training, config.seed))
     stop.exit_if_agreed()
     with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):
         casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
+        casts += ranks.fail_together(lambda: load_average(start.folder if start.resumed_from else None, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)
@@ -153,8 +156,8 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                settings, step = run.config.checkpoint, run.progress.step
-                export_run(settings, run.store, step, run.start.folder, run.stop.agreed, run.say)
+                step = run.progress.step
+                export_run(run.config, run.store, step, run.start.folder, run.stop.agreed, run.say)
         run.say(*describe_end(run))
 
 
@@ -166,7 +169,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
     from retemper.engine.data.loader import Prefetcher
     from retemper.engine.guards.rollback import rollback_if_spiking
     from retemper.engine.run_folder import saving_on_failure
-    from retemper.engine.weights.checkpoint.tensors import training_tensors
+    from retemper.engine.weights.checkpoint.tensors import checkpoint_tensors
 
     if run.evaluation_pending:
         evaluate(run)
@@ -184,7 +187,7 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             run.report.stopwatch.step_done(run.profiler.slows_down)
             first = first_sample == step_starts[0]
             if first:  # the optimizer has its states now
-                run.saver.reserve_host_memory(training_tensors(run.model, run.optimizer))
+                run.saver.reserve_host_memory(checkpoint_tensors(run.model, run.optimizer))
             run.saver.poll()
             report_pending(run)  # of the step before, while the device makes this one
             if rollback := rollback_if_spiking(run):  # by what guards.should_skip has seen
@@ -230,7 +233,8 @@ def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
 
     rate = learning_rate(run.progress.tokens + run.plan.tokens_per_step, run.config.training, run.config.optimizer)
     clip = run.config.optimizer.clip_grad_norm
-    result = train_step(run.model, run.forward_backward, run.optimizer, batches, num_targets, rate, clip, run.guards)
+    parts, step = (run.model, run.forward_backward, run.optimizer), run.progress.step + 1
+    result = train_step(*parts, batches, num_targets, rate, clip, run.guards, step)
     run.progress = run.progress.after_step(run.plan)
     run.guards.step_done()
     return result
@@ -274,15 +278,18 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
 
 def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool]:
     """Return the losses of the validation sets (none after a stop request), and whether they are the best so far."""
+    from retemper.engine.evaluation import evaluated_weights
+
     report_pending(run)
     run.guards.enter_phase("evaluate")
-    losses = run.validation.evaluate(run.forward_backward, run.progress.step, run.stop.agreed, run.say)
-    run.report.evaluation(run.progress, losses, run.validation.changes())
-    run.guards.require_finite(run.progress.step, {f"validation loss of {n}": x for n, x in losses.items()})
-    if losses and run.samples:
-        step = run.progress.step
-        texts = run.samples.generate(run.model, run.forward_backward, step, run.stop.agreed, run.say)
-        run.report.samples(run.progress, texts)
+    step = run.progress.step
+    with evaluated_weights(run.config.training, run.optimizer, run.saver.hold_update):
+        losses = run.validation.evaluate(run.forward_backward, step, run.stop.agreed, run.say)
+        run.report.evaluation(run.progress, losses, run.validation.changes())
+        run.guards.require_finite(step, {f"validation loss of {n}": x for n, x in losses.items()})
+        if losses and run.samples:
+            texts = run.samples.generate(run.model, run.forward_backward, step, run.stop.agreed, run.say)
+            run.report.samples(run.progress, texts)
     best = run.validation.best(losses, run.progress) if may_be_best else None
     if best is not None:
         run.progress = replace(run.progress, best=best)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
+from .config.budget import as_written
 from .config.settings import RunConfig, to_dict
 from .config.yaml_loader import dump_yaml
 from .errors import UserError
@@ -22,8 +23,8 @@ from .weights.checkpoint.destination import require_destination
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.run_record import CONFIG_FILE, note_start
 from .weights.checkpoint.store import CheckpointStore
-from .weights.checkpoint.tensors import training_tensors
-from .weights.conversion.export_run import export_folder, prepare_export
+from .weights.checkpoint.tensors import checkpoint_tensors
+from .weights.conversion.export_run import export_folders, prepare_export
 
 
 def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
@@ -53,11 +54,12 @@ def require_room(
     Raises:
         UserError: on every rank.
     """
-    steps = plan.steps_left(config.training.train_tokens, progress.tokens)
-    ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
-    lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
+    steps = plan.steps_left(config.training.budget, progress.tokens)
+    ranks, last = store.ranks, progress.step + steps
+    exports = [folder.parent for folder in export_folders(config, store.folder.parent, last)]
+    lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, exports)) or []
     store.expected_bytes = ranks.broadcast(store.expected_bytes)
-    return lines + prepare_export(config.checkpoint, ranks, output)
+    return lines + prepare_export(config, ranks, last)
 
 
 @contextmanager
@@ -84,7 +86,9 @@ def _open(run: Run, console: Console | None) -> None:
     run.report.start(run.progress.step if resumed else None, run.evaluation_pending)
     if console is not None:
         console.open(folder)
-    (folder / CONFIG_FILE).write_text(dump_yaml(masked(to_dict(run.config), without_signature)), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(
+        dump_yaml(masked(to_dict(as_written(run.config)), without_signature)), encoding="utf-8"
+    )
     note_start(folder, resumed is None, run.store.origin)
 
 
@@ -92,7 +96,7 @@ def save(run: Run, evaluation: dict[str, float], final: bool) -> None:
     """Start to write a checkpoint of ``run``; see :meth:`Saver.save`. All ranks must call this."""
     run.report.save()
     run.guards.enter_phase("save")
-    tensors, manifest = training_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
+    tensors, manifest = checkpoint_tensors(run.model, run.optimizer), manifest_of(run, evaluation, final)
     run.saver.save(tensors, run.start.assets, manifest, run.progress.best.get("step"))
 
 
@@ -138,6 +142,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
         trackers=run.report.tracker_runs,
+        base=run.start.base_record,
         config=masked(to_dict(run.config), without_signature),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .optim import allocate_states, clip_divisor, global_norm, set_learning_rate, step_unless
+from .optim import TrainingOptimizer, allocate_states, clip_divisor, global_norm, set_learning_rate, step_unless
 from .optim.loss_scaling import LossScaler, total_divisor, unscaled
 from .parallel.forward_backward import ForwardBackward, ModelParts
 
@@ -92,12 +92,13 @@ class SkipNonFinite:
 def train_step(
     model: ModelParts,
     forward_backward: ForwardBackward,
-    optimizer: torch.optim.Optimizer,
+    optimizer: TrainingOptimizer,
     micro_batches: list[Batch],
     num_targets: float,
     learning_rate: float,
     clip: float,
     guards: StepGuards,
+    step: int = 0,
 ) -> StepResult:
     """Make one optimizer step. All ranks must call this.
 
@@ -112,6 +113,7 @@ def train_step(
         learning_rate: of this step.
         clip: global gradient norm above which gradients are scaled down; 0 turns clipping off.
         guards: watch the step, and decide whether to skip its update.
+        step: its number in the run, of which random masks are a function.
     """
     if num_targets > 0:
         scale = guards.loss_scale
@@ -123,7 +125,7 @@ def train_step(
         set_learning_rate(optimizer, learning_rate)
         guards.before_update()
         divisor = total_divisor(clip_divisor(grad_norm, clip), scale)
-        step_unless(optimizer, guards.should_skip(loss, grad_norm), divisor)
+        step_unless(optimizer, guards.should_skip(loss, grad_norm), divisor, step)
         optimizer.zero_grad(set_to_none=True)
     else:
         loss = grad_norm = torch.full((), math.nan)

@@ -22,7 +22,16 @@ COMMANDS = sorted(
     if "CommandParser(" in path.read_text(encoding="utf-8")
 )
 TEXTS = {
-    *("--json-key", "--metadata", "--stdin-format", "--input-format", "--sheet", "--chat-date", "--eod-token"),
+    *(
+        "--json-key",
+        "--metadata",
+        "--stdin-format",
+        "--input-format",
+        "--sheet",
+        "--chat-date",
+        "--eod-token",
+        "--fim-tokens",
+    ),
     *("--data", "--replay", "--tokens", "--evaluate", "--hf-split", "--hf-subset"),
     *("--languages", "--bins", "--bin-weights", "--lm-eval", "--lm-eval-batch-size", "--stop", "--system"),
     *("--split", "--shard", "--prompt", "--device", "--max-shard-size", "--sweep", "--launch", "--documents", "--gpu"),

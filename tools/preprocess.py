@@ -42,6 +42,8 @@ def build_parser() -> CommandParser:
     _add_formats(parser.add_argument_group("formats of the input"))
     _add_chat(parser.add_argument_group("conversations"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
+    _add_fim(parser.add_argument_group("fill-in-the-middle, for code"))
+    _add_windows(parser.add_argument_group("windows, for models with a short context"))
     _add_cleaning(parser.add_argument_group("cleaning; the report and the .json count what is left out"))
     _add_output(parser.add_argument_group("output"))
     parser.mark_usual(
@@ -206,6 +208,57 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_fim(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fim-rate",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="rearrange this share of the documents, so that the model learns to fill a gap between a prefix and a "
+        "suffix; for code usually 0.5 (default: 0)",
+    )
+    group.add_argument(
+        "--fim-spm-rate",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="share of the rearranged documents in the order suffix, prefix, middle (SPM); the others are in the order "
+        "prefix, suffix, middle (PSM) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fim-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="the tokens before prefix, suffix and middle, and perhaps one after the middle (default: those of Qwen, "
+        "StarCoder, DeepSeek, CodeLlama or CodeGemma that the tokenizer has)",
+    )
+
+
+def _add_windows(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="cut longer documents into windows of N tokens, BOS and end-of-document token included; usually "
+        "training.sequence_length (default: documents stay whole, and training cuts them where a sequence ends)",
+    )
+    group.add_argument(
+        "--window-overlap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that a window repeats of the one before it, as context for its first words (default: 0)",
+    )
+    group.add_argument(
+        "--window-loss",
+        choices=("new", "all"),
+        default="new",
+        help="new (the default): the repeated tokens have no loss, so that every token is trained on once; all: they "
+        "have it again",
+    )
+
+
 def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     _add_text_steps(group)
     group.add_argument("--drop-invalid-utf8", action="store_true", help="leave out documents that are not valid UTF-8")
@@ -321,7 +374,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--overwrite", action="store_true", help="replace an existing dataset when the new one is complete"
     )
     group.add_argument("--shuffle", action="store_true", help="shuffle the documents; see --seed")
-    group.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="seed of --shuffle and --fim-rate (default: %(default)s)")
     group.add_argument(
         "--split",
         metavar="NAME=SHARE,...",

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...engine.config.budget import in_tokens
 from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
@@ -26,10 +27,11 @@ from ...engine.guards.run_guards import RunGuards
 from ...engine.model.architecture import Architecture
 from ...engine.model.decoder import Decoder
 from ...engine.model.dtypes import DTYPES
-from ...engine.observe.flops import Trainable, named_peak, training_flops
+from ...engine.observe.flops import named_peak, training_flops
 from ...engine.observe.start_summary import describe_start
 from ...engine.optim.local import local_part
 from ...engine.parallel.process_group import Ranks
+from ...engine.parallel.trainable import ALL, Learning, learning
 from ...engine.pretrain import build, next_batches, one_step
 from ...engine.run import Run
 from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
@@ -110,7 +112,7 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
     """
     source = architecture_source(config.model)
     architecture = configured_architecture(config.model)
-    training, data = config.training, config.data
+    training, data = in_tokens(config).training, config.data
     num_steps = options.warmup_steps + options.steps + (WARMUP_STEPS + PROFILED_STEPS if options.profile else 0)
     samples = num_steps * training.global_batch_size
     if not options.real_data:
@@ -141,7 +143,9 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
         training=replace(
             training, train_tokens=samples * training.sequence_length, warmup_tokens=0, eval_at_start=False
         ),
-        optimizer=replace(config.optimizer, schedule="constant", decay_tokens=None, schedule_start_tokens=0),
+        optimizer=replace(
+            config.optimizer, schedule="constant", decay_tokens=None, decay_shape="linear", schedule_start_tokens=0
+        ),
         checkpoint=replace(config.checkpoint, asynchronous=False, export_hf=False, push_to_hub=None),
         logging=replace(config.logging, tensorboard=False),
     )
@@ -267,7 +271,7 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
     documents = ranks.all_reduce(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
     pairs = ranks.all_reduce(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
     tokens = plan.tokens_per_step
-    all_pairs, trainable = tokens * plan.sequence_length, config.training.trainable
+    all_pairs, learned = tokens * plan.sequence_length, learning(architecture, config.training, config.adapter)
     return Measurement(
         # Notes about the random dataset are irrelevant.
         plan=[line for line in timed.plan if str(Path(config.run_folder).parent) not in line],
@@ -278,14 +282,14 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
         tokens_per_step=tokens,
         documents_per_step=documents,
         flops_per_step={
-            name: training_flops(architecture, tokens, counted, trainable)
+            name: training_flops(architecture, tokens, counted, learned)
             for name, counted in (
                 ("all pairs of positions", all_pairs),
                 ("causal pairs (halved)", all_pairs / 2),
                 ("causal pairs within documents", pairs / 2),
             )
         },
-        flops_formula=formula(architecture, plan.sequence_length, trainable),
+        flops_formula=formula(architecture, plan.sequence_length, learned),
         steps=steps,
         warmup_seconds=timed.warmup_seconds,
         memory=_largest(memory, ranks),
@@ -293,16 +297,20 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
     )
 
 
-def formula(architecture: Architecture, sequence_length: int, trainable: Trainable = "all") -> str:
+def formula(architecture: Architecture, sequence_length: int, learned: Learning = ALL) -> str:
     """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
     a = architecture
     q = a.num_attention_heads * a.head_dim
-    weights = "6 (m + h v)" if trainable == "all" else "4 m (frozen) + 6 h v"
+    of_blocks = 2 + 2 * learned.backward + 2 * learned.weights
+    of_head = 2 + 2 * learned.head_input + 2 * learned.head_weight
+    frozen = " (frozen)" if learned.weights == 0 else ""
+    weights = "6 (m + h v)" if of_blocks == of_head == 6 else f"{of_blocks:.3g} m{frozen} + {of_head} h v"
+    weights += f" + 6 x {learned.added:,} (matrices of the adapter)" if learned.added else ""
     return (
-        f"FLOPs per token = {weights} + 12 L q s, the last term halved where causal pairs count; elements of the "
-        f"blocks' matrices m {a.block_matrices:,}, layers L {a.num_layers}, hidden h {a.hidden_size}, heads x size q "
-        f"{q}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the mean of length^2 over the mean "
-        "length)"
+        f"FLOPs per token = {weights} + {4 + 8 * learned.backward:.3g} L q s, the last term halved where causal pairs "
+        f"count; elements of the blocks' matrices m {a.block_matrices:,}, layers L {a.num_layers}, hidden h "
+        f"{a.hidden_size}, heads x size q {q}, vocabulary v {a.vocab_size}, s {sequence_length} (within documents: the "
+        "mean of length^2 over the mean length)"
     )
 
 

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from .budget import TRAIN, WARMUP, as_written, conflicts, shown, with_budget
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
-    AdapterConfig,
+    OPTIMIZERS,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -28,6 +29,9 @@ from .types_check import Problems, check
 
 _LARGEST = 10**15
 """Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
+
+IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)+"
+"""Pattern of the import path of a class."""
 
 
 class Range(NamedTuple):
@@ -47,6 +51,7 @@ _POWER_OF_TWO = Range(
 )
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].validation_fraction": _SHARE,
     "data.prefetch_steps": _FROM_1,
@@ -57,13 +62,19 @@ RANGES = {
     "adapter.alpha": _POSITIVE,
     "adapter.dropout": _SHARE,
     "training.train_tokens": _FROM_1,
+    "training.train_steps": _FROM_1,
+    "training.train_epochs": Range(f"{_POSITIVE.words}, or null", lambda value: 0 < value <= _LARGEST),
     "training.warmup_tokens": _FROM_0,
+    "training.warmup_steps": _FROM_0,
+    "training.warmup_ratio": Range("in [0, 1], or null", lambda value: 0 <= value <= 1),
     "training.sequence_length": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
     "training.initial_loss_scale": _POWER_OF_TWO,
     "training.min_loss_scale": _POWER_OF_TWO,
     "training.loss_scale_window": _FROM_1,
+    "training.neftune_alpha": _POSITIVE_OR_NULL,
+    "training.z_loss": _FROM_0,
     "training.gc_interval": _FROM_0,
     "training.max_skipped_steps": _FROM_0,
     "training.loss_spike_zscore": _POSITIVE_OR_NULL,
@@ -71,15 +82,24 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.ema_decay": Range("in (0, 1), or null", lambda value: 0 < value < 1),
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,
     "optimizer.min_learning_rate": _FROM_0,
+    "optimizer.min_learning_rate_ratio": Range("in [0, 1], or null", lambda value: 0 <= value <= 1),
     "optimizer.weight_decay": _FROM_0,
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
     "optimizer.eps": _POSITIVE,
     "optimizer.clip_grad_norm": _FROM_0,
+    "optimizer.child_tuning": Range("in (0, 1), or null", lambda value: 0 < value < 1),
+    "optimizer.groups[].learning_rate": _FROM_0,
+    "optimizer.groups[].weight_decay": _FROM_0,
+    "optimizer.muon.momentum": _SHARE,
+    "optimizer.muon.newton_schulz_steps": Range("in [1, 99]", lambda value: 1 <= value <= 99),
+    "optimizer.lion.beta1": _SHARE,
+    "optimizer.lion.beta2": _SHARE,
     "parallel.pipeline": _FROM_1,
     "parallel.replicate": _FROM_1,
     "parallel.context": _FROM_1,
@@ -115,6 +135,19 @@ def validate(config: RunConfig) -> None:
     found.raise_if_any()
 
 
+def with_known_budget(config: RunConfig, epoch_tokens: int) -> RunConfig:
+    """Return ``config`` with its budget in tokens, now that the data are open.
+
+    Raises:
+        UserError: the budget does not fit the schedule.
+    """
+    config = with_budget(config, epoch_tokens)
+    found = Problems()
+    found.add_consequences(schedule_problems(config.training, config.optimizer))
+    found.raise_if_any()
+    return config
+
+
 def problems(config: RunConfig) -> Iterator[str]:
     """Return the problems in the values of ``config``, one line for each.
 
@@ -130,8 +163,9 @@ def problems(config: RunConfig) -> Iterator[str]:
 def _ranges(config: RunConfig) -> Iterator[str]:
     if not config.run_folder.strip() or "\0" in config.run_folder:
         yield f"run_folder is {config.run_folder!r}; name the folder that the run writes to"
+    written = as_written(config)
     for key, allowed in RANGES.items():
-        value = None if "[]" in key else operator.attrgetter(key)(config)
+        value = None if "[]" in key else operator.attrgetter(key)(written)
         if value is not None and not allowed.holds(value):
             yield f"{key} is {value}; it must be {allowed.words}"
     yield from _upload(config.checkpoint)
@@ -139,7 +173,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
     for path in config.callbacks:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
+        if not re.fullmatch(IMPORT_PATH, path):
             yield f"callbacks has {path!r}; write the import path of a class, such as my_module.MyCallback"
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
@@ -150,11 +184,16 @@ def _ranges(config: RunConfig) -> Iterator[str]:
 
 
 def _combinations(config: RunConfig) -> Iterator[str]:
+    yield from conflicts(config.training)
+    config = with_budget(config)  # as far as it is known before the data are open
     training = config.training
     yield from refused(config)
     yield from _precision(training)
     yield from _pipeline(config.parallel)
-    yield from _schedule(training, config.optimizer)
+    if training.trainable == []:
+        yield "training.trainable is []; name patterns of parameters, or use all"
+    yield from schedule_problems(training, config.optimizer)
+    yield from _optimizer(config)
     yield from _data(config.data, training)
     yield from _profile(config.logging)
     yield from _adapter(config)
@@ -192,11 +231,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if adapter.kind is None:
         return
-    if config.model.initialize_from is None:
-        yield (
-            "adapter.kind is lora, but model.initialize_from is null: an adapter changes a trained model; name it "
-            "there, or remove adapter"
-        )
     if config.training.trainable != "all":
         yield (
             f"training.trainable is {config.training.trainable}, but adapter.kind is lora, with which the adapter and "
@@ -204,11 +238,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
-    yield from _not_yet(adapter)
-
-
-def _not_yet(adapter: AdapterConfig) -> Iterator[str]:
-    yield f"adapter.kind is {adapter.kind}, which this version cannot train yet; remove adapter"
 
 
 def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:
@@ -225,30 +254,75 @@ def _profile(logging: LoggingConfig) -> Iterator[str]:
         yield f"logging.profile_steps is {steps}; name the first and the last step, from 1 on, such as [10, 13]"
 
 
-def _schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[str]:
-    start = optimizer.schedule_start_tokens
-    if not 0 <= start < training.train_tokens:
+def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+    """Return the problems in the lengths of a run, its warm-up and its decay, one line for each.
+
+    Those in lengths that are not known yet, because ``train_epochs`` needs the data, are left out.
+    """
+    if all(getattr(training, key) is None for key in TRAIN):
+        yield "the length of the run is missing; set training.train_tokens, train_steps or train_epochs"
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate_ratio is not None:
         yield (
-            f"optimizer.schedule_start_tokens is {start:,}; it must be at least 0 and less than training.train_tokens "
-            f"{training.train_tokens:,}"
+            "optimizer.min_learning_rate and optimizer.min_learning_rate_ratio are both set; keep one of them, and "
+            "remove the other or set it to null"
         )
-    behind = f" - optimizer.schedule_start_tokens {start:,}" if start else ""
-    if training.warmup_tokens > training.train_tokens - start:
-        yield (
-            f"training.warmup_tokens {training.warmup_tokens:,} is more than training.train_tokens "
-            f"{training.train_tokens:,}{behind}; lower training.warmup_tokens"
-        )
-    if optimizer.min_learning_rate > optimizer.learning_rate:
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate {optimizer.min_learning_rate:g} is above optimizer.learning_rate "
             f"{optimizer.learning_rate:g}; lower the minimum"
         )
+    if training.train_tokens is None:
+        return
+    budget, warmup, start = training.train_tokens, training.warmup, optimizer.schedule_start_tokens
+    train_shown, warmup_shown = shown(training, TRAIN), shown(training, WARMUP)
+    if budget > _LARGEST:
+        yield f"{train_shown}; a run has at most {_LARGEST:.0e} tokens"
+    if not 0 <= start < budget:
+        yield f"optimizer.schedule_start_tokens is {start:,}; it must be at least 0 and less than {train_shown}"
+    behind = f" - optimizer.schedule_start_tokens {start:,}" if start else ""
+    if warmup > budget - start:
+        key = warmup_shown.split(" ")[0]
+        yield f"{warmup_shown} is more than {train_shown}{behind}; lower {key}"
+    if optimizer.schedule == "inverse_sqrt" and warmup == 0:
+        yield (
+            "optimizer.schedule inverse_sqrt falls from the end of the warm-up on, by its length; set "
+            "training.warmup_tokens, warmup_steps or warmup_ratio"
+        )
     if optimizer.decay_tokens is not None and optimizer.schedule == "wsd":
-        room = training.train_tokens - start - training.warmup_tokens
+        room = budget - start - warmup
         if not 0 < optimizer.decay_tokens <= room:
             yield (
                 f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
                 f"warmup_tokens{behind} = {room:,}"
+            )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    imported = "." in optimizer.name
+    if optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
+        yield (
+            f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
+            "import path of a class, such as my_module.MyOptimizer"
+        )
+    for key in ("lr", "weight_decay", "params") if imported else ():
+        if key in optimizer.options:
+            yield (
+                f"optimizer.options has {key!r}, which the run passes itself; use optimizer.learning_rate, "
+                "optimizer.weight_decay and optimizer.groups"
+            )
+    for place, group in enumerate(optimizer.groups):
+        where = f"optimizer.groups[{place}]"
+        for key in ("learning_rate", "weight_decay"):
+            value, allowed = getattr(group, key), RANGES[f"optimizer.groups[].{key}"]
+            if value is not None and not allowed.holds(value):
+                yield f"{where}.{key} is {value}; it must be {allowed.words}"
+        if group.learning_rate is None and group.weight_decay is None:
+            yield f"{where} sets neither learning_rate nor weight_decay; set one of them, or remove the group"
+        if group.learning_rate is not None and optimizer.learning_rate == 0:
+            yield (
+                f"{where}.learning_rate is {group.learning_rate:g}, but it is relative to optimizer.learning_rate, "
+                "which is 0; set that to a positive rate"
             )
 
 
@@ -271,10 +345,15 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
         yield "data.train is empty; name at least one dataset there, or data.stages"
     of_stages = list(_stages(data.stages, training.sequence_length))
     yield from of_stages
-    total = sum(stage.train_tokens or 0 for stage in data.stages)
-    if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < training.train_tokens:
+    if data.stages and training.train_epochs is not None:
         yield (
-            f"training.train_tokens is {training.train_tokens:,}, but the train_tokens of data.stages sum to "
+            f"training.train_epochs is {training.train_epochs:g}, but data.stages have different sources, so their "
+            "epochs have no common length; use training.train_tokens or training.train_steps"
+        )
+    total, budget = sum(stage.train_tokens or 0 for stage in data.stages), training.train_tokens or 0
+    if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < budget:
+        yield (
+            f"training.train_tokens is {budget:,}, but the train_tokens of data.stages sum to "
             f"{total:,}; leave out those of the last stage, which then lasts until the end, or make the two agree"
         )
     yield from _mixture(data.train, "data.train", training.sequence_length)
@@ -314,6 +393,11 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                     f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{known.path}; give one of the two another 'name'"
                 )
+            elif known.loss_weight != source.loss_weight:
+                yield (
+                    f"{where}.train gives '{source.identity}' the loss_weight {source.loss_weight:g}, but an earlier "
+                    f"stage {known.loss_weight:g}; use the same, or give one of the two another 'name'"
+                )
             elif known.for_text != source.for_text:
                 yield (
                     f"{where}.train reads the text '{source.identity}' with other settings than an earlier stage; use "
@@ -326,7 +410,7 @@ def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> I
     for position, source in enumerate(sources):
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
-        for key in ("weight", "max_epochs", "validation_fraction"):
+        for key in ("weight", "loss_weight", "max_epochs", "validation_fraction"):
             value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .budget import as_written
 from .settings import CheckpointConfig, RunConfig, SourceConfig
 
 
@@ -39,7 +40,7 @@ class Situation:
     def steps(self) -> int:
         """Return the number of steps of the whole run."""
         training = self.config.training
-        return math.ceil(training.train_tokens / (training.global_batch_size * training.sequence_length))
+        return math.ceil(training.budget / training.tokens_per_step)
 
     @property
     def evaluates(self) -> bool:
@@ -65,6 +66,8 @@ def _fits(key: str) -> Callable[[Situation], bool]:
     return lambda now: getattr(now.config.training, key) <= now.steps
 
 
+_MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
+
 RULES = (
     Rule(
         ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
@@ -81,16 +84,52 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            "adapter.modules_to_save",
+            *("adapter.modules_to_save", "adapter.export"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
         refused=True,
     ),
     Rule(
-        ("optimizer.decay_tokens",),
+        ("adapter.export",),
+        lambda now: now.config.checkpoint.export_hf,
+        "checkpoint.export_hf is false, so nothing is exported; set it to true, or remove adapter.export",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.decay_tokens", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
+        refused=True,
+    ),
+    Rule(
+        tuple(f"optimizer.muon.{key}" for key in _MUON),
+        lambda now: now.config.optimizer.name == "muon",
+        "only optimizer.name muon uses it; remove it or set optimizer.name to muon",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.lion.beta1", "optimizer.lion.beta2"),
+        lambda now: now.config.optimizer.name == "lion",
+        "only optimizer.name lion uses it; remove it or set optimizer.name to lion",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.options",),
+        lambda now: "." in now.config.optimizer.name,
+        "only an optimizer with an import path gets options; remove them, or name the class in optimizer.name",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
+        lambda now: now.config.optimizer.name in ("adamw", "muon"),
+        "only adamw and muon use it; lion has optimizer.lion, and a class with an import path optimizer.options",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.state_dtype",),
+        lambda now: "." not in now.config.optimizer.name,
+        "a class with an import path chooses the dtype of its states; remove it",
         refused=True,
     ),
     Rule(
@@ -106,6 +145,17 @@ RULES = (
         "checkpoint.export_hf is false, so there is no export to upload; set it to true, or remove "
         "checkpoint.push_to_hub",
         refused=True,
+    ),
+    Rule(
+        ("training.ema_dtype", "training.eval_ema", "checkpoint.export_ema"),
+        lambda now: now.config.training.ema_decay is not None,
+        "training.ema_decay is null, so there is no average; set it to a number such as 0.999, or remove this",
+        refused=True,
+    ),
+    Rule(
+        ("checkpoint.export_ema",),
+        lambda now: now.config.checkpoint.export_hf,
+        "nothing is exported; set checkpoint.export_hf",
     ),
     Rule(
         ("checkpoint.hub_private", "checkpoint.hub_message"),
@@ -136,7 +186,7 @@ RULES = (
     Rule(
         (
             *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
-            "logging.sample_prompts",
+            *("logging.sample_prompts", "training.eval_ema"),
         ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
@@ -164,24 +214,24 @@ RULES = (
         "no step of the run is a multiple of both it and checkpoint.save_interval",
     ),
     Rule(
-        ("training.warmup_tokens",),
-        lambda now: now.config.training.warmup_tokens > _tokens_per_step(now),
+        ("training.warmup_tokens", "training.warmup_steps", "training.warmup_ratio"),
+        lambda now: now.config.training.warmup > now.config.training.tokens_per_step,
         "the first step is at least as long and ends the warm-up",
     ),
     Rule(
-        ("optimizer.min_learning_rate",),
+        ("optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: now.config.optimizer.schedule != "constant" or now.config.optimizer.schedule_start_tokens > 0,
         "optimizer.schedule constant stays at the peak",
     ),
     Rule(
-        ("optimizer.schedule", "optimizer.min_learning_rate"),
+        ("optimizer.schedule", "optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: _decays(now) or now.config.optimizer.schedule == "constant",
-        "training.warmup_tokens fills the whole schedule; there is no decay",
+        "the warm-up fills the whole schedule; there is no decay",
     ),
     Rule(
         ("optimizer.schedule_start_tokens",),
-        lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup_tokens > 0,
-        "optimizer.schedule constant without training.warmup_tokens has the same rate everywhere",
+        lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup > 0,
+        "optimizer.schedule constant without a warm-up has the same rate everywhere",
     ),
     Rule(
         ("parallel.recompute_every",),
@@ -192,6 +242,11 @@ RULES = (
         ("data.weights", "data.train[].weight"),
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
+    ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
     ),
     # The conditions below are known only when the run starts.
     Rule(
@@ -235,7 +290,11 @@ RULES = (
     ),
     Rule(
         ("model.initialize_from",),
-        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        lambda now: (
+            now.resumed is None
+            or now.config.adapter.kind is not None  # the base is read from there
+            or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
+        ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )
@@ -247,11 +306,14 @@ ALWAYS = {
     *("data.train", "data.stages", "data.shuffle", "data.packing", "data.validation", "data.validation_fraction"),
     *("data.attend_across_documents", "data.prefetch_steps", "data.train[].path", "data.train[].name"),
     *("data.stages[].train", "data.stages[].train_tokens"),
-    *("training.train_tokens", "training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
-    *("training.trainable", "training.precision", "training.weight_dtype", "training.gc_interval"),
+    *("training.train_tokens", "training.train_steps", "training.train_epochs"),
+    *("training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
+    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
+    *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
-    *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-    *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
+    *("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
+    *("optimizer.child_tuning", "optimizer.groups", "optimizer.groups[].match"),
+    *("optimizer.groups[].learning_rate", "optimizer.groups[].weight_decay"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
@@ -300,7 +362,7 @@ def _without_effect(now: Situation, chosen: Callable[[Rule], bool]) -> Iterator[
         if rule.matters(now):
             continue
         for key in rule.keys:
-            for name, value, default in _values(now.config, key):
+            for name, value, default in _values(as_written(now.config), key):
                 if name not in reported and value != default:
                     reported.add(name)
                     yield rule, name, value
@@ -339,13 +401,9 @@ def _mixtures(config: RunConfig) -> list[list[SourceConfig]]:
     return [sources for _, sources in _named_mixtures(config)]
 
 
-def _tokens_per_step(now: Situation) -> int:
-    return now.config.training.global_batch_size * now.config.training.sequence_length
-
-
 def _decays(now: Situation) -> bool:
     training = now.config.training
-    return training.warmup_tokens < training.train_tokens - now.config.optimizer.schedule_start_tokens
+    return training.warmup < training.budget - now.config.optimizer.schedule_start_tokens
 
 
 def _saves_a_multiple(checkpoint: CheckpointConfig, steps: int) -> bool:

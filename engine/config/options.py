@@ -15,6 +15,7 @@ import yaml
 
 from ..errors import UserError
 from ..files.paths import expand_path
+from .budget import KINDS
 from .files import find_config, read_config
 from .settings import RunConfig
 from .spelling import did_you_mean, nearest
@@ -38,6 +39,8 @@ class Settings:
         """Remarks that are not errors."""
         self._places: dict[str, list[str]] = {}
         """Options that changed one place in a list or dictionary, by the key of that list or dictionary."""
+        self._budget_layers: dict[tuple[str, ...], str] = {}
+        """The file, or the options, that set each kind of budget last."""
         self._entries_of_nothing: dict[str, str] = {}
         """Options that set an entry of a dictionary which was null or absent, by the dictionary's key."""
 
@@ -54,6 +57,7 @@ class Settings:
             return
         content = check(content, RunConfig, "", self.found, f"{path}: ")
         self._note_replaced(content, f"--config {name}")
+        self._replace_budgets(content, f"--config {name}")
         _merge(self.tree, content, RunConfig)
 
     def add_option(self, option: str, text: str) -> None:
@@ -71,6 +75,7 @@ class Settings:
             if value is UNUSABLE:
                 return
             self._note_replaced(_nested(name, value), f"--{key}")
+            self._replace_budgets(_nested(name, value), "options")
             if is_section(hint) and isinstance(holder, dict):
                 _merge(holder.setdefault(last, {}), value, bare(hint))
             else:
@@ -99,6 +104,20 @@ class Settings:
             if leaf in (content.get(section, {}) if section else content):
                 for option in self._places.pop(listing):
                     self.notes.append(f"--{option} has no effect: {by}, which comes later, sets the whole {listing}")
+
+    def _replace_budgets(self, content: dict[str, Any], layer: str) -> None:
+        """Remove the budgets (``train_tokens``, ``train_steps``, ...) of earlier files which ``content`` replaces.
+
+        Args:
+            content: of a file or option.
+            layer: where it is from. Two budgets of one file, or of the options, are refused later.
+        """
+        for kind in KINDS:
+            given = [key for key in kind if (content.get("training") or {}).get(key) is not None]
+            if given and self._budget_layers.get(kind) != layer:
+                self._budget_layers[kind] = layer
+                for key in kind:
+                    self.tree.get("training", {}).pop(key, None)
 
     def _append(self, holder: Any, last: Any, hint: Any, name: str, text: str) -> None:
         listing = holder.get(last) if isinstance(holder, dict) else holder[last]

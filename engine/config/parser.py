@@ -16,9 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .budget import TRAIN, as_written, conflicts_as_written, with_budget
 from .checks import problems
 from .command_line import CommandParser
 from .files import find_config
+from .import_paths import search_folders
 from .options import Settings
 from .settings import RunConfig, to_yaml
 from .spelling import known_keys
@@ -112,8 +114,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     add_arguments(settings, [word for word in waiting if word != "--print_config"])
     run = build_config(settings)
     if prints:
-        print(to_yaml(run), end="")
+        print(to_yaml(as_written(run)), end="")
         raise SystemExit(0)
+    if "." in run.optimizer.name:  # a class, which every command that computes the memory of a run imports
+        search_folders([*config_folders(waiting), Path.cwd()])
     return run
 
 
@@ -142,7 +146,7 @@ def add_arguments(settings: Settings, arguments: Sequence[str]) -> None:
 
 
 def build_config(settings: Settings) -> RunConfig:
-    """Return the configuration, and print the notes about it.
+    """Return the configuration, with its budget in tokens as far as it is known, and print the notes about it.
 
     Raises:
         UserError: all problems of ``settings``, one line for each.
@@ -152,14 +156,18 @@ def build_config(settings: Settings) -> RunConfig:
     if settings.unreadable:
         found.raise_if_any()
     run = build(settings.tree, RunConfig, "", found, missing)
+    if all(getattr(run.training, key) is None for key in TRAIN):
+        missing.append("training.train_tokens")
+        found.add_key("training.train_tokens")
     if missing:
         found.add(f"missing: {', '.join(missing)}; set it in the file given with --config or as --{missing[0]}")
+    found.add_consequences(conflicts_as_written(run.training))
     found.add_consequences(problems(run))
     found.raise_if_any()
     if os.environ.get("RANK", "0") == "0":
         for note in settings.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
-    return run
+    return with_budget(run)
 
 
 def _without_value(option: str) -> str:

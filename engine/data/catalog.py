@@ -48,6 +48,11 @@ class Catalog:
     remarks: list[str] = field(default_factory=list)
     """Remarks for the user about unusual but usable datasets."""
 
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens in an epoch of the mixture: those of all chunks of all sources, whatever their weights."""
+        return sum(source.num_chunks * source.sequence_length for source in self.train)
+
     def finish_checks(self) -> None:
         """Wait for the checks of very large indexes that run in threads.
 
@@ -110,6 +115,7 @@ def open_catalog(
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
+        kept = replace(kept, loss_weight=settings.loss_weight)
         unchecked += [] if sidecar else [settings.path]
         opened.append(NamedDataset(f"training source '{settings.identity}'", settings.path, dataset, sidecar))
         _require_chunks(kept, "train on")

@@ -45,7 +45,8 @@ class InputSource:
     """Number of documents, invalid lines or rows, conversation turns and untrained parts of kept conversations that
     were left out, by reason."""
     changed: dict[str, int] = field(default_factory=dict)
-    """Number of documents that a cleaning step changed, by its option; they were not left out by their text."""
+    """Number of documents that cleaning, ``--fim-rate`` or ``--window`` changed, by option; they were not left out by
+    their text."""
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
 from ..weights.checkpoint.assets import HfAssets
 from ..weights.checkpoint.manifest import Manifest
 from ..weights.checkpoint.saver import Saver
-from ..weights.checkpoint.tensors import training_tensors
+from ..weights.checkpoint.tensors import checkpoint_tensors
 from .liveness import is_connection_error
 
 _OTHERS_SECONDS = 10.0
@@ -35,7 +36,8 @@ class EmergencySave:
 
     Args:
         ranks: that train together.
-        parameters: of this rank by name, taken between steps: after a failure the model may show gathered copies.
+        parameters: of this rank that checkpoints contain, by name, taken between steps: after a failure the model may
+            show gathered copies.
         saver: of the run's checkpoints.
         say: prints a line for people, on the main rank.
         timeout_seconds: time limit of a wait for other ranks.
@@ -57,6 +59,11 @@ class EmergencySave:
         self.state_consistent = True
         """False while a step changes weights and optimizer states."""
 
+    @property
+    def base_names(self) -> frozenset[str]:
+        """No names: the parameters are those that checkpoints contain."""
+        return frozenset()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return every parameter of this rank with its name."""
         return iter(self._parameters.items())
@@ -65,7 +72,7 @@ class EmergencySave:
         self,
         error: Exception,
         step: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: TrainingOptimizer,
         assets: HfAssets,
         manifest: Callable[[str], Manifest],
     ) -> None:
@@ -93,14 +100,14 @@ class EmergencySave:
         elif self._ranks.rank == self._first_here:
             print(f"[rank {self._ranks.rank}]{line}", flush=True)
 
-    def _save(self, manifest: Manifest, optimizer: torch.optim.Optimizer, assets: HfAssets) -> str:
+    def _save(self, manifest: Manifest, optimizer: TrainingOptimizer, assets: HfAssets) -> str:
         self._saver.settle()
         if saved := self._saver.at_step(manifest.step):
             return f"{saved} has that step"
         if self._ranks.device.type == "cuda":
             optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        tensors = training_tensors(self, optimizer)
+        tensors = checkpoint_tensors(self, optimizer)
         if self._saver.ranks.all_reduce(not all(map(_is_finite, tensors.values()))):
             raise UserError("weights or optimizer states are not finite")
         folder: Path = self._saver.save_now(tensors, assets, manifest)

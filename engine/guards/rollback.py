@@ -20,6 +20,7 @@ from ..data.sample_order import SampleOrder
 from ..errors import UserError
 from ..run import Run
 from ..schedule import BatchPlan, Progress
+from ..weights.checkpoint.average import load_average
 from ..weights.checkpoint.manifest import Manifest, read_manifest
 from ..weights.checkpoint.resume_changes import require_allowed
 
@@ -80,7 +81,9 @@ def roll_back(run: Run, rollback: Rollback) -> None:
     run.say(*run.store.discard_after(rollback.progress.step), rollback.line)
     start = run.start
     checkpoint, manifest = rollback.checkpoint, rollback.manifest
-    run.ranks.fail_together(lambda: start.at_checkpoint(checkpoint, manifest).load_into(run.model, run.optimizer))
+    earlier = run.ranks.fail_together(lambda: start.at_checkpoint(checkpoint, manifest))
+    run.ranks.fail_together(lambda: earlier.load_into(run.model, run.optimizer))
+    run.say(*run.ranks.fail_together(lambda: load_average(earlier.folder, run.optimizer)))
     run.progress = rollback.progress
     run.validation.continue_from(manifest)
     run.guards.step_guard.load_state_dict(rollback.health)
@@ -102,7 +105,7 @@ def _obstacle(
     start = config.optimizer.schedule_start_tokens
     if manifest.consumed_tokens < start:
         return f"{target} was written before optimizer.schedule_start_tokens {start:,}"
-    remaining = plan.steps_left(config.training.train_tokens, manifest.consumed_tokens)
+    remaining = plan.steps_left(config.training.budget, manifest.consumed_tokens)
     try:
         order.require(progress.samples + remaining * plan.global_batch_size)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -92,6 +93,10 @@ class Architecture(ABC):
     @abstractmethod
     def block_matrices(self) -> int:
         """Number of elements of all matrices in the blocks that multiply a token; of experts, those that it uses."""
+
+    def active_elements(self, shape: tuple[int, ...]) -> float:
+        """Return how many elements of a block's parameter of this ``shape`` multiply a token; of a vector none do."""
+        return math.prod(shape) if len(shape) >= 2 else 0
 
     @property
     def longest_unscaled(self) -> int | None:

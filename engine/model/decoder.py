@@ -31,7 +31,7 @@ from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
 from .families import DecoderArchitecture
-from .language_model import Attend, LanguageModel, Loss, SameInput
+from .language_model import Attend, ChangeEmbeddings, LanguageModel, Loss, SameInput
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -54,7 +54,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
-        self.loss: Loss = functools.partial(_loss_sum, architecture)
+        self.loss: Loss = self._loss_sum
         self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 
     @property
@@ -78,7 +78,9 @@ class Decoder(LanguageModel):
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`."""
         hidden_TH = self.model(batch, hidden_TH)
-        return self.loss(hidden_TH, self.head_weight, batch.targets) if self.is_last else hidden_TH
+        if not self.is_last:
+            return hidden_TH
+        return self.loss(hidden_TH, self.head_weight, batch.targets, batch.loss_weights)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """See :class:`LanguageModel`."""
@@ -88,10 +90,24 @@ class Decoder(LanguageModel):
         """See :class:`LanguageModel`."""
         return scaled_logits(hidden_TH, self.head_weight, **self.architecture.head_options)
 
+    def _loss_sum(
+        self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        options = {"weights_T": weights_T, "z_loss": self.active_z_loss, **self.architecture.head_options}
+        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
+
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
         for block in self.model.blocks:
             block.self_attn.attend = wrap(block.self_attn.attend)
+
+    def change_embeddings(self, change: ChangeEmbeddings) -> None:
+        """See :class:`LanguageModel`."""
+        self.model.change_embeddings = change
+
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """See :class:`LanguageModel`."""
+        block.forward = functools.partial(_seeing, see, block.forward)
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
@@ -100,6 +116,8 @@ class Decoder(LanguageModel):
             whole = Decoder(self.architecture)
         places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
         for name, parameter in self.named_parameters():
+            if name not in places:  # of an adapter, see lora.initialize_
+                continue
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
@@ -112,6 +130,18 @@ class Decoder(LanguageModel):
                 copy_(parameter, values)
 
 
+def _seeing(
+    see: Callable[[Batch], object],
+    forward: Callable[..., Tensor],
+    hidden_TH: Tensor,
+    rotation: Rotation | None,
+    batch: Batch,
+) -> Tensor:
+    """Run the forward of a block after ``see(batch)``."""
+    see(batch)
+    return forward(hidden_TH, rotation, batch)
+
+
 def scaled_logits(
     hidden_TH: Tensor, weight_VH: Tensor, *, logit_scale: float = 1.0, logit_softcap: float | None = None
 ) -> Tensor:
@@ -120,10 +150,6 @@ def scaled_logits(
     if logit_scale != 1.0:
         logits_TV = logits_TV * logit_scale
     return logits_TV if logit_softcap is None else logit_softcap * torch.tanh(logits_TV / logit_softcap)
-
-
-def _loss_sum(architecture: DecoderArchitecture, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **architecture.head_options).loss_sum
 
 
 class Rotation(NamedTuple):
@@ -160,6 +186,8 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleDict({str(number): Block(architecture, number) for number in range(*layers)})
         is_last = layers.stop == architecture.num_layers
         self.norm = Norm(architecture, width) if is_last else None
+        self.change_embeddings: ChangeEmbeddings | None = None
+        """See :meth:`LanguageModel.change_embeddings`."""
 
     @property
     def blocks(self) -> list[Block]:
@@ -174,19 +202,24 @@ class Backbone(nn.Module):
         ropes = {block.rope for block in self.blocks}
         rotations = {rope: _rotation(rope, batch) for rope in ropes if rope is not None}
         if self.embeds:
-            hidden_TH = self._embed(batch.tokens)
+            hidden_TH = self._embed(batch)
         assert hidden_TH is not None
         for block in self.blocks:
             hidden_TH = block(hidden_TH, rotations[block.rope] if block.rope else None, batch)
         return hidden_TH if self.norm is None else self.norm(hidden_TH)
 
-    def _embed(self, tokens_T: Tensor) -> Tensor:
+    def _embed(self, batch: Batch) -> Tensor:
         assert self.embed_tokens is not None
-        hidden_TH = self.embed_tokens(tokens_T)
-        scale = self.architecture.embedding_scale
-        if self.architecture.rounds_embedding_scale:
+        hidden_TH = self.embed_tokens(batch.tokens)
+        scale, inside = self.architecture.embedding_scale, self.architecture.rounds_embedding_scale
+        if inside:  # transformers scales inside of the embedding module
             scale = torch.tensor(scale, dtype=hidden_TH.dtype, device="cpu").item()
-        return hidden_TH if scale == 1.0 else hidden_TH * scale
+        change = self.change_embeddings
+        if change is not None and not inside:
+            hidden_TH = change(hidden_TH, batch)
+        if scale != 1.0:
+            hidden_TH = hidden_TH * scale
+        return change(hidden_TH, batch) if change is not None and inside else hidden_TH
 
 
 class Block(nn.Module):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 import torch
 
 from ..model.architecture import Architecture
+from ..parallel.trainable import ALL, Learning
 
 _DENSE_BF16_PEAKS = {
     # NVIDIA datasheets, dense bf16 with fp32 accumulation, SXM parts unless named otherwise, in FLOP/s.
@@ -22,45 +22,39 @@ _DENSE_BF16_PEAKS = {
 }
 
 
-Trainable = Literal["all", "embeddings"]
-"""``training.trainable``."""
-
-
-def training_flops(
-    architecture: Architecture, num_tokens: float, num_pairs: float, trainable: Trainable = "all"
-) -> float:
+def training_flops(architecture: Architecture, num_tokens: float, num_pairs: float, learning: Learning = ALL) -> float:
     """Return the model FLOPs, forward and backward, of ``num_tokens`` tokens with ``num_pairs`` attending pairs.
 
     Each element of a matrix W in y = W x costs a multiplication and an addition per token in three products: y, the
     gradient of x (W^T dy), and the gradient of W (dy x^T): 6 FLOPs (PaLM, appendix B,
     https://arxiv.org/abs/2204.02311). The embedding is looked up and costs none. A frozen weight has no gradient: 4.
-    With ``embeddings`` the blocks are frozen and the head is not; activation gradients still pass through all blocks
-    down to the embedding.
+    Below the first trained parameter nothing is computed backward: 2. The matrices of an adapter are trained.
 
-    Scores and their product with the values cost ``12 * q`` per layer and pair, q = heads x head size. Pairs are
-    counted in every layer, also outside of a sliding window. Recomputation is not counted.
+    Scores and their product with the values cost ``12 * q`` per layer and pair, q = heads x head size, 4 of them
+    forward. Pairs are counted in every layer, also outside of a sliding window. Recomputation is not counted.
 
     Args:
         architecture: of the model.
         num_tokens, num_pairs: see above.
-        trainable: which parameters are trained.
+        learning: which parameters are trained.
     """
     q = architecture.num_attention_heads * architecture.head_dim
-    per_block_weight = 6 if trainable == "all" else 4
     head = architecture.hidden_size * architecture.vocab_size
-    matrices = per_block_weight * architecture.block_matrices + 6 * head
-    return matrices * num_tokens + 12 * q * architecture.num_layers * num_pairs
+    of_blocks = (2 + 2 * learning.backward + 2 * learning.weights) * architecture.block_matrices
+    of_head = (2 + 2 * learning.head_input + 2 * learning.head_weight) * head
+    of_attention = (4 + 8 * learning.backward) * q * architecture.num_layers
+    return (of_blocks + of_head + 6 * learning.added) * num_tokens + of_attention * num_pairs
 
 
 def flops_per_token(
-    architecture: Architecture, sequence_length: int, causal_halved: bool, trainable: Trainable = "all"
+    architecture: Architecture, sequence_length: int, causal_halved: bool, learning: Learning = ALL
 ) -> float:
     """Return :func:`training_flops` per token of a sequence that is one document.
 
     Counts all s x s pairs (PaLM, appendix B, https://arxiv.org/abs/2204.02311), or half of them with ``causal_halved``
     (Megatron-LM).
     """
-    return training_flops(architecture, 1, sequence_length * (0.5 if causal_halved else 1.0), trainable)
+    return training_flops(architecture, 1, sequence_length * (0.5 if causal_halved else 1.0), learning)
 
 
 def named_peak(device_name: str) -> tuple[str, float] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config.settings import RunConfig
 from ..model.architecture import Architecture
 from ..optim import loss_scaling
+from ..parallel import trainable
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
@@ -114,9 +115,8 @@ class Reporter:
         early: Sequence[Observer] = (),
     ):
         self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
-        self._flops = flops_per_token(
-            architecture, plan.sequence_length, causal_halved=False, trainable=config.training.trainable
-        )
+        learning = trainable.learning(architecture, config.training, config.adapter)
+        self._flops = flops_per_token(architecture, plan.sequence_length, False, learning)
         self.observers = create_observers(config, say) if ranks.is_main else []
         self.observers += early
         self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Iterable
 
-from torch import Tensor
 from tqdm import tqdm
 
+from ..config import budget
 from ..config.effects import Situation, without_effect
-from ..config.settings import DataConfig, RunConfig
+from ..config.settings import DataConfig, RunConfig, TrainingConfig
 from ..data.catalog import Catalog
 from ..data.document_packing import CHUNKS_PER_GROUP
 from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
-from ..model.dtypes import DTYPES
 from ..model.wrappers import text_config_of
+from ..optim import groups
 from ..optim.local import local_part
+from ..optim.state_sizes import state_itemsizes
 from ..parallel import trainable
+from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
+from ..start_kinds import AdapterStart
 from ..system import free_memory, total_memory
 from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
@@ -49,10 +51,11 @@ def describe_start(run: Run) -> list[str]:
     sections = {
         "Model": describe_model(run),
         "Data": [*describe_data(config.data, catalog, run.order, last_sample), *run.validation.describe()],
+        "Optimizer": _describe_optimizer(run),
         "Budget": _describe_budget(run),
         "Ranks and memory": _describe_ranks(run),
         "Checkpoints": [
-            describe_saving(config, run.model.parameters()),
+            describe_saving(config, run.model),
             describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
         ],
         "Outputs": describe_outputs(config),
@@ -81,11 +84,11 @@ def _describe_notes(run: Run) -> list[str]:
 
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
-    budget, tokens = run.config.training.train_tokens, run.progress.tokens
-    if tokens - budget < run.plan.tokens_per_step:  # the last step is complete
+    training, tokens = run.config.training, run.progress.tokens
+    if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
-        f"training.train_tokens {budget:,} is less than the {tokens:,} tokens that this run has trained on: "
+        f"{budget.shown(training, budget.TRAIN)} is less than the {tokens:,} tokens that this run has trained on: "
         "no step is left; raise it to continue training"
     ]
 
@@ -116,12 +119,40 @@ def describe_model(run: Run) -> list[str]:
     """Return lines about the model and how it is computed."""
     training, architecture, attention = run.config.training, run.start.architecture, run.choices.attention
     all_pairs, causal_pairs = _flops_per_token(run)
+    num_trained = trainable.count(architecture, training, run.config.adapter)
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
-        f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
+        f"{human(num_trained)} {'' if run.config.adapter.kind else 'of them '}trainable, {_describe_weights(run)}",
+        *([] if training.trainable == "all" else [f"trainable   {trainable.describe(architecture, training)}"]),
+        *_describe_adapter(run),
         f"computed by {architecture.describe_implementation()}",
         f"attention   {attention.backend}: {attention.reason}",
         f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
+    ]
+
+
+def _describe_optimizer(run: Run) -> list[str]:
+    architecture, config = run.start.architecture, run.config
+    return groups.describe(
+        config.optimizer, trainable.learned(architecture, config), trainable.table_names_of(architecture)
+    )
+
+
+def _describe_adapter(run: Run) -> list[str]:
+    """Return a line about the adapter and its base, if there is one."""
+    config, start = run.config.adapter, run.start
+    if not isinstance(start, AdapterStart):
+        return []
+    parameters, base = start.parameters, start.base_record
+    kind = "DoRA" if config.dora else "LoRA"
+    scale = f"alpha {config.alpha:g}" + (" / sqrt(rank)" if config.rslora else "")
+    dropout = f", dropout {config.dropout:g}" if config.dropout else ""
+    saved = f"; {len(parameters.saved)} parameters of the base train fully" if parameters.saved else ""
+    dtypes = f"{run.config.training.weight_dtype} trained, {run.config.training.precision} frozen"
+    return [
+        f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
+        f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",
+        f"base        {base['folder']} (hash {base['hash']}); checkpoints contain only what learns",
     ]
 
 
@@ -135,9 +166,15 @@ def _describe_budget(run: Run) -> list[str]:
     return [
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {training.train_tokens:,} tokens = {plan.steps_for(training.train_tokens):,} steps, warm-up "
-        f"{training.warmup_tokens:,} tokens; {remaining_steps:,} steps to go{shortest}",
+        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
+        f"{remaining_steps:,} steps to go{shortest}",
     ]
+
+
+def _budget(run: Run) -> str:
+    training = run.config.training
+    epochs = "" if training.train_epochs is None else f"{training.train_epochs:g} x {run.catalog.epoch_tokens:,} = "
+    return f"{epochs}{training.budget:,} tokens"
 
 
 def _describe_ranks(run: Run) -> list[str]:
@@ -149,14 +186,23 @@ def _describe_ranks(run: Run) -> list[str]:
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
+        *_describe_average(training),
     ]
+
+
+def _describe_average(training: TrainingConfig) -> list[str]:
+    if training.ema_decay is None:
+        return []
+    evaluated = "evaluations use it" if training.eval_ema else "evaluations use the weights"
+    return [f"average     of the weights in {training.ema_dtype}, decay {training.ema_decay:g} per step; {evaluated}"]
 
 
 def _flops_per_token(run: Run) -> tuple[float, float]:
     """Return the FLOPs per token that count all pairs of positions, and causal pairs."""
-    architecture, training = run.start.architecture, run.config.training
+    architecture = run.start.architecture
+    learning = trainable.learning(architecture, run.config.training, run.config.adapter)
     all_pairs, causal_pairs = (
-        flops_per_token(architecture, run.plan.sequence_length, halved, training.trainable) for halved in (False, True)
+        flops_per_token(architecture, run.plan.sequence_length, halved, learning) for halved in (False, True)
     )
     return all_pairs, causal_pairs
 
@@ -181,17 +227,20 @@ def _describe_recompute(config: RunConfig) -> str:
     return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
 
 
-def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+def describe_saving(config: RunConfig, model: ModelParts) -> str:
     """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
-        parameters: of this rank.
+        model: this rank's part.
     """
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
-    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *2 * learns * (state_bytes,))]
+    average, tables = config.training.average_bytes, model.table_names
+    for name, parameter in model.named_parameters():
+        held, of_trained = local_part(parameter), [average] * bool(average)
+        if parameter.requires_grad:
+            of_trained += state_itemsizes(name, parameter.ndim, config.optimizer, tables)
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *of_trained * parameter.requires_grad)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -15,12 +15,15 @@ from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
+from ..optim import groups
 from . import (
     activation_offload,
+    adapter,
     context,
     data_parallel,
     float8,
     fused_projections,
+    neftune,
     pipeline,
     recompute,
     tensor,
@@ -68,7 +71,9 @@ def check(
     tensor.check(architecture, config)
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
-    trainable.check(config)
+    trainable.check(config, architecture)
+    adapter.check(architecture, config)
+    groups.check(config.optimizer, trainable.learned(architecture, config))
     _check_offload(parallel, world_size)
     activation_offload.check(config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
@@ -129,7 +134,7 @@ def build_model(
     stages: list[LayerRange] | None = None,
     materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
-    """Build the model: meta device -> tensor -> context -> float8 -> recompute -> compile -> offload ->
+    """Build the model: meta device -> tensor -> adapter -> context -> float8 -> recompute -> compile -> offload ->
     freeze -> shard -> materialize.
 
     Weights are loaded afterwards.
@@ -155,17 +160,20 @@ def build_model(
 
     def build_stage(layers: LayerRange) -> tuple[LanguageModel, DataParallel]:
         model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
+        model.z_loss = training.z_loss
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
+        adapter.apply(model, config, ranks.device)
         context.apply(model, mesh.context_group)
+        neftune.apply(model, config, mesh)
         float8.apply(model, training, ranks.device)
         recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:
             block_compile.apply(model)
         if parallel.offload_activations:
             activation_offload.apply(model, ranks.device)
-        trainable.apply(model, training)
+        trainable.apply(model, training, config.adapter)
         wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
         wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)

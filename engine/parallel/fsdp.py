@@ -8,6 +8,7 @@ wrong if ranks hold different numbers of targets.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -94,13 +95,23 @@ def _prefetch(model: LanguageModel, count: int) -> None:
     """Gather the parameters of the next ``count`` blocks while one computes, in the order of each pass."""
     if count == 0:
         return
-    blocks = cast("list[FSDPModule]", model.blocks)
+    blocks, first = cast("list[FSDPModule]", model.blocks), _first_with_backward(model)
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
-        block.set_modules_to_backward_prefetch(blocks[max(0, index - count) : index][::-1])
+        block.set_modules_to_backward_prefetch(blocks[max(first, index - count) : index][::-1])
     root = cast(FSDPModule, model)
     root.set_modules_to_forward_prefetch(blocks[:count])
-    root.set_modules_to_backward_prefetch(blocks[: -count - 1 : -1])
+    root.set_modules_to_backward_prefetch(blocks[first:][: -count - 1 : -1])
+
+
+def _first_with_backward(model: LanguageModel) -> int:
+    """Return the number of the first block through which gradients flow: none do where all before it is frozen."""
+    of_blocks = {parameter for block in model.blocks for parameter in block.parameters()}
+    before = itertools.takewhile(lambda parameter: parameter not in of_blocks, model.parameters())
+    if not model.is_first or any(parameter.requires_grad for parameter in before):
+        return 0
+    learns = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
+    return learns.index(True) if True in learns else len(learns)
 
 
 def _widen_gradient(parameter: Tensor) -> None:

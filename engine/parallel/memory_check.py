@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
 from ..system import total_memory
+from . import trainable
 from .layout import plan_layout
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -30,19 +31,22 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     """
     layout = plan_layout(config.parallel, world_size)
     sharing = layout.world_size // layout.replicate
-    weight_bytes = DTYPES[config.training.weight_dtype].itemsize
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_parameter = weight_bytes
-    if config.training.trainable == "all":
-        per_parameter += weight_bytes + 2 * state_bytes  # gradient and both moments
-    needed = architecture.num_parameters * per_parameter // sharing
+    training, adapter = config.training, config.adapter
+    total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
+    weight_bytes = DTYPES[training.weight_dtype].itemsize
+    per_weight = weight_bytes
+    per_trained = weight_bytes + trainable.state_bytes(architecture, config) / trained + training.average_bytes
+    if adapter.kind is not None:  # weights of the base have the dtype of the computation
+        per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
+    needed = int(total * per_weight + trained * per_trained) // sharing
     on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
     available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
     if needed > available:
         raise UserError(
-            f"model: {architecture.num_parameters:,} parameters x {per_parameter} bytes (weights, gradients, optimizer "
-            f"states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each rank, which has "
+            f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained:.4g} bytes "
+            f"of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
+            "rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 

@@ -63,6 +63,9 @@ class Reference(Protocol):
     def unknown_id(self) -> int | None:
         """Id of text that the vocabulary cannot express; None if it can express every text."""
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token, or None if it does not exist."""
+
 
 class TokenizersReference:
     """A ``tokenizer.json``, encoded by the ``tokenizers`` library exactly as the file defines.
@@ -150,7 +153,7 @@ class TokenizersReference:
         return None if model.unk_token is None else self.id_of(model.unk_token)
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token, or None if it does not exist."""
+        """See :class:`Reference`."""
         return self._tokenizer.token_to_id(token)
 
     @property
@@ -290,6 +293,11 @@ class SentencePieceReference:
         """See :class:`Reference`."""
         token_id = int(self._model.unk_id())
         return token_id if token_id >= 0 else None
+
+    def id_of(self, token: str) -> int | None:
+        """See :class:`Reference`."""
+        token_id = int(self._model.PieceToId(token))
+        return token_id if self._model.IdToPiece(token_id) == token else None
 
 
 def flatten(ids: Sequence[Sequence[int]]) -> FlatIds:

@@ -169,6 +169,10 @@ class TiktokenReference:
             )
         return token, self.special_tokens[token]
 
+    def id_of(self, token: str) -> int | None:
+        """See :class:`~.backends.Reference`. Only special tokens have a text of their own."""
+        return self.special_tokens.get(token)
+
     def unknown_id(self) -> None:
         """See :class:`~.backends.Reference`. Ranks hold all bytes."""
 

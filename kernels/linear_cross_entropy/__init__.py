@@ -21,10 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..triton_support import triton_refusal
 from . import chunked
-from .rows import Gradients, Needs, Options
-
-IGNORE_INDEX = -100
-"""Target of a token without target: it adds no loss and no gradient."""
+from .rows import IGNORE_INDEX, Gradients, Needs, Options
 
 LOGIT_BYTES = 256 * 1024**2
 """Memory budget in bytes of one chunk's logits and all else of their shape, in the PyTorch path on a GPU."""
@@ -64,6 +61,13 @@ class LinearCrossEntropy(NamedTuple):
     """[] fp32, sum of the tokens' losses; has a gradient."""
     count: Tensor  # type: ignore[assignment]  # hides the unused tuple.count
     """[] int64, number of targets that are not ignored. On the device: no host waits for it."""
+    z_loss_sum: Tensor
+    """[] fp32, the z-losses in ``loss_sum``; without a gradient."""
+
+    @property
+    def cross_entropy_sum(self) -> Tensor:
+        """Return [] fp32: the loss without its z-losses, but with the gradient of both, as a training run needs it."""
+        return self.loss_sum - self.z_loss_sum
 
 
 def linear_cross_entropy(
@@ -71,7 +75,7 @@ def linear_cross_entropy(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
-    ignore_index: int = IGNORE_INDEX,
+    weights_T: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -87,9 +91,10 @@ def linear_cross_entropy(
     Args:
         hidden_TH: [T, H] fp32, bf16 or fp16.
         weight_VH: [V, H] of the same dtype.
-        targets_T: [T] int64 in [0, V), or ``ignore_index``. Any other target makes the loss NaN.
-        ignore_index: target of a token without loss and gradient.
-        z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss.
+        targets_T: [T] int64 in [0, V), or ``IGNORE_INDEX``. Any other target makes the loss NaN.
+        weights_T: [T] fp32 factors of the tokens' losses and gradients, z-losses included; None: all are 1.
+        z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss, which keeps logits small (PaLM: Chowdhery
+            et al., 2022, https://arxiv.org/abs/2204.02311).
         logit_softcap: replaces logits ``x`` by ``cap * tanh(x / cap)``.
         logit_scale: multiplies the fp32 logits, after the bias and before the soft cap.
         bias: [V] of the head; of any floating-point dtype, which its gradient has too.
@@ -102,12 +107,12 @@ def linear_cross_entropy(
     Raises:
         ValueError: unknown backend, or one that does not support this.
     """
-    options = Options(ignore_index, z_loss, logit_softcap, logit_scale, vocab_group)
-    compute = _choose(backend, hidden_TH, weight_VH)
+    options = Options(z_loss, logit_softcap, logit_scale, vocab_group)
+    compute = functools.partial(_choose(backend, hidden_TH, weight_VH), weights_T=weights_T)
     tensors = hidden_TH, weight_VH, bias
     needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
-    loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, compute, needs)
-    return LinearCrossEntropy(loss_sum, (targets_T != ignore_index).sum())
+    loss_sum, z_loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, compute, needs)
+    return LinearCrossEntropy(loss_sum, (targets_T != IGNORE_INDEX).sum(), z_loss_sum)
 
 
 @torch.no_grad()
@@ -116,7 +121,6 @@ def token_losses(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
-    ignore_index: int = IGNORE_INDEX,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
@@ -130,7 +134,7 @@ def token_losses(
     Raises:
         ValueError: unknown backend, or one that does not support this.
     """
-    options = Options(ignore_index, 0.0, logit_softcap, logit_scale, vocab_group)
+    options = Options(0.0, logit_softcap, logit_scale, vocab_group)
     compute = _choose(backend, hidden_TH, weight_VH)
     return compute(hidden_TH, weight_VH, bias, targets_T, options, needs=Needs(False, False, False)).losses_T
 
@@ -198,11 +202,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         result = compute(hidden, weight, bias, targets, options, needs=needs)
         ctx.save_for_backward(result.hidden_TH, result.weight_VH, result.bias_V)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return result.losses_T.sum()
+        z_loss_sum = result.z_losses_T.sum()
+        ctx.mark_non_differentiable(z_loss_sum)
+        return result.losses_T.sum(), z_loss_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         gradients = (
             None if grad is None else _scaled(grad, grad_loss, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

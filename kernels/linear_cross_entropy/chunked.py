@@ -32,6 +32,7 @@ def compute(
     options: Options,
     budget: int,
     needs: Needs,
+    weights_T: Tensor | None = None,
 ) -> Gradients:
     """Compute losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -39,7 +40,7 @@ def compute(
         budget: bytes for the logits and all else of their shape. At least one row is always processed.
     """
     num_rows = weight_VH.shape[0]
-    losses = torch.empty(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
+    losses, z_losses = torch.empty(2, hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
     # The gradient of an fp16 tensor is rounded only after it is multiplied by the scale of the loss.
     grad_dtype = torch.float32 if hidden_TH.dtype == torch.float16 else hidden_TH.dtype
     grad_hidden = torch.empty_like(hidden_TH, dtype=grad_dtype) if needs.hidden else None
@@ -56,11 +57,12 @@ def compute(
         memory = torch.empty(parts[0].stop, num_rows, dtype=torch.float32, device=weight.device)
     for part in parts:
         hidden = hidden_TH[part].to(weight.dtype)
-        targets = Targets.of(targets_T[part], num_rows, options)
+        targets = Targets.of(targets_T[part], num_rows, options, None if weights_T is None else weights_T[part])
         grad = _logits(hidden, weight, memory)
         for block in _blocks(grad):
             of_block = Targets(*(values[block] for values in targets))
-            losses[part][block] = _rows(grad[block], bias_V, of_block, options, any(needs))
+            of_rows = _rows(grad[block], bias_V, of_block, options, any(needs))
+            losses[part][block], z_losses[part][block] = of_rows
         if not any(needs):
             continue
         if grad_bias is not None:
@@ -82,7 +84,7 @@ def compute(
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
     elif grad_weight is not None and in_fp16:
         grad_weight.div_(FP16_SCALE)
-    return Gradients(losses, grad_hidden, grad_weight, grad_bias)
+    return Gradients(losses, z_losses, grad_hidden, grad_weight, grad_bias)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
@@ -106,8 +108,12 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(0, num_rows)] if logits.is_cuda else chunks(num_rows, CACHED_BYTES // (4 * width))
 
 
-def _rows(logits: Tensor, bias: Tensor | None, targets: Targets, options: Options, need_gradient: bool) -> Tensor:
-    """Return losses [T] of fp32 products [T, V], which their gradient by the products replaces if it is needed."""
+def _rows(
+    logits: Tensor, bias: Tensor | None, targets: Targets, options: Options, need_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Return losses [T] and their z-losses of fp32 products [T, V], which their gradient by the products replaces if
+    it is needed.
+    """
     if bias is not None:
         logits.add_(bias)
     if options.logit_scale != 1.0:
@@ -127,10 +133,12 @@ def _rows(logits: Tensor, bias: Tensor | None, targets: Targets, options: Option
     log_sum = largest + exponentials.sum(1).log_()
     terms = row_terms(log_sum, target_logit, targets, options)
     if not need_gradient:
-        return terms.losses_T
-    factor = targets.valid_T * terms.slope_T * torch.exp(largest - terms.log_sum_T) * options.logit_scale
+        return terms.losses_T, terms.z_losses_T
+    factor = targets.weights_T * terms.slope_T * torch.exp(largest - terms.log_sum_T) * options.logit_scale
     grad = exponentials.mul_(factor[:, None])
-    grad.scatter_(1, index, grad.gather(1, index) - (targets.owned_T * options.logit_scale)[:, None])
+    grad.scatter_(
+        1, index, grad.gather(1, index) - (targets.owned_T * targets.weights_T * options.logit_scale)[:, None]
+    )
     if cap_slope is not None:
         grad.mul_(cap_slope)
-    return terms.losses_T
+    return terms.losses_T, terms.z_losses_T

@@ -15,7 +15,7 @@ def linear_cross_entropy(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
-    ignore_index: int = IGNORE_INDEX,
+    weights_T: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -33,7 +33,9 @@ def linear_cross_entropy(
     logits_TV = logits_TV * logit_scale
     if logit_softcap is not None:
         logits_TV = logit_softcap * torch.tanh(logits_TV / logit_softcap)
-    losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, reduction="none")
-    valid_T = targets_T != ignore_index
-    losses_T = losses_T + z_loss * torch.logsumexp(logits_TV, dim=-1).square() * valid_T
-    return LinearCrossEntropy(losses_T.sum(), valid_T.sum())
+    losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="none")
+    valid_T = targets_T != IGNORE_INDEX
+    z_losses_T = z_loss * torch.logsumexp(logits_TV, dim=-1).square() * valid_T
+    if weights_T is not None:
+        losses_T, z_losses_T = losses_T * weights_T, z_losses_T * weights_T
+    return LinearCrossEntropy((losses_T + z_losses_T).sum(), valid_T.sum(), z_losses_T.sum().detach())

@@ -50,6 +50,7 @@ def compute(
     budget: int,
     needs: Needs,
     persistent: bool,
+    weights_T: Tensor | None = None,
 ) -> Gradients:
     """Return losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -62,7 +63,7 @@ def compute(
     hidden_TH, weight_VH = hidden_TH.contiguous(), weight_VH.contiguous()
     tiles = tiles_for(hidden_TH.device, persistent)
     num_tokens, num_rows = hidden_TH.shape[0], weight_VH.shape[0]
-    losses = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TH.device)
+    losses, z_losses = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden_TH.device)
     grad_hidden = torch.empty_like(hidden_TH) if needs.hidden else None
     grad_weight: Tensor | None = None
     grad_bias = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden_TH.device) if needs.bias else None
@@ -71,8 +72,9 @@ def compute(
     with on_device:
         for part in chunks(num_tokens, rows_per_chunk(budget, num_rows, tiles, any(needs)), tiles.rows):
             hidden = hidden_TH[part]
-            targets = Targets.of(targets_T[part], num_rows, options)
-            losses[part], exponentials, scale = _forward(hidden, head, targets, options, tiles, persistent, any(needs))
+            targets = Targets.of(targets_T[part], num_rows, options, None if weights_T is None else weights_T[part])
+            terms, exponentials, scale = _forward(hidden, head, targets, options, tiles, persistent, any(needs))
+            losses[part], z_losses[part] = terms.losses_T, terms.z_losses_T
             if grad_hidden is not None:
                 product = matmul_fp32(exponentials, weight_VH)
                 if options.vocab_group is not None:
@@ -88,7 +90,7 @@ def compute(
             del exponentials
     if needs.weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
-    return Gradients(losses, grad_hidden, grad_weight, None if grad_bias is None else grad_bias[:, 0])
+    return Gradients(losses, z_losses, grad_hidden, grad_weight, None if grad_bias is None else grad_bias[:, 0])
 
 
 def rows_per_chunk(budget: int, num_rows: int, tiles: Tiles, need_gradient: bool) -> int:
@@ -113,8 +115,8 @@ def _forward(
     tiles: Tiles,
     persistent: bool,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (losses [T], exponentials [T, V] bf16 with the target's element set, scale [T] fp32) of a chunk.
+) -> tuple[RowTerms, Tensor, Tensor]:
+    """Return (terms of the rows, exponentials [T, V] bf16 with the target's element set, scale [T] fp32) of a chunk.
 
     The last two are empty if no gradient is needed.
     """
@@ -136,10 +138,10 @@ def _forward(
     target_logit = _target_logits(hidden, head, targets, options)
     terms = row_terms(far.shift_T + sums.sum(0).log_(), target_logit, targets, options)
     if not need_gradient:
-        return terms.losses_T, exponentials, target_logit.new_empty(0)
+        return terms, exponentials, target_logit.new_empty(0)
     exponentials = exponentials[:, :num_rows]
     scale = _set_target_elements(exponentials, target_logit, far.shift_T, terms, targets, options)
-    return terms.losses_T, exponentials, scale
+    return terms, exponentials, scale
 
 
 def far_blocks(largest_T: Tensor, rows: int) -> FarBlocks:
@@ -178,7 +180,7 @@ def _set_target_elements(
     index = targets.index_T[:, None]
     element = torch.where(targets.owned_T > 0, element, exponentials.gather(1, index)[:, 0])
     exponentials.scatter_(1, index, element[:, None].to(exponentials.dtype))
-    return targets.valid_T * slope * torch.exp(shift - terms.log_sum_T) * options.logit_scale
+    return targets.weights_T * slope * torch.exp(shift - terms.log_sum_T) * options.logit_scale
 
 
 def _num_column_blocks(num_rows: int, tiles: Tiles) -> int:

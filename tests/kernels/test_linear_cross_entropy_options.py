@@ -61,14 +61,20 @@ def test_the_scale_is_not_a_scale_of_bf16_hidden_states():
     assert abs(rounded - expected) > 1e-5 * expected
 
 
-def test_another_ignore_index():
-    hidden, weight, targets = make_inputs(11, 8, 31, torch.float32)
-    targets[0] = 5
-    other = torch.where(targets == IGNORE_INDEX, 5, targets)
-    actual = linear_cross_entropy(hidden, weight, other, ignore_index=5)
-    expected = F.cross_entropy(hidden.double() @ weight.double().t(), other, ignore_index=5, reduction="sum")
-    assert abs(actual.loss_sum.item() - expected.item()) <= 1e-4
-    assert actual.count == (other != 5).sum()
+@pytest.mark.parametrize("budget", [7 * VOCAB * 4, 2**20])
+def test_z_loss_is_returned_apart(monkeypatch, budget):
+    """The cross-entropy alone is the value, and both together give the gradient."""
+    monkeypatch.setattr(kernel, "logit_budget", lambda device: budget)
+    hidden, weight, targets = make_inputs(TOKENS, HIDDEN, VOCAB, torch.float32, size=4.0)
+    result = linear_cross_entropy(hidden, weight, targets, z_loss=0.3)
+    logits = hidden.detach().double() @ weight.detach().double().t()
+    expected = 0.3 * (logits.logsumexp(1).square() * (targets != IGNORE_INDEX)).sum()
+    assert not result.z_loss_sum.requires_grad and abs(result.z_loss_sum - expected) <= 1e-6 * expected
+    cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+    assert abs(result.cross_entropy_sum - cross_entropy) <= 1e-6 * expected
+    result.cross_entropy_sum.backward()
+    _, of_hidden, of_weight, _ = oracle((hidden, weight, targets), z_loss=0.3)
+    assert relative_error(hidden.grad, of_hidden) <= 1e-5 and relative_error(weight.grad, of_weight) <= 1e-5
 
 
 def test_gradients_accumulate_over_calls():

@@ -87,6 +87,14 @@ def test_only_tables_are_trained(model_type, one_rank, plain):
     assert all(torch.equal(actual[name], plain(model_type)[name]) for name in actual)
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_only_matching_parameters_are_trained(model_type, one_rank, plain):
+    last = architecture_of_type(model_type).num_layers - 1
+    actual = passes(one_rank, model_type, training={"trainable": [f"*.{last}.*weight"]})
+    assert actual.keys() == {"loss", *(n for n in plain(model_type) if f".{last}." in n and n.endswith("weight"))}
+    assert len(actual) > 4 and all(torch.equal(actual[name], plain(model_type)[name]) for name in actual)
+
+
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.slow

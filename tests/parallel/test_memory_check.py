@@ -57,10 +57,15 @@ def test_counts_what_training_keeps_for_each_parameter(monkeypatch: pytest.Monke
         (a_run(), 16),
         (a_run(weight_dtype="bf16"), 12),
         (replace(a_run(), optimizer=OptimizerConfig(state_dtype="bf16")), 12),
-        (a_run(trainable="embeddings"), 4),
     ):
         assert not refused(config, each * number, monkeypatch)
         assert refused(config, each * number - 1, monkeypatch)
+    for selection, trained in (
+        ("embeddings", SMALL.vocab_size * SMALL.hidden_size * (1 if SMALL.tie_word_embeddings else 2)),
+        (["model.layers.0.input_layernorm.weight", "model.norm.weight"], 2 * SMALL.hidden_size),
+    ):
+        assert not refused(a_run(trainable=selection), 4 * number + 12 * trained, monkeypatch)
+        assert refused(a_run(trainable=selection), 4 * number + 12 * trained - 1, monkeypatch)
 
 
 def test_ranks_share_what_is_sharded_and_the_memory_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

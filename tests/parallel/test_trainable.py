@@ -220,6 +220,19 @@ def test_plan_counts_no_gradients_of_frozen_weights(untied_file, tmp_path, one_p
     assert rough.computing == pytest.approx(record["step_seconds"]["computing"], rel=0.1)
 
 
+def test_plan_counts_only_the_gradients_of_patterns(untied_file, tmp_path, one_pool):
+    """Only the last block learns: of the first one, no gradients are computed, and only those of the input of the
+    head. Attention is 2 products of causal pairs forward and 5 backward."""
+    path, learning = tmp_path / "plan.json", ["--training.trainable", '["model.layers.1.*", "model.norm.*"]']
+    command = ["--config", str(untied_file), "--gpus-per-node", "1", "--gpu", "h100-80gb", "--json", str(path)]
+    plan([*command, "--training.precision", "bf16", *learning])
+    record = json.loads(path.read_text())
+    block, head = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48, 32 * (tiny_run.VOCAB_SIZE + 1)
+    matrices = 2 * block + 6 * block + 4 * head
+    assert record["ranks"][0]["flops"] == 8 * 32 * (matrices + (2 + 2 + 5) * 2 * 32 * 32 / 2)
+    assert record["flops_per_token"] == matrices + (2 + 6) * 2 * 32 * 32
+
+
 def test_changed_on_resume_is_refused(one_rank, untied_file, stage_one):
     line = tiny_run.refusal(one_rank, untied_file, ["--run_folder", str(stage_one)])
     assert "training.trainable is all" in line and "trained with embeddings" in line

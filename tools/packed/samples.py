@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.config.checks import with_known_budget
 from ...engine.config.parser import parse_config
 from ...engine.config.remote_file import without_query
 from ...engine.config.settings import DataConfig, SourceConfig
@@ -93,7 +94,8 @@ def open_run(config_file: str) -> PackedData:
     vocab_size, tokenizer, _ = model_facts(config)
     catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)
     order = catalog.sample_order(config.seed)
-    num_rows = plan.steps_for(config.training.train_tokens) * plan.global_batch_size
+    budget = with_known_budget(config, catalog.epoch_tokens).training.budget
+    num_rows = plan.steps_for(budget) * plan.global_batch_size
     order.require(num_rows)
     record = {"config": without_query(config_file), "seed": config.seed, "global_batch_size": plan.global_batch_size}
     return _packed(catalog, order, num_rows, plan, config.data, vocab_size, record)

@@ -10,6 +10,7 @@ from ...engine.config.settings import RunConfig, to_dict
 from ...engine.errors import UserError
 from ...engine.parallel.precision import with_named_precision
 from .gpus import GiB
+from .known_budget import with_planned_budget
 from .layout_plan import LayoutPlan, dtypes
 from .options import ClusterSpec
 from .pool import DryRunPool
@@ -47,8 +48,9 @@ def make_plan(
         say: receives progress lines.
 
     Raises:
-        UserError: the layout is impossible, or no layout fits.
+        UserError: the layout is impossible, no layout fits, or the budget is in epochs of unknown data.
     """
+    config = with_planned_budget(config)
     record: dict[str, Any] = {"config": to_dict(config)}
     config, left_out = without_gpu_features(config)
     if left_out:
@@ -76,8 +78,9 @@ def list_savings(config: RunConfig, cluster: ClusterSpec, say: Callable[[str], N
         say: receives progress lines.
 
     Raises:
-        UserError: the layout is impossible.
+        UserError: the layout is impossible, or the budget is in epochs of unknown data.
     """
+    config = with_planned_budget(config)
     record: dict[str, Any] = {"config": to_dict(config)}
     config, left_out = without_gpu_features(config)
     if left_out:

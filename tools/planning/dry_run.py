@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
-from ...engine.optim import allocate_states, build_optimizer
-from ...engine.optim.adamw import CompactAdamW
+from ...engine.optim import allocate_states, build_average, build_optimizer, keep_average
 from ...engine.optim.loss_scaling import LossScaler
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
@@ -27,12 +26,12 @@ from ...engine.schedule import plan_batches
 from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import (
-    StatesOnlyAdamW,
     activations_on_host,
     attention_options,
     fresh_constants,
     labelled,
     read_no_values,
+    states_only,
     triton_loss,
 )
 from .memory import MemoryCounter
@@ -50,6 +49,8 @@ class RankUsage:
     """Number of the model's blocks on this rank."""
     parameters: float
     """Number of parameters in this rank's share."""
+    trained: float
+    """Number of those that are trained."""
     kept: dict[str, float]
     """Bytes by kind between steps."""
     peaks: dict[str, dict[str, float]]
@@ -140,8 +141,12 @@ class SimulatedRank:
         self.model, self.forward_backward = built
         if isinstance(self.forward_backward, Pipelined) and not has_values():
             read_no_values(self.forward_backward)
-        compact = CompactAdamW if has_values() else StatesOnlyAdamW
-        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed, compact)
+        adapt = states_only if not has_values() else (lambda kind: kind)
+        named, tables = list(self.model.named_parameters()), self.model.table_names
+        self.optimizer = build_optimizer(named, config.optimizer, config.seed, tables, adapt)
+        self.average = build_average(named, config.training, config.seed)
+        if has_values():  # an update has many small chunks, and allocates nothing that stays
+            keep_average(self.optimizer, self.average)
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
@@ -162,6 +167,7 @@ class SimulatedRank:
         """Tell the counter which tensors are the optimizer's states."""
         values = (value for state in self.optimizer.state.values() for value in state.values())
         self.counter.declare("optimizer states", (value for value in values if isinstance(value, Tensor)))
+        self.counter.declare("optimizer states", self.average.tensors().values() if self.average else ())
 
     def _batch(self) -> Batch:
         length, samples = self.plan.sequence_length, self.plan.micro_batch_size
@@ -172,7 +178,8 @@ class SimulatedRank:
             with unset_fake_temporarily():
                 on_host = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
                 plan = plan_attention(self._backend, on_host, self._windows, on_host.device)
-            return Batch(numbers, numbers.clone(), numbers.clone(), offsets, length, samples * length, plan)
+            tokens, targets, positions = numbers, numbers.clone(), numbers.clone()
+            return Batch(tokens, targets, positions, offsets, length, samples * length, plan, numbers.clone())
 
 
 def attention_backend(config: RunConfig, architecture: Architecture) -> str:
@@ -223,11 +230,12 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
         counter.reset_peaks()
         kept, work.flops, work.collectives, sent[0] = dict(counter.bytes), 0.0, {}, 0.0
         rank.one_step()
-    parameters = sum(_local(parameter).numel() for parameter in rank.model.parameters())
+    sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
-    return RankUsage(
-        spec.place, blocks, parameters, kept, counter.peaks, counter.most, work.flops, work.collectives, sent[0]
-    )
+    peaks, most = counter.peaks, counter.most
+    work_done = work.flops, work.collectives, sent[0]
+    return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, *work_done)
 
 
 def _num_stages(spec: RankSpec) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from ...engine.config.settings import RunConfig
 from ...engine.parallel.layout import Layout
 from ...engine.parallel.pipeline import cut_layers, stage_numbers
+from ...engine.parallel.trainable import is_same_in_every_block
 from ...engine.schedule import plan_batches
 from .dry_run import RankSpec, RankUsage
 from .work import CollectiveTotal
@@ -30,7 +31,8 @@ def places(layout: Layout) -> range:
 def short_specs(spec: RankSpec) -> list[RankSpec]:
     """Return the dry runs needed for ``spec``: a few blocks, some more blocks, and a few with more micro-batches.
 
-    The last is needed only if the run has more. A model that is so small itself is dry run as it is.
+    The last is needed only if the run has more. A model that is so small itself, or whose blocks do not all train the
+    same parameters, is dry run as it is.
     """
     config, layout = spec.config, spec.layout
     parallel = config.parallel
@@ -38,7 +40,7 @@ def short_specs(spec: RankSpec) -> list[RankSpec]:
     # Both numbers are even or odd, so that the halves of the backward pass have the same blocks at their ends.
     blocks, step = parallel.prefetch_blocks + 4, 2 * parallel.recompute_every
     own = num_blocks(spec)
-    if own <= blocks + step:
+    if own <= blocks + step or not is_same_in_every_block(spec.architecture, config.training, config.adapter):
         return [replace(spec, whole_steps=False)]
     blocks += (own - blocks) % step
     few, more = _few_micro_batches(config, layout)
@@ -82,6 +84,7 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         spec.place,
         own,
         line(first.parameters, second.parameters),
+        line(first.trained, second.trained),
         _mixed(first.kept, second.kept, line),
         {name: _mixed(first.peaks[name], second.peaks[name], line) for name in first.peaks},
         {name: _mixed(first.phase_most[name], second.phase_most[name], line) for name in first.phase_most},

@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
-from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
+from ...engine.parallel.trainable import learning
 from ...engine.schedule import BatchPlan, plan_batches
+from ...engine.weights.checkpoint.destination import checkpoint_bytes
 from .dry_run import RankUsage
 from .gpus import GiB
 from .memory import KINDS
 from .options import ClusterSpec
-from .prediction import StepPrediction, bytes_of, predict
+from .prediction import StepPrediction, predict
 
 _ON_HOST = ("parameters", "gradients", "optimizer states")
 """Kinds of memory on the host with ``parallel.cpu_offload``."""
@@ -83,6 +84,7 @@ class LayoutPlan:
             self.batches.num_micro_batches,
             rank.flops,
             rank.collectives,
+            rank.trained,
             rank.parameters,
             rank.sent_activations,
         )
@@ -109,25 +111,20 @@ class LayoutPlan:
             causal_halved: count the pairs of positions that causal attention computes, as the prediction does; the
                 result is then at most the assumed efficiency. False: all pairs, as in the trainer's log.
         """
-        trainable = self.config.training.trainable
-        per_token = flops_per_token(self.cluster.architecture, self.batches.sequence_length, causal_halved, trainable)
+        architecture = self.cluster.architecture
+        learned = learning(architecture, self.config.training, self.config.adapter)
+        per_token = flops_per_token(architecture, self.batches.sequence_length, causal_halved, learned)
         return self.tokens_per_second * per_token / self.cluster.gpu.flops
 
     @property
     def hours(self) -> float:
-        """Return the hours for ``training.train_tokens``, without evaluations, checkpoints and restarts."""
-        return self.batches.steps_for(self.config.training.train_tokens) * self.prediction.step / 3600
+        """Return the hours for the token budget, without evaluations, checkpoints and restarts."""
+        return self.batches.steps_for(self.config.training.budget) * self.prediction.step / 3600
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Return the bytes of one checkpoint: weights, both moments, and a step count for each parameter."""
-        per_parameter = bytes_of(self.config.training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
-        return checkpoint_bytes(self.cluster.architecture, per_parameter)
-
-
-def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:
-    """Return the bytes of a checkpoint's tensors; its index and its manifest are not included."""
-    return architecture.num_parameters * bytes_per_parameter
+        """Return the bytes of the tensors of one checkpoint; its index and its manifest are not included."""
+        return checkpoint_bytes(self.config, self.cluster.architecture)
 
 
 def shown_layout(config: RunConfig, layout: Layout) -> str:

@@ -31,6 +31,7 @@ def offload_seconds(
     assumptions: Assumptions,
     num_micro_batches: int,
     parameters: float,
+    trained: float,
     activations: float,
     update_bytes: int,
 ) -> Offload:
@@ -42,6 +43,7 @@ def offload_seconds(
         assumptions: of the prediction.
         num_micro_batches: of a step.
         parameters: number in this rank's share.
+        trained: number of those that are not frozen.
         activations: bytes that a step sends to the host; as many come back.
         update_bytes: that the optimizer reads and writes for each parameter.
     """
@@ -54,15 +56,15 @@ def offload_seconds(
     if offload is True:
         passes = 2 if config.parallel.reshard_after_forward else 1
         up += parameters * weight * passes * num_micro_batches
-        down += parameters * weight * num_micro_batches
+        down += trained * weight * num_micro_batches
     elif offload == "optimizer":
-        down += parameters * compute * num_micro_batches
+        down += trained * compute * num_micro_batches
         # The host reads weights and writes them in the compute dtype, and then sends them.
         waiting += parameters * ((weight + compute) / memory + compute / link)
     if offload:
         # Of several micro-batches, each adds its gradients to an fp32 sum.
         added = (2 * 4 + compute) * num_micro_batches if num_micro_batches > 1 else 0
-        waiting += parameters * (update_bytes + added) / memory
+        waiting += trained * (update_bytes + added) / memory
     return Offload(max(up, down) / link, waiting)
 
 

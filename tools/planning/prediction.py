@@ -55,12 +55,14 @@ def predict(
     num_micro_batches: int,
     flops: float,
     collectives: dict[Collective, CollectiveTotal],
-    parameters: float,
+    trained: float,
+    parameters: float | None = None,
     sent_activations: float = 0.0,
 ) -> StepPrediction:
-    """Predict the step of the rank with ``flops``, ``collectives`` and ``parameters``.
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters.
 
-    ``sent_activations`` are the bytes of activations that go to host memory in a step.
+    ``parameters`` are all of them, if some are frozen; ``sent_activations`` are the bytes of activations that go to
+    host memory in a step.
     """
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
@@ -71,8 +73,17 @@ def predict(
         else:
             weights += seconds
     update_bytes = optimizer_bytes(config, num_micro_batches)
-    optimizer = parameters * update_bytes / (gpu.memory_bandwidth * assumptions.link_efficiency)
-    moved = offload_seconds(config, gpu, assumptions, num_micro_batches, parameters, sent_activations, update_bytes)
+    optimizer = trained * update_bytes / (gpu.memory_bandwidth * assumptions.link_efficiency)
+    moved = offload_seconds(
+        config,
+        gpu,
+        assumptions,
+        num_micro_batches,
+        trained if parameters is None else parameters,
+        trained,
+        sent_activations,
+        update_bytes,
+    )
     return StepPrediction(
         computing,
         waiting,
@@ -109,12 +120,16 @@ def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> flo
 def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
-    Clipping reads the gradient. AdamW reads it, and reads and writes the weight and both moments. PyTorch's fused one,
-    for fp32, also writes the clipped gradient.
+    Clipping reads the gradient. The optimizer reads it, and reads and writes the weight and the states: two moments of
+    AdamW, the momentum of Lion and Muon. PyTorch's fused AdamW, for fp32, also writes the clipped gradient. The
+    products of Muon are not included. An average reads the weight, and is read and written.
     """
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
-    passes = 3 if weight == state == 4 else 2
-    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state)
+    passes = 3 if weight == state == 4 and config.optimizer.name == "adamw" else 2
+    num_states = 1 if config.optimizer.name in ("lion", "muon") else 2
+    average = config.training.average_bytes
+    averaging = weight + 2 * average if average else 0
+    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + num_states * state) + averaging
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...engine.observe.flops import flops_per_token
 from ...engine.observe.progress import duration
+from ...engine.parallel.trainable import learning
 from .layout_plan import LayoutPlan, digits, gib, shown_layout
 from .memory import KINDS
 from .prediction import StepPrediction
@@ -86,12 +87,12 @@ def _traffic_table(plan: LayoutPlan) -> list[str]:
 
 def _time_lines(plan: LayoutPlan) -> list[str]:
     architecture, batches = plan.cluster.architecture, plan.batches
-    trainable = plan.config.training.trainable
+    learned = learning(architecture, plan.config.training, plan.config.adapter)
     every, causal = (
-        flops_per_token(architecture, batches.sequence_length, halved, trainable) for halved in (False, True)
+        flops_per_token(architecture, batches.sequence_length, halved, learned) for halved in (False, True)
     )
     ranks, rank = plan.layout.world_size, plan.slowest
-    tokens = plan.config.training.train_tokens
+    tokens = plan.config.training.budget
     seconds = plan.hours * 3600
     executed = rank.flops * ranks / batches.tokens_per_step
     return [
@@ -103,8 +104,13 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
         f"--efficiency is its bound), {plan.mfu(causal_halved=False):.1%} (all pairs, as in a run's log)",
         f"run         {tokens:,} tokens = {batches.steps_for(tokens):,} steps: {duration(seconds)} = "
         f"{digits(plan.hours)} hours, {digits(plan.hours * ranks)} GPU-hours",
-        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB (weights and both moments)",
+        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB ({_stored(plan)})",
     ]
+
+
+def _stored(plan: LayoutPlan) -> str:
+    what = "the adapter" if plan.config.adapter.kind is not None else "weights"
+    return f"{what}, both moments, average" if plan.config.training.average_bytes else f"{what} and both moments"
 
 
 def _seconds(prediction: StepPrediction) -> str:
@@ -137,6 +143,8 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
             f"{assumptions.host_bandwidth / 1e9:g} GB/s (--host-bandwidth), each x {assumptions.link_efficiency:g}; "
             "transfers overlap with computing, the update does not"
         )
+    if plan.config.optimizer.name == "muon":
+        lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
     return lines
 
 
@@ -232,6 +240,7 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
                 "place": rank.place,
                 "blocks": rank.blocks,
                 "parameters": rank.parameters,
+                "trained_parameters": rank.trained,
                 "kept_bytes": rank.kept,
                 "most_bytes": rank.most,
                 "peak_bytes": plan.peak_of(rank),
@@ -245,7 +254,10 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
         ],
         "step_seconds": {**dataclasses.asdict(plan.prediction), "step": plan.prediction.step},
         "flops_per_token": flops_per_token(
-            cluster.architecture, plan.batches.sequence_length, False, plan.config.training.trainable
+            cluster.architecture,
+            plan.batches.sequence_length,
+            False,
+            learning(cluster.architecture, plan.config.training, plan.config.adapter),
         ),
         "tokens_per_second_per_gpu": plan.tokens_per_second,
         "mfu": plan.mfu(causal_halved=False),

@@ -25,6 +25,7 @@ from ...engine.files.atomic import sync_file, sync_path
 from ...engine.files.outputs import open_new
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
 from .hashed_file import FileArray, FileRange, HashedFile, IntegerSlices
+from .windows import sequence_lengths
 
 __all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype"]
 
@@ -41,6 +42,8 @@ class IndexedDatasetWriter:
         overwrite: replace an existing dataset of that prefix, and nothing else of that name.
         mask: write ``{prefix}.mask.bin``, one byte a token; documents without a mask get all ones.
         metadata: write ``{prefix}.metadata.jsonl``, one line a document; documents without metadata get ``{}``.
+        longest: documents with more tokens get several sequences, all of this length but the last. None: a document is
+            one sequence.
         scratch: folder to write in, on the same file system as the output, instead of the hidden one.
 
     Raises:
@@ -55,6 +58,7 @@ class IndexedDatasetWriter:
         overwrite: bool = False,
         mask: bool = False,
         metadata: bool = False,
+        longest: int | None = None,
         scratch: Path | None = None,
     ) -> None:
         self.prefix = dataset_prefix(prefix)
@@ -68,6 +72,7 @@ class IndexedDatasetWriter:
         """Set it inside the block to write ``{prefix}.json``; counts, dtype and hashes are filled in at the end."""
         self._scratch = scratch
         self._with_mask, self._with_metadata = mask, metadata
+        self._longest = longest
         self._renames: list[tuple[Path, str]] | None = None
         self._is_discarded = False
 
@@ -229,10 +234,9 @@ class IndexedDatasetWriter:
         self.num_tokens += num_tokens
 
     def _add_single_sequences(self, lengths: IntegerSlices) -> None:
-        """Append documents with one sequence each, or none if it has no tokens, to the index."""
+        """Append documents to the index, with one sequence each, or those of ``longest``, or none without tokens."""
         for part in slices(len(lengths)):
-            here = lengths[part]
-            self._add_index(here[here > 0], np.cumsum(here > 0))
+            self._add_index(*sequence_lengths(lengths[part], self._longest))
 
     def _add_index(self, lengths: IntegerSlices, ends: IntegerSlices) -> None:
         """Append sequences, and documents that end after ``ends`` of these, to the index."""

@@ -14,8 +14,11 @@ from .options import TEXT_KEY, PreprocessOptions
 
 Rules = Iterator[tuple[object, str]]
 """Pairs: whether the options are wrong, and the line that says so, with the remedy."""
-_LEAST = {"workers": 1, "min_chars": 0, "min_tokens": 0, "max_tokens": 1, "max_documents": 1, "max_expansion": 0}
-_SHARES = ("min_letter_ratio", "min_language_score")
+_LEAST = {
+    **{"workers": 1, "max_tokens": 1, "max_documents": 1, "window": 2},
+    **{"min_chars": 0, "min_tokens": 0, "max_expansion": 0, "window_overlap": 0},
+}
+_SHARES = ("min_letter_ratio", "min_language_score", "fim_rate", "fim_spm_rate")
 
 
 def check_options(options: PreprocessOptions) -> None:
@@ -24,7 +27,7 @@ def check_options(options: PreprocessOptions) -> None:
     Raises:
         UserError: naming the flag, its value and the remedy.
     """
-    rules = (_numbers, _without_effect, _input, _tokenizer, _chat, _output, _parts, _lines)
+    rules = (_numbers, _without_effect, _input, _tokenizer, _fim, _window, _chat, _output, _parts, _lines)
     for is_wrong, message in chain.from_iterable(rule(options) for rule in rules):
         if is_wrong:
             raise UserError(message)
@@ -52,6 +55,9 @@ def _without_effect(options: PreprocessOptions) -> Rules:
         ("min_language_score", "--languages", options.languages),
         ("dedup_threshold", "--dedup minhash", options.dedup == "minhash"),
         ("bin_weights", "--bins", options.bins),
+        ("fim_spm_rate", "--fim-rate", options.fim_rate),
+        ("window_overlap", "--window", options.window),
+        ("window_loss", "--window-overlap", options.window_overlap),
     ):
         value = getattr(options, name)
         given = value != getattr(PreprocessOptions, name)
@@ -80,6 +86,32 @@ def _tokenizer(options: PreprocessOptions) -> Rules:
     )
 
 
+def _fim(options: PreprocessOptions) -> Rules:
+    """Yield the rules of fill-in-the-middle."""
+    tokens = options.fim_tokens
+    shown = " ".join(tokens)
+    yield tokens and not options.fim_rate, f"--fim-tokens {shown} needs --fim-rate; add it, or remove --fim-tokens"
+    yield (
+        tokens and len(tokens) not in (3, 4),
+        f"--fim-tokens {shown}: {len(tokens)} tokens; give those before prefix, suffix and middle, and perhaps one "
+        "after the middle",
+    )
+
+
+def _window(options: PreprocessOptions) -> Rules:
+    """Yield the rules of windows."""
+    window = options.window
+    yield (
+        window is not None and options.window_overlap >= window,
+        f"--window-overlap {options.window_overlap}: must be less than --window {window}",
+    )
+    yield (
+        window is not None and options.fim_rate,
+        f"--fim-rate {options.fim_rate} and --window {window}: a window would cut rearranged documents; remove one of "
+        "them",
+    )
+
+
 def _chat(options: PreprocessOptions) -> Rules:
     for name, value in (("template", options.chat_template), ("date", options.chat_date)):
         yield (
@@ -103,6 +135,8 @@ def _chat(options: PreprocessOptions) -> Rules:
         ("languages", options.languages),
         ("quality", options.quality != "none"),
         ("held-out", options.held_out),
+        ("fim-rate", options.fim_rate),
+        ("window", options.window),
     ):
         yield options.chat and given, f"--{name} is for texts, not for --chat; remove one of them"
 
@@ -144,6 +178,8 @@ def _lines(options: PreprocessOptions) -> Rules:
         ("min-tokens", options.min_tokens),
         ("max-tokens", options.max_tokens),
         ("cache-folder", options.cache_folder),
+        ("fim-rate", options.fim_rate),
+        ("window", options.window),
     ):
         yield options.to_jsonl and given, f"--{name} is for tokens, --to-jsonl writes text; remove one of them"
     yield (

@@ -55,6 +55,18 @@ class PreprocessOptions:
     bos: str = "auto"
     """Whether documents begin with the BOS: one of ``BOS_CHOICES``; auto: as the tokenizer begins texts."""
     allow_special_tokens: bool = False
+    fim_rate: float = 0.0
+    """Share of the documents that are rearranged for fill-in-the-middle."""
+    fim_spm_rate: float = 0.5
+    """Share of these that begin with the suffix."""
+    fim_tokens: Sequence[str] = ()
+    """Tokens before prefix, suffix and middle, and perhaps one after the middle; empty: the tokenizer's, by name."""
+    window: int | None = None
+    """Tokens in the windows into which longer documents are cut; None: they stay whole."""
+    window_overlap: int = 0
+    """Tokens that a window repeats of the one before it."""
+    window_loss: str = "new"
+    """Targets in a window: "new": the tokens that it does not repeat; "all": all of them."""
     encoder: str = "auto"
     """auto: reference for small inputs, in this process; else fast, in workers. Both give the same ids."""
     workers: int | None = None
@@ -152,6 +164,16 @@ class PreprocessOptions:
     def needs_digests(self) -> bool:
         """Whether the outputs need a hash of each document."""
         return self.dedup == "exact" or self.split is not None
+
+    @property
+    def masks_overlap(self) -> bool:
+        """Whether the tokens that windows repeat get loss mask 0."""
+        return self.window is not None and self.window_overlap > 0 and self.window_loss == "new"
+
+    @property
+    def writes_mask(self) -> bool:
+        """Whether the dataset has a loss mask."""
+        return self.chat or self.masks_overlap
 
     @property
     def writes_lines(self) -> bool:

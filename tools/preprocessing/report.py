@@ -46,7 +46,7 @@ def format_report(report: PreprocessReport) -> str:
     for reason, count in sorted(left_out.items()):
         rows[f"  {reason}"] = f"{count:,}"
     if first.changed:
-        rows["changed"] = "documents that cleaning changed, and did not leave out"
+        rows["changed"] = "documents that these options changed, and did not leave out"
         rows.update({f"  {option}": f"{count:,}" for option, count in sorted(first.changed.items())})
     if turns:
         rows[DROPPED_TURNS] = f"{turns:,}, cut from conversations that were kept"

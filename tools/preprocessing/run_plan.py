@@ -36,6 +36,8 @@ class RunPlan:
         self.options = setup.options
         """For the sidecar: with the day of the run if a chat template writes the date."""
         self._dated_options = replace(self.options, chat_date=self.options.chat_date or date.today().isoformat())
+        if setup.fim is not None:  # the sidecar records the tokens
+            self.options = replace(self.options, fim_tokens=[name for name, _ in setup.fim.tokens])
         self._chat_bos = ChatBos(self.options.bos, ids_of(setup.named_bos))
         self._held_out: Path | None = None
         self.files = with_stdin_copied(setup.files, work / "stdin")
@@ -54,6 +56,7 @@ class RunPlan:
             held_out=self._prepare_held_out(),
             minhash=_minhash_fingerprint(self.options),
             cleaning=cleaning_libraries(self.options),
+            fim=repr(setup.fim),
         )
         self.tasks = {task_key([_facts(span) for span in task.spans], contents): task for task in tasks}
         """By the key of their output."""
@@ -71,6 +74,8 @@ class RunPlan:
             setup.frame,
             self._chat_bos,
             self._held_out,
+            setup.fim,
+            setup.windows,
         )
 
     @property

@@ -18,9 +18,11 @@ from .cleaning.held_out import held_out_files
 from .cleaning.languages import check_languages
 from .dataset.checks import output_files, require_free, what_is_read
 from .dataset_writer import best_dtype
+from .fim import FimRule, fim_rule
 from .inputs.files import expand_inputs
 from .options import PreprocessOptions
 from .tokenizer_choice import check_vocabulary, choose_tokenizer
+from .windows import Windows, windows_of
 from .workers.no_tokenizer import NoTokenizer
 from .workers.pool import may_fork, start_early
 from .workers.shared_tokenizer import use_one_thread
@@ -46,6 +48,8 @@ class RunSetup:
         self.end: tuple[Token, ...] = ()
         """Tokens that documents end with; the end-of-document token is the last."""
         self.named_bos: tuple[Token, ...] = ()
+        self.fim: FimRule | None = None
+        self.windows: Windows | None = None
         use_one_thread()
         if options.to_jsonl:
             self._check_outputs(None)
@@ -81,7 +85,10 @@ class RunSetup:
         self.begin = frame.documents_begin_with(options.bos)
         self.end = self._document_end(frame)
         self.named_bos = frame.prefix or ((frame.bos,) if frame.bos else ())
-        print_notes(check_vocabulary(self.tokenizer, choice, (*self.begin, *self.end)))
+        self.fim = fim_rule(options, self.tokenizer)
+        self.windows = windows_of(options, ids_of(self.begin))
+        inserted = (*self.begin, *self.end, *(self.fim.tokens if self.fim else ()))
+        print_notes(check_vocabulary(self.tokenizer, choice, inserted))
         if frame.remark and options.bos == "auto" and not options.chat:
             print_notes([frame.remark])
 

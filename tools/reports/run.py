@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ...engine.config.budget import recorded_budget
 from ...engine.config.files import read_config
 from ...engine.data.curriculum import Curriculum
 from ...engine.errors import UserError
@@ -97,6 +98,8 @@ class RecordedRun:
     config: dict[str, Any] = field(default_factory=dict)
     logged: dict[str, str] = field(default_factory=dict)
     """Lines that the newest start logged about model, ranks, blocks and attention."""
+    train_tokens: int | None = None
+    """The token budget; None if it is not known."""
     starts: int | None = None
     """Number of starts; None without a log."""
     restarts: list[Restart] = field(default_factory=list)
@@ -119,12 +122,6 @@ class RecordedRun:
     def tokens(self) -> int:
         """Return the tokens up to the last recorded step."""
         return self.curves.tokens[-1]
-
-    @property
-    def train_tokens(self) -> int | None:
-        """Return the token budget; None if the configuration does not have it."""
-        budget = _section(self.config, "training").get("train_tokens")
-        return budget if type(budget) is int and budget > 0 else None
 
     @property
     def is_finished(self) -> bool:
@@ -158,7 +155,7 @@ class RecordedRun:
         rows = [replace(row, manifest=None) for row in self.checkpoints]
         record = asdict(replace(self, curves=Curves(), checkpoints=rows))
         del record["curves"], record["configuration"]
-        summary = {name: getattr(self, name) for name in ("step", "tokens", "train_tokens", "is_finished")}
+        summary = {name: getattr(self, name) for name in ("step", "tokens", "is_finished")}
         return record | summary | {
             "seconds_in_steps": self.seconds_in_steps,
             "final_loss": self.final_loss,
@@ -195,6 +192,7 @@ def read_run(folder: Path) -> RecordedRun:
         last_record=f"{written:%Y-%m-%d %H:%M:%S} UTC",
         configuration=text,
         config=config,
+        train_tokens=_budget(config, newest),
         logged=log.lines,
         starts=log.starts or None,
         restarts=list(_restarts(folder, curves, log, config, remarks)),
@@ -222,6 +220,13 @@ def differences(one: RecordedRun, other: RecordedRun) -> dict[str, tuple[str, st
 def _section(config: Any, name: str) -> dict[str, Any]:
     section = config.get(name) if isinstance(config, dict) else None
     return section if isinstance(section, dict) else {}
+
+
+def _budget(config: dict[str, Any], newest: Manifest | None) -> int | None:
+    try:
+        return recorded_budget(_section(config, "training"), _section(newest.config, "training") if newest else None)
+    except (KeyError, TypeError):  # a configuration that was edited
+        return None
 
 
 def _curve_remarks(curves: Curves) -> Iterator[str]:

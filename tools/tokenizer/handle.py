@@ -232,6 +232,10 @@ class TokenizerHandle:
         """Return the text of ``ids``, with or without special tokens, and without ids that the vocabulary lacks."""
         return self._reference.decode([int(token) for token in ids], special_tokens)
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token of the vocabulary, or None if it does not exist."""
+        return self._reference.id_of(token)
+
     def eod(self, eod_token: str | None = None) -> tuple[str, int]:
         """Return the token that ends a document, and its id. Afterwards this token is ordinary text in text.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...engine.config.budget import TRAIN, as_written, recorded_budget
 from ...engine.config.files import read_config
 from ...engine.config.options import Settings
 from ...engine.config.parser import add_arguments, build_config
@@ -48,7 +49,6 @@ _SET_BY_OPTIONS = {
     "data.stages": "data",
     "data.validation": "evaluate",
     "data.weights": "data",
-    "training.train_tokens": "tokens",
     "run_folder": "output",
 }
 """Settings of a run that an option of this command sets."""
@@ -107,8 +107,9 @@ def plan_training(
     train = with_shares(data, list(zip(replay, shares, strict=True)))
     _fill(given, "data", {"train": train, **({"validation": dict(options.evaluate)} if options.evaluate else {})})
     sized = [*data, *replay]
+    budget = _budget(options, given, data, replay)
     situation = Situation(
-        train_tokens=_budget(options, given, data),
+        train_tokens=budget,
         smallest_source=min(source.tokens for source in sized),
         all_tokens=sum(source.tokens for source in sized),
         longest_sequence=_longest_sequence(model),
@@ -118,7 +119,7 @@ def plan_training(
     )
     _keep_recorded(given, dry)
     given["training"] = choose_training(situation, given.get("training", {}))
-    save_interval, log_interval = intervals(given["training"])
+    save_interval, log_interval = intervals(given["training"], budget)
     _fill(given, "checkpoint", {"save_interval": save_interval, "export_hf": True})
     _fill(given, "logging", {"log_interval": log_interval})
     config = build_config(merged)
@@ -126,7 +127,7 @@ def plan_training(
     for section, keys in changes.items():
         given[section] = {**given.get(section, {}), **keys}
     config = build_config(merged) if changes else config
-    lines = _describe(options, config, data, replay, machine, memory, architecture.num_parameters)
+    lines = _describe(options, config, budget, data, replay, machine, memory, architecture.num_parameters)
     return TrainingPlan(config, given, machine, lines)
 
 
@@ -159,7 +160,11 @@ def run_plan(plan: TrainingPlan) -> int:
 def _is_finished(folder: Path, config: RunConfig) -> bool:
     """Return whether a run has used its tokens, and has exported its last checkpoint if it is to."""
     newest = _newest(folder)
-    if newest is None or read_manifest(newest).consumed_tokens < config.training.train_tokens:
+    if newest is None:
+        return False
+    manifest = read_manifest(newest)
+    budget = recorded_budget(asdict(as_written(config).training), manifest.config.get("training"))
+    if budget is None or manifest.consumed_tokens < budget:
         return False
     return not config.checkpoint.export_hf or (folder / EXPORTS / newest.name).is_dir()
 
@@ -201,17 +206,21 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
         merged.tree = {"run_folder": options.run_folder, **merged.tree}
         merged.tree["run_folder"] = options.run_folder
     training = merged.tree.setdefault("training", {})
+    if options.tokens is not None or options.epochs is not None:
+        for key in TRAIN:
+            training.pop(key, None)
     if options.tokens is not None:
         training["train_tokens"] = options.tokens
-    elif options.epochs is not None:
-        training.pop("train_tokens", None)
+    before = dict(training)
     chosen = {key: _value(merged.tree, key) for key in _SET_BY_OPTIONS}
     add_arguments(merged, settings)
     for key, option in _SET_BY_OPTIONS.items():
         if getattr(options, option) not in (None, ()) and _value(merged.tree, key) != chosen[key]:
             merged.found.add(f"--{key} and --{option} set the same; remove one of them")
-    if options.epochs is not None and _value(merged.tree, "training.train_tokens") is not None:
-        merged.found.add("--training.train_tokens and --epochs set the same; remove one of them")
+    option = "tokens" if options.tokens is not None else "epochs" if options.epochs is not None else None
+    for key in TRAIN if option else ():
+        if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
+            merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
     merged.found.raise_if_any()
     return merged
 
@@ -261,11 +270,27 @@ def _fill(tree: dict[str, Any], section: str, defaults: Mapping[str, Any]) -> No
     tree[section] = {**defaults, **tree.get(section, {})}
 
 
-def _budget(options: TrainOptions, given: Mapping[str, Any], data: Sequence[SizedSource]) -> int:
-    """Return the tokens to train on: as given, or ``--epochs`` over the data plus the replay between it."""
-    tokens = given.get("training", {}).get("train_tokens")
+def _budget(
+    options: TrainOptions, given: Mapping[str, Any], data: Sequence[SizedSource], replay: Sequence[SizedSource]
+) -> int:
+    """Return the tokens to train on: as given, or ``--epochs`` over the data plus the replay between it.
+
+    Those of ``training.train_epochs``, which is over data and replay, may differ a little from what the run counts.
+    """
+    training = given.get("training", {})
+    tokens, steps, epochs = (training.get(key) for key in TRAIN)
     if tokens is not None:
         return int(tokens)
+    if epochs is not None:
+        return max(1, round(epochs * sum(source.tokens for source in (*data, *replay))))
+    if steps is not None:
+        batch = [training.get(key) for key in ("global_batch_size", "sequence_length")]
+        if None in batch:
+            raise UserError(
+                f"training.train_steps is {steps}, but this command chooses the size of a step from the number of "
+                "tokens; use --tokens or --epochs, or add --training.global_batch_size and --training.sequence_length"
+            )
+        return int(steps * batch[0] * batch[1])
     return max(1, round((options.epochs or 1.0) * sum(source.tokens for source in data) / (1 - options.replay_share)))
 
 
@@ -278,6 +303,7 @@ def _longest_sequence(model: ModelConfig) -> int | None:
 def _describe(
     options: TrainOptions,
     config: RunConfig,
+    budget: int,
     data: Sequence[SizedSource],
     replay: Sequence[SizedSource],
     machine: Machine,
@@ -292,7 +318,7 @@ def _describe(
     for kind, sources in (("data", data), ("replay", replay)):
         for source in sources:
             share = weights.get(source.entry["name"], 0.0) / total
-            epochs = share * training.train_tokens / source.tokens
+            epochs = share * budget / source.tokens
             held_out = f"; {source.validation_documents:,} documents held out" if source.validation_documents else ""
             lines.append(
                 f"{kind:<12}{source.entry['name']}: {source.shown_size}{held_out}; {share:.0%} of the run, "
@@ -312,7 +338,7 @@ def _describe(
         measured = "not prevented" if options.evaluate else "neither prevented nor measured"
         lines.append(f"{'':12}note: without --replay, what the model forgets is {measured}")
     lines += [
-        f"budget      {training.train_tokens:,} tokens = {-(-training.train_tokens // per_step):,} steps of "
+        f"budget      {budget:,} tokens = {-(-budget // per_step):,} steps of "
         f"{training.global_batch_size:,} x {training.sequence_length:,} tokens; learning rate "
         f"{config.optimizer.learning_rate:g}",
         f"machine     {machine.shown}",

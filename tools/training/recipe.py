@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...engine.config.budget import TRAIN
+from ...engine.config.budget import WARMUP as WARMUP_KEYS
 from ...engine.config.settings import TrainingConfig
 
 STEPS = 200
@@ -58,9 +60,9 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
     micro = micro or _micro_batch(now, batch)
     steps = math.ceil(now.train_tokens / (batch * length))
     evaluated = max(LEAST_EVALUATED, round(EVALUATED_SHARE * now.train_tokens))
-    chosen = {
-        "train_tokens": now.train_tokens,
-        "warmup_tokens": round(WARMUP * now.train_tokens),
+    chosen: dict[str, Any] = {
+        **({} if _gives(given, TRAIN) else {"train_tokens": now.train_tokens}),
+        **({} if _gives(given, WARMUP_KEYS) else {"warmup_tokens": round(WARMUP * now.train_tokens)}),
         "sequence_length": length,
         "global_batch_size": batch,
         "micro_batch_size": micro,
@@ -73,10 +75,14 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, **(evaluation if now.evaluates else {}), **given}
 
 
-def intervals(training: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the steps between checkpoints, and between lines of the log."""
-    steps = math.ceil(training["train_tokens"] / (training["global_batch_size"] * training["sequence_length"]))
+def intervals(training: Mapping[str, Any], train_tokens: int) -> tuple[int, int]:
+    """Return the steps between checkpoints, and between lines of the log, of a run on ``train_tokens`` tokens."""
+    steps = math.ceil(train_tokens / (training["global_batch_size"] * training["sequence_length"]))
     return max(1, math.ceil(steps / SAVES)), max(1, steps // LOGGED_STEPS)
+
+
+def _gives(given: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
+    return any(given.get(key) is not None for key in keys)
 
 
 def _sequence_length(now: Situation) -> int:

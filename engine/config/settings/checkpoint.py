@@ -33,6 +33,8 @@ class CheckpointConfig:
     export_hf: bool = False
     """When the token budget is used up, also write the final checkpoint as a Hugging Face folder,
     ``{run_folder}/hf/step-...``, as checkpoint_convert/dcp_to_hf.py does."""
+    export_ema: bool = False
+    """Export the average of ``training.ema_decay`` instead of the weights."""
     push_to_hub: str | None = None
     """Upload that folder to this model repository (namespace/name). If the repository does not exist, it is created at
     the start. The token comes from HF_TOKEN or `hf auth login`; see docs/hugging_face.md."""

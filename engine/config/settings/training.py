@@ -12,10 +12,24 @@ from .marks import Switch
 class TrainingConfig:
     """The token budget and the shape of a step. Progress is measured in tokens; the number of steps is derived."""
 
-    train_tokens: int
-    """Total number of tokens to train on, rounded up to complete steps."""
-    warmup_tokens: int = 0
-    """Number of tokens over which the learning rate rises linearly from zero to its peak."""
+    train_tokens: int | None = None
+    """Total number of tokens to train on, rounded up to complete steps. Give this, ``train_steps`` or ``train_epochs``.
+    Those of a later file or option replace the ones before it."""
+    train_steps: int | None = None
+    """Instead of ``train_tokens``: number of optimizer steps of the whole run. It is converted to tokens with the
+    present ``global_batch_size`` and ``sequence_length``."""
+    train_epochs: float | None = None
+    """Instead of ``train_tokens``: number of epochs, such as 3 or 0.5. An epoch is as many tokens as all training
+    sources have together. Weights decide how much each source gives to it; the start summary shows the epochs of each.
+    Not with ``data.stages``."""
+    warmup_tokens: int | None = None
+    """Number of tokens over which the learning rate rises linearly from zero to its peak. Null, without
+    ``warmup_steps`` and ``warmup_ratio``: no warm-up."""
+    warmup_steps: int | None = None
+    """Instead of ``warmup_tokens``: number of steps of the warm-up."""
+    warmup_ratio: float | None = None
+    """Instead of ``warmup_tokens``: warm-up as a fraction of the schedule, which is the whole run unless
+    ``optimizer.schedule_start_tokens`` is set."""
     sequence_length: int = 1024
     """Number of tokens in one sample."""
     global_batch_size: int = 32
@@ -23,10 +37,19 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Number of samples in one forward and backward pass of a rank. It changes memory and speed; results change only by
     rounding."""
-    trainable: Literal["all", "embeddings"] = "all"
+    trainable: Literal["all", "embeddings"] | list[str] = "all"
     """Trainable parameters. embeddings: only those of the tokens (``model.embed_tokens`` and ``lm_head``), as a first
-    phase after tools/extend_vocab.py. All other parameters have no gradients and no optimizer states, and stay bitwise
-    the same; see docs/vocabulary.md."""
+    phase after tools/extend_vocab.py; see docs/vocabulary.md. A list: those whose names match one of its shell
+    patterns, in which ``*`` is any text: ``["model.layers.2[0-9].*", "*norm*"]`` trains layers 20 to 29 and all norms.
+    All other parameters have no gradients and no optimizer states, and stay bitwise the same."""
+    neftune_alpha: float | None = None
+    """Strength of noise on the embeddings during training (NEFTune), such as 5: uniform in [-1, 1] times neftune_alpha
+    / sqrt(``sequence_length`` x hidden size). It makes fine-tuning on few examples overfit less. The noise is a
+    function of seed, sample and place, the same in every layout. Null: none."""
+    z_loss: float = 0.0
+    """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
+    keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
+    model. 0: none."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
     or Arm BF16), else fp16 on a GPU (V100, T4) and fp32 on a CPU; the start summary shows the choice and its reason.
@@ -95,6 +118,15 @@ class TrainingConfig:
     """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
     Null: no limit."""
+    ema_decay: float | None = None
+    """Also keep an exponential moving average of the trained weights, with this decay per step, such as 0.999: about
+    the mean of the last 1 / (1 - decay) steps. It begins as the weights that the run starts from. Checkpoints contain
+    it as ``ema.{parameter}``; ``eval_ema`` and ``checkpoint.export_ema`` use it. Null: none."""
+    ema_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the average: 4 or 2 more bytes per trained parameter. bf16 is written with stochastic rounding."""
+    eval_ema: bool = False
+    """Evaluate the average instead of the weights, also to find the best checkpoint and for ``logging.sample_prompts``.
+    The weights are kept in host memory meanwhile."""
     eval_interval: int = 0
     """Number of steps between evaluations of the validation sets. 0: only at the end."""
     eval_tokens: int = 1_000_000
@@ -103,3 +135,24 @@ class TrainingConfig:
     eval_at_start: bool = False
     """Evaluate once before the first step of a fresh run, and at the start of a run that has already used up its token
     budget."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Number of tokens that one step consumes over all ranks."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def budget(self) -> int:
+        """``train_tokens``, given or derived; see :func:`retemper.engine.config.budget.with_budget`."""
+        assert self.train_tokens is not None, "with_budget() has not derived it"
+        return self.train_tokens
+
+    @property
+    def warmup(self) -> int:
+        """``warmup_tokens``, given or derived; 0 without a warm-up."""
+        return self.warmup_tokens or 0
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes of the average of the weights for each trained parameter."""
+        return 0 if self.ema_decay is None else {"fp32": 4, "bf16": 2}[self.ema_dtype]

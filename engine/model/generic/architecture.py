@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -55,6 +55,9 @@ class TransformersArchitecture(Architecture):
     remark: str = field(default="", compare=False)
     """Why documents are not packed."""
 
+    def __hash__(self) -> int:
+        return hash((self.model_type, json.dumps(dict(self.config), sort_keys=True, default=str)))
+
     @property
     def implementation(self) -> Implementation:
         """See :class:`Architecture`."""
@@ -69,6 +72,10 @@ class TransformersArchitecture(Architecture):
     def block_matrices(self) -> int:
         """See :class:`Architecture`."""
         return self.matrices
+
+    def active_elements(self, shape: tuple[int, ...]) -> float:
+        """See :class:`Architecture`. Of stacked experts, those count that a token uses."""
+        return _active_elements(shape, _experts_per_token(library_config(dict(self.config), self.model_type)))
 
     @property
     def embedding_name(self) -> str:
@@ -158,7 +165,7 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
     names = {id(module): name for name, module in parts.model.named_modules()}
     heads = made.num_attention_heads if isinstance(getattr(made, "num_attention_heads", None), int) else 1
     kv_heads = getattr(made, "num_key_value_heads", None)
-    modules = list(parts.backbone.modules())
+    modules, chosen = list(parts.backbone.modules()), _experts_per_token(made)
     return TransformersArchitecture(
         model_type=made.model_type,
         vocab_size=parts.embedding.num_embeddings,
@@ -171,7 +178,7 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
         sliding_windows=tuple(_window(block) for block in parts.blocks),
         config=config,
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
-        matrices=round(sum(_active_elements(parameter, made) for parameter in parts.blocks.parameters())),
+        matrices=round(sum(_active_elements(parameter.shape, chosen) for parameter in parts.blocks.parameters())),
         names=(f"{names[id(parts.embedding)]}.weight", f"{names[id(parts.head)]}.weight"),
         unused=unused_tensors(parts.model),
         float32=float32_tensors(parts.model, list(parts.model.state_dict())),
@@ -218,12 +225,14 @@ def _window(block: Any) -> int | None:
     return min(_sizes(list(block.modules()), ("sliding_window",)), default=None)
 
 
-def _active_elements(parameter: Any, made: Any) -> float:
+def _experts_per_token(made: Any) -> int | None:
+    chosen = getattr(made, "num_experts_per_tok", None)
+    return chosen if isinstance(chosen, int) else None
+
+
+def _active_elements(shape: Sequence[int], chosen: int | None) -> float:
     """Return the elements of a matrix that multiply each token: of stacked experts, those of the chosen ones."""
-    if parameter.dim() < 2:
+    if len(shape) < 2:
         return 0
-    share = 1.0
-    if parameter.dim() == 3:
-        chosen = getattr(made, "num_experts_per_tok", None)
-        share = chosen / parameter.shape[0] if isinstance(chosen, int) else 1.0
-    return math.prod(parameter.shape) * min(1.0, share)
+    share = chosen / shape[0] if len(shape) == 3 and chosen is not None else 1.0
+    return math.prod(shape) * min(1.0, share)

@@ -30,7 +30,7 @@ WITH_DCP, WITHOUT_HASHES = 2, 1
 """Former formats that are still read. In both, PyTorch's distributed checkpoint (DCP) wrote the tensors. The manifest
 of the second lists no files."""
 _CHECKSUM = "manifest_xxh3_128"
-_OPTIONAL = {"emergency", "trackers", "start_evaluation"}
+_OPTIONAL = {"emergency", "trackers", "start_evaluation", "base"}
 """Fields that are written only if they are not empty: older manifests do not have them."""
 
 
@@ -76,6 +76,9 @@ class Manifest:
     """The failure of the next step, if the checkpoint was written because of it."""
     trackers: dict[str, str] = field(default_factory=dict)
     """Ids of the run in its trackers, by name of the tracker: a resume continues their curves."""
+    base: dict[str, str] = field(default_factory=dict)
+    """``folder`` and content ``hash`` of the base of an adapter, whose frozen weights the checkpoint does not contain;
+    see :mod:`retemper.engine.weights.base_identity`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run, including its seed."""
     world_size: int = 1
@@ -295,6 +298,7 @@ _NESTED: dict[str, Check] = {
         },
     ),
     "trackers": _table(_is_text),
+    "base": _nothing_or(_record({"folder": _is_text, "hash": _is_text})),
     "layout": _table(_is_count),
     "versions": _table(_is_text),
     "files": _table(

@@ -11,6 +11,8 @@ from .manifest import MANIFEST_FILE
 
 EXPORTS = "hf"
 """Folder in a run folder with the exports of its checkpoints."""
+PEFT_EXPORTS = "peft"
+"""Folder in a run folder with the adapters of its checkpoints as folders of PEFT."""
 DAMAGED = ".damaged"
 """Added to the name of a checkpoint that is damaged."""
 REWOUND = ".rewound"

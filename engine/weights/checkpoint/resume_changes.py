@@ -145,12 +145,12 @@ def _dataset(fingerprint: Mapping[str, Any]) -> str:
 def _change_of_rate(manifest: Manifest, config: RunConfig) -> list[str]:
     """Return a line if the changes give another learning rate at this step."""
     tokens = manifest.consumed_tokens
-    now = learning_rate(tokens, config.training, config.optimizer)
+    now, former = learning_rate(tokens, config.training, config.optimizer), _section(manifest.config, "training")
     try:
-        training: Any = SimpleNamespace(**{**_defaults(TrainingConfig), **manifest.config["training"]})
+        training = TrainingConfig(**{key: value for key, value in former.items() if key in _defaults(TrainingConfig)})
         optimizer: Any = SimpleNamespace(**{**_defaults(OptimizerConfig), **manifest.config["optimizer"]})
         then = learning_rate(tokens, training, optimizer)
-    except (AttributeError, KeyError, TypeError):  # a version with other settings
+    except (AssertionError, AttributeError, KeyError, TypeError):  # a version with other settings
         return []
     return [f"learning rate at {tokens:,} tokens {then:.3g} -> {now:.3g}"] if then != now else []
 

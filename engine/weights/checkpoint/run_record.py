@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...config.budget import recorded_budget
 from ...config.yaml_loader import load_yaml
 from ...errors import UserError
 from ...files.atomic import replace_file
@@ -164,7 +165,7 @@ def _has_saved(run_folder: Path, last: Mapping[str, Any]) -> bool:
     """Return whether a run without a record must have written a checkpoint, given the ``last`` record of its curve."""
     try:
         content: Any = load_yaml((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        interval, budget = content["checkpoint"]["save_interval"], content["training"]["train_tokens"]
+        interval, budget = content["checkpoint"]["save_interval"], recorded_budget(content["training"])
         return bool(last["step"] >= interval or last["tokens"] >= budget)
     except Exception:  # missing or invalid, but some run has recorded that curve
         return True

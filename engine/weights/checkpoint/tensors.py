@@ -1,7 +1,8 @@
 """Save the tensors of a run to a checkpoint, and load them.
 
-Model tensors have their Hugging Face names, optimizer states the names ``optimizer.{state}.{parameter}``. Every rank
-writes its shards; a reader with any other layout reads its own slices.
+Model tensors have their Hugging Face names, optimizer states the names ``optimizer.{state}.{parameter}``, and averages
+of weights the names ``ema.{parameter}``. Every rank writes its shards; a reader with any other layout reads its own
+slices.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...optim import TrainingOptimizer, average_of
 from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
 from ..table import read_table
 from ..tensor_source import StoredTensor
 
 OPTIMIZER_PREFIX = "optimizer."
+AVERAGE_PREFIX = "ema."
+STATE_PREFIXES = (OPTIMIZER_PREFIX, AVERAGE_PREFIX)
+"""Of the names of all tensors that are not the model's."""
 
 
 class ParameterOwner(Protocol):
@@ -35,7 +40,7 @@ def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: ParameterOwner, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return the state tensors of ``optimizer``, named by state and parameter; frozen parameters have no states."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -48,9 +53,33 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
     return tensors
 
 
-def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all tensors of a training checkpoint by name. The optimizer has its states after the first step."""
+def training_tensors(model: ParameterOwner, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """Return all tensors of training by name. The optimizer has its states after the first step."""
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
+
+
+class AdaptedParameters(ParameterOwner, Protocol):
+    """Parameters, some of which may be those of the base of an adapter."""
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        """Names of the parameters that checkpoints do not contain."""
+
+
+def average_tensors(optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """Return the moving averages of the weights by name; empty without ``training.ema_decay``."""
+    average = average_of(optimizer)
+    tensors = {} if average is None else average.tensors()
+    return {f"{AVERAGE_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+
+
+def checkpoint_tensors(model: AdaptedParameters, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint of training contains: those of training, and averages of the weights.
+
+    Those of the base of an adapter are left out.
+    """
+    tensors = {**training_tensors(model, optimizer), **average_tensors(optimizer)}
+    return {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
 
 
 def open_tensors(folder: str | Path) -> TensorParts:
@@ -114,7 +143,8 @@ def check_casts(
         names, cast = (str(dtype).removeprefix("torch.") for dtype in (there, here))
         if resuming and not exact:
             name = next(name for name, pair in pairs.items() if pair == (there, here))
-            key = "optimizer.state_dtype" if name.startswith(OPTIMIZER_PREFIX) else "training.weight_dtype"
+            keys = {OPTIMIZER_PREFIX: "optimizer.state_dtype", AVERAGE_PREFIX: "training.ema_dtype"}
+            key = next((keys[prefix] for prefix in keys if name.startswith(prefix)), "training.weight_dtype")
             raise UserError(
                 f"{key} asks for {cast}, but {folder} holds {name} in {names}, which would be rounded; set {key} back, "
                 "or start a new run_folder with model.initialize_from"
@@ -130,8 +160,18 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
-    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(OPTIMIZER_PREFIX)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    require_tensors(folder, stored, {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()})
+
+
+def require_tensors(
+    folder: str | Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors do not have exactly the ``wanted`` names and shapes.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors.
+    """
+    weights = {name: tensor for name, tensor in stored.items() if not name.startswith(STATE_PREFIXES)}
     difference = describe_difference(weights, wanted)
     if difference:
         raise UserError(f"{folder}: the checkpoint belongs to another model: {difference}")

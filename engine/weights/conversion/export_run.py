@@ -11,16 +11,18 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from ...config.settings import CheckpointConfig
+from ...config.settings import RunConfig
 from ...errors import UserError
 from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
-from ..checkpoint.names import EXPORTS
+from ..checkpoint.names import EXPORTS, PEFT_EXPORTS
 from ..checkpoint.store import CheckpointStore, require_visible, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
@@ -31,6 +33,7 @@ from .pipeline import Conversion
 from .provenance import CONVERSION_FILE
 from .writing import size_of
 
+Form = Literal["merged", "peft"]
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
@@ -39,13 +42,28 @@ def export_folder(run_folder: Path, step: int) -> Path:
     return run_folder / EXPORTS / f"step-{step:08d}"
 
 
-def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:
+def export_folders(config: RunConfig, run_folder: Path, step: int) -> list[Path]:
+    """Return the folders to which a run exports the checkpoint of ``step``."""
+    return [folder for _, folder in _exports(config, run_folder, step)]
+
+
+def _exports(config: RunConfig, run_folder: Path, step: int) -> list[tuple[Form, Path]]:
+    """Return the form and the folder of each export of a run; none without ``checkpoint.export_hf``."""
+    if not config.checkpoint.export_hf:
+        return []
+    chosen = config.adapter.export if config.adapter.kind is not None else "merged"
+    merged, peft = export_folder(run_folder, step), run_folder / PEFT_EXPORTS / f"step-{step:08d}"
+    both: list[tuple[Form, Path]] = [("merged", merged), ("peft", peft)]
+    return [(form, folder) for form, folder in both if chosen in (form, "both")]
+
+
+def prepare_export(config: RunConfig, ranks: Ranks, step: int) -> list[str]:
     """Check before the training that the export after it will be possible. All ranks call this.
 
     Args:
         config: of the run.
         ranks: of the run.
-        output: :func:`export_folder` of its last step.
+        step: its last one.
 
     Returns:
         Lines for the log, on the main rank.
@@ -53,12 +71,12 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
     Raises:
         UserError: on every rank, if it is not possible.
     """
-    if config.export_hf:
-        ranks.run_on_rank0(lambda: _require_own(output))
-    repository = config.push_to_hub
+    for folder in export_folders(config, Path(config.run_folder), step):
+        ranks.run_on_rank0(partial(_require_own, folder))
+    repository = config.checkpoint.push_to_hub
     if repository is None:
         return []
-    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD, config.hub_private))
+    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD, config.checkpoint.hub_private))
     return [f"upload      at the end, to {place}"]
 
 
@@ -71,7 +89,7 @@ def _require_own(output: Path) -> None:
 
 
 def export_run(
-    config: CheckpointConfig,
+    config: RunConfig,
     store: CheckpointStore,
     step: int,
     start: str | None,
@@ -91,22 +109,19 @@ def export_run(
     Raises:
         UserError: on every rank, if the export cannot be made or uploaded. The checkpoint is unchanged.
     """
-    if not config.export_hf:
+    exports = _exports(config, store.folder.parent, step)
+    if not exports:
         return
     ranks = store.ranks
     complete = ranks.broadcast(ranks.run_on_rank0(store.complete))
     checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
     if checkpoint is None:
         checkpoint = Path(str(start))
-    output = export_folder(store.folder.parent, step)
     try:
-        if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint))):
-            say(f"exported    {output} already exists")
-        else:
-            _require_valid(store, checkpoint)
-            _write(ranks, checkpoint, output, stop_agreed, say)
-    except _StopRequested:
-        say(f"stopped the export to {output} as requested; the same command completes it")
+        for form, output in exports:
+            _export(store, checkpoint, form, output, config.checkpoint.export_ema, stop_agreed, say)
+    except _StopRequested as stopped:
+        say(f"stopped the export to {stopped} as requested; the same command completes it")
         return
     except _Damaged:
         raise
@@ -115,16 +130,34 @@ def export_run(
             f"checkpoint.export_hf: {error}; {checkpoint} itself is complete: start the same command again, or export "
             f"it with checkpoint_convert/dcp_to_hf.py --checkpoint {checkpoint}"
         ) from None
-    repository = config.push_to_hub
+    repository, (_, output) = config.checkpoint.push_to_hub, exports[0]
     if repository is not None:
         say(f"uploading   {output} to {repository}")
-        message = config.hub_message
+        message = config.checkpoint.hub_message
         upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE], message)  # noqa: E731
         say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
 
 
+def _export(
+    store: CheckpointStore,
+    checkpoint: Path,
+    form: Form,
+    output: Path,
+    ema: bool,
+    stop_agreed: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Write one export, if it does not exist."""
+    ranks = store.ranks
+    if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, ema))):
+        say(f"exported    {output} already exists")
+        return
+    _require_valid(store, checkpoint)
+    _write(ranks, checkpoint, form, output, ema, stop_agreed, say)
+
+
 class _StopRequested(Exception):
-    """All ranks have been asked to stop."""
+    """All ranks have been asked to stop. The text is the folder of the export."""
 
 
 class _BrokenOff(Exception):
@@ -145,8 +178,8 @@ def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
         ) from None
 
 
-def _is_there(output: Path, checkpoint: Path) -> bool:
-    """Return whether ``output`` has been made from ``checkpoint``.
+def _is_there(output: Path, checkpoint: Path, ema: bool) -> bool:
+    """Return whether ``output`` has been made from ``checkpoint``, from its average if ``ema``.
 
     Raises:
         UserError: it is something else.
@@ -155,18 +188,27 @@ def _is_there(output: Path, checkpoint: Path) -> bool:
         return False
     try:
         content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
-        made_of = content["source"]["manifest_xxh3_128"]
-    except (OSError, ValueError, KeyError, TypeError):
+        made_of = content["source"]["manifest_xxh3_128"], bool(content["options"].get("ema"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         made_of = None
-    if made_of != hash_file(checkpoint / MANIFEST_FILE):
-        raise UserError(f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint; move it away")
+    if made_of != (hash_file(checkpoint / MANIFEST_FILE), ema):
+        raise UserError(
+            f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint or export_ema; move it "
+            "away"
+        )
     return True
 
 
 def _write(
-    ranks: Ranks, checkpoint: Path, output: Path, stop_agreed: Callable[[], bool], say: Callable[[str], None]
+    ranks: Ranks,
+    checkpoint: Path,
+    form: Form,
+    output: Path,
+    ema: bool,
+    stop_agreed: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> None:
-    export = ranks.fail_together(lambda: plan_export(checkpoint))
+    export = ranks.fail_together(lambda: plan_export(checkpoint, ema=ema, adapter=form == "peft"))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
@@ -188,7 +230,7 @@ def _write(
         copying = _Copying(export, content, mine)
         done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
-            raise _StopRequested
+            raise _StopRequested(output)
         written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
 
         def complete() -> None:

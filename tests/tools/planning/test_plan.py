@@ -20,13 +20,14 @@ from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.optim import allocate_states, build_optimizer
 from retemper.engine.parallel.layout import Layout
+from retemper.engine.weights.checkpoint.destination import checkpoint_bytes
 from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_tensors
 from retemper.engine.weights.saving import save_tensors
 from retemper.tools import plan as command
 from retemper.tools.planning import command as planning_command
 from retemper.tools.planning.extrapolation import dry_run_short, places
 from retemper.tools.planning.gpus import GPUS, GiB, find_gpu
-from retemper.tools.planning.layout_plan import LayoutPlan, checkpoint_bytes
+from retemper.tools.planning.layout_plan import LayoutPlan
 from retemper.tools.planning.offload import offload_seconds
 from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
@@ -202,7 +203,7 @@ def test_time_of_transfers_by_hand():
             training=TrainingConfig(train_tokens=1, precision="bf16"),
             parallel=ParallelConfig(cpu_offload=offload),
         )
-        times[offload] = offload_seconds(config, gpu, assumptions, 2, 1e9, 10e9, 36)
+        times[offload] = offload_seconds(config, gpu, assumptions, 2, 1e9, 1e9, 10e9, 36)
     link, memory = 0.8 * 32e9, 0.8 * 100e9
     update = (36 + 2 * 10) * 1e9 / memory  # and for each micro-batch read bf16, read and write fp32
     assert times[False] == pytest.approx((10e9 / link, 0.0))
@@ -367,7 +368,7 @@ def test_checkpoint_size_is_that_of_a_written_one(run_file, tmp_path):
     folder.mkdir()
     save_tensors(folder, {**model_tensors(model), **optimizer_tensors(model, optimizer)}, distributed=False)
     written = sum(path.stat().st_size for path in folder.iterdir())
-    assert written == pytest.approx(checkpoint_bytes(architecture, 12), rel=0.03)
+    assert written == pytest.approx(checkpoint_bytes(config, architecture), rel=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_chosen_settings_are_possible(now, micro):
     assert batch % (micro_batch * now.ranks) == 0
     assert now.longest_sequence is None or length <= now.longest_sequence
     assert chosen["warmup_tokens"] <= now.train_tokens
-    assert min(*intervals(chosen), chosen["eval_interval"]) >= 1
+    assert min(*intervals(chosen, now.train_tokens), chosen["eval_interval"]) >= 1
     if now.smallest_source >= 4 * 64:
         assert 4 * length <= now.smallest_source
 

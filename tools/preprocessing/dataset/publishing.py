@@ -110,8 +110,9 @@ def _writer(plan: RunPlan, prefix: str) -> DocumentWriter:
         prefix,
         plan.setup.dtype,
         overwrite=options.overwrite,
-        mask=options.chat,
+        mask=options.writes_mask,
         metadata=bool(options.metadata),
+        longest=options.window,
         scratch=scratch,
     )
 

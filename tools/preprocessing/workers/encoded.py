@@ -14,6 +14,7 @@ from ...tokenizer.document_frame import DocumentFrame
 from ..chat.conversation import EncodedChat
 from ..dedup.minhash import MinHasher
 from ..options import TEXT_KEY
+from ..windows import Windows, WindowStream
 
 
 class Extra(NamedTuple):
@@ -36,6 +37,8 @@ class Documents:
 
     mask: npt.NDArray[np.uint8] | None = None
     """[T], 1 on the targets; None: all tokens are targets."""
+    own_lengths: npt.NDArray[np.int64]
+    """[documents], in tokens, without those that windows repeat."""
 
     def __init__(
         self,
@@ -45,6 +48,14 @@ class Documents:
         extras: Sequence[Extra],
     ) -> None:
         self._texts, self.ids, self.lengths, self._extras = texts, ids, lengths, extras
+        self.own_lengths = lengths
+
+    def in_windows(self, windows: Windows) -> tuple[Documents, int]:
+        """Return these documents cut into windows, and the number of those that have several."""
+        (ids, lengths), count = windows.cut(self.ids, self.lengths)
+        cut = Documents(self._texts, ids, lengths, self._extras)
+        cut.mask, cut.own_lengths = windows.mask(lengths), self.lengths
+        return cut, count
 
     @property
     def bins(self) -> list[int]:
@@ -58,13 +69,16 @@ class Documents:
 
     def only(self, keep: npt.NDArray[np.bool_]) -> Documents:
         """Return the documents selected by ``keep`` [documents]."""
-        places = np.flatnonzero(keep).tolist()
-        return Documents(
+        places, tokens = np.flatnonzero(keep).tolist(), np.repeat(keep, self.lengths)
+        kept = Documents(
             [self._texts[place] for place in places],
-            self.ids[np.repeat(keep, self.lengths)],
+            self.ids[tokens],
             self.lengths[keep],
             [self._extras[place] for place in places] if self._extras else (),
         )
+        kept.mask = None if self.mask is None else self.mask[tokens]
+        kept.own_lengths = self.own_lengths[keep]
+        return kept
 
     @property
     def is_empty(self) -> npt.NDArray[np.bool_]:
@@ -116,11 +130,20 @@ class LongDocument(Documents):
     Args:
         frame: ids around the document.
         pieces: returns the text again, for MinHash.
+        windows: how it is cut; None: it stays whole.
     """
 
-    def __init__(self, frame: DocumentFrame, extras: Sequence[Extra], pieces: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        frame: DocumentFrame,
+        extras: Sequence[Extra],
+        pieces: Callable[[], Iterable[str]],
+        windows: Windows | None = None,
+    ) -> None:
         super().__init__((), np.empty(0, np.int32), np.zeros(1, np.int64), extras)
         self._frame, self._pieces = frame, pieces
+        self._windows, self._stream = windows, None if windows is None else WindowStream(windows)
+        self.own_lengths = np.zeros(1, np.int64)
         self._characters = self._text_bytes = 0
         self._last_ids = self.ids
         self._digest = xxhash.xxh3_128()
@@ -134,14 +157,23 @@ class LongDocument(Documents):
         if not len(ids):
             return ids
         self._last_ids = ids
-        front = () if self.lengths[0] else self._frame.missing_prefix(ids)
+        front = () if self.own_lengths[0] else self._frame.missing_prefix(ids)
         return self._counted(np.concatenate([np.array(front, np.int32), ids]))
 
     def end(self) -> npt.NDArray[np.int32]:
-        """Return the ids after the text."""
-        return self._counted(np.array(self._frame.missing_suffix(self._last_ids) if self.lengths[0] else (), np.int32))
+        """Return the ids after the text, with the last window."""
+        suffix = self._frame.missing_suffix(self._last_ids) if self.own_lengths[0] else ()
+        ids = self._counted(np.array(suffix, np.int32))
+        if self._stream is None or self._windows is None:
+            return ids
+        last = self._stream.finish()
+        self.lengths += len(last)
+        self.mask = self._windows.mask(self.lengths)
+        return np.concatenate([ids, last])
 
     def _counted(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        self.own_lengths += len(ids)
+        ids = ids if self._stream is None else self._stream.feed(ids)
         self.lengths += len(ids)
         return ids
 

@@ -17,7 +17,7 @@ from ..records.errors import UNREADABLE
 
 DOCUMENT = np.dtype(
     [
-        ("tokens", "<i8"),  # BOS and end-of-document token included
+        ("tokens", "<i8"),  # BOS, end-of-document token and what windows repeat included
         ("characters", "<i8"),
         ("text_bytes", "<i8"),  # in UTF-8
         ("metadata_bytes", "<i8"),  # of its line in {key}.metadata, line feed included; 0 without metadata
@@ -39,7 +39,7 @@ class TaskOutput:
         self.documents = folder / f"{key}.npy"
         """``DOCUMENT`` records in .npy format."""
         self.mask = folder / f"{key}.mask"
-        """uint8 per token; only with ``--chat``."""
+        """uint8 per token; only with ``--chat`` or ``--window-overlap``."""
         self.metadata = folder / f"{key}.metadata"
         """A line of JSON per document; only with ``--metadata``."""
         self.bands = folder / f"{key}.bands.npy"
@@ -70,7 +70,7 @@ class TaskResult:
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     """Counts by source (its number as a string) and reason."""
     changed: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Documents that cleaning changed and did not leave out, by source (as above) and option."""
+    """Documents that a step changed and did not leave out, by source (as above) and option."""
     bins: list[str] = field(default_factory=list)
     """Values of the key of ``--bins``, in the order in which they came."""
     first_bad: str | None = None
@@ -90,10 +90,10 @@ class TaskResult:
         reasons = self.left_out.setdefault(str(source), {})
         reasons[reason] = reasons.get(reason, 0) + number
 
-    def count_change(self, source: int, option: str) -> None:
-        """Count a document that a cleaning step changed."""
+    def count_change(self, source: int, option: str, number: int = 1) -> None:
+        """Count ``number`` documents that a step changed."""
         options = self.changed.setdefault(str(source), {})
-        options[option] = options.get(option, 0) + 1
+        options[option] = options.get(option, 0) + number
 
     def count_note(self, source: int, note: str, number: int) -> None:
         """Count a part of kept documents that is not trained on. Rare names share one count."""

@@ -40,7 +40,7 @@ class TaskWriter:
     def __enter__(self) -> TaskWriter:
         self._files = ExitStack()
         self._tokens = self._open("tokens")
-        self._mask = self._open("mask") if self._options.chat else None
+        self._mask = self._open("mask") if self._options.writes_mask else None
         self._metadata = self._open("metadata") if self._options.writes_lines else None
         self._rejects: BinaryIO | None = None
         return self
@@ -53,7 +53,7 @@ class TaskWriter:
 
     def add(self, source: int, documents: Documents) -> None:
         """Write the documents with an accepted number of tokens; count the others."""
-        keep = self._accepted(source, documents.lengths, documents.is_empty)
+        keep = self._accepted(source, documents.own_lengths, documents.is_empty)
         if not keep.any():
             return
         if not keep.all():

@@ -22,17 +22,20 @@ from typing import Any
 import numpy as np
 
 from ....engine.errors import UserError
+from ....engine.tokenizer.backends import FlatIds
 from ...tokenizer.document_frame import DocumentFrame
 from ...tokenizer.handle import TokenizerHandle, TokenizerSpec
 from ..chat.conversation import ChatBos, EncodedChat
 from ..cleaning.cleaner import Cleaner
 from ..dataset.bins import bin_of, require_few
+from ..fim import FimEncoder, FimRule
 from ..formats import FORMATS
 from ..options import PreprocessOptions
 from ..records.errors import UNREADABLE, DamagedError, LeftOutError, MalformedError, Where
 from ..records.long_text import LongText, encode_in_pieces
 from ..records.reading import ReadContext, Record, readable_part
 from ..records.text_choice import metadata_line
+from ..windows import Windows
 from .encoded import ChatDocument, Documents, Extra, LongDocument, LongTextLine, TextLines
 from .no_tokenizer import NoTokenizer
 from .shared_tokenizer import load_tokenizer_once
@@ -69,6 +72,10 @@ class WorkerSettings:
     chat_bos: ChatBos
     held_out: Path | None
     """File of an ``NgramFilter`` with the n-grams of held-out texts."""
+    fim: FimRule | None = None
+    """Which documents are rearranged for fill-in-the-middle; None: none."""
+    windows: Windows | None = None
+    """How long documents are cut; None: they stay whole."""
 
 
 @dataclass
@@ -92,6 +99,7 @@ class TaskRunner:
         self._progress = progress
         self._tokenizer = tokenizer
         self._cleaner = Cleaner(self._options, settings.held_out)
+        self._fim = None if settings.fim is None else FimEncoder(settings.fim, tokenizer.encode_flat)
         self._choose: Callable[[Any], str | LongText | EncodedChat] = self._options.text_choice.text
         if self._options.chat:
             from ..chat.encoder import chat_encoder
@@ -240,8 +248,7 @@ class TaskRunner:
             self._output.add(self._source, TextLines(texts, extras))
             return
         try:
-            self._compare(texts)
-            ids, lengths = self._tokenizer.encode_documents(texts, self._settings.frame)
+            ids, lengths = self._encoded(texts)
         except UserError as error:
             # The tokenizer's library failed on some of them: encode one by one to find which.
             if len(texts) == 1:
@@ -250,7 +257,28 @@ class TaskRunner:
             for number, text in enumerate(texts):
                 self._encode([text], extras[number : number + 1])
             return
-        self._output.add(self._source, Documents(texts, ids, lengths, extras))
+        documents = Documents(texts, ids, lengths, extras)
+        if self._settings.windows is not None:
+            documents, number = documents.in_windows(self._settings.windows)
+            self._count_in_windows(number)
+        self._output.add(self._source, documents)
+
+    def _count_in_windows(self, number: int) -> None:
+        if number:
+            self._result.count_change(self._source, "--window", number)
+
+    def _encoded(self, texts: list[str]) -> FlatIds:
+        """Return the ids of documents with the frame around each, some of them rearranged for fill-in-the-middle."""
+        if self._fim is None:
+            self._compare(texts)
+            return self._tokenizer.encode_documents(texts, self._settings.frame)
+        cuts = self._fim.cut(texts)
+        parts = self._fim.parts(texts, cuts)
+        self._compare(parts)
+        flat, counts = self._fim.join(self._tokenizer.encode_flat(parts), texts, cuts)
+        for name, number in counts.items():
+            self._result.count_change(self._source, name, number)
+        return self._settings.frame.around(*flat)
 
     def _compare(self, texts: list[str]) -> None:
         """Compare the fast tokenizer with the reference on a sample."""
@@ -268,6 +296,7 @@ class TaskRunner:
     def _write_long(self, text: LongText, extras: list[Extra]) -> None:
         """Clean, encode and write one document in pieces."""
         changes: Counter[str] = Counter()
+        windows = self._settings.windows
 
         def cleaned() -> Iterator[str]:
             changes.clear()  # MinHash reads the text again
@@ -281,7 +310,7 @@ class TaskRunner:
                 if self._options.to_jsonl:
                     self._write_long_line(LongTextLine(extras[0], cleaned), cleaned())
                 else:
-                    self._encode_long(LongDocument(self._settings.frame, extras, cleaned), cleaned())
+                    self._encode_long(LongDocument(self._settings.frame, extras, cleaned, windows), cleaned())
             for step in changes:
                 self._count_change(step)
         except MalformedError as error:
@@ -290,12 +319,16 @@ class TaskRunner:
             self._result.count(self._source, str(left_out))
 
     def _encode_long(self, document: LongDocument, pieces: Iterator[str]) -> None:
+        if self._fim is not None:
+            self._result.notes.append(f"{self._path}: a document is too long for memory; --fim-rate leaves it as it is")
+
         def encode(piece: str) -> np.ndarray:
             return self._tokenizer.encode_flat([piece])[0]
 
         for piece, ids in encode_in_pieces(pieces, encode):
             self._output.write_tokens(document.extend(piece, ids))
         self._output.write_tokens(document.end())
+        self._count_in_windows(int(document.lengths[0] != document.own_lengths[0]))
         self._output.add(self._source, document)
 
     def _write_long_line(self, document: LongTextLine, pieces: Iterator[str]) -> None:

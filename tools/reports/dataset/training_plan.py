@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from ....engine.config.checks import with_known_budget
 from ....engine.config.parser import parse_config
 from ....engine.config.settings import RunConfig, SourceConfig
 from ....engine.data.catalog import Catalog, open_catalog
@@ -87,7 +88,7 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
     vocab_size, tokenizer, checked = model_facts(config)
     catalog = open_catalog(config.data, plan, vocab_size, tokenizer, config.seed)
     order = catalog.sample_order(config.seed)
-    steps = plan.steps_for(config.training.train_tokens)
+    steps = plan.steps_for(with_known_budget(config, catalog.epoch_tokens).training.budget)
     last_sample = steps * plan.global_batch_size
     order.require(last_sample)
     # The last stage may have no end, and later stages may never be reached.
