@@ -22,7 +22,7 @@ from .weights.base_identity import BaseIdentity, content_hash
 from .weights.checkpoint.assets import HfAssets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.tensors import (
-    OPTIMIZER_PREFIX,
+    STATE_PREFIXES,
     check_casts,
     checkpoint_tensors,
     load_tensors,
@@ -155,7 +155,7 @@ class CheckpointStart(Start):
 
     def content_hash(self) -> str:
         """See :class:`Start`."""
-        names = [name for name in self.parts.tensors if not name.startswith(OPTIMIZER_PREFIX)]
+        names = [name for name in self.parts.tensors if not name.startswith(STATE_PREFIXES)]
         return content_hash(self.parts.only(names))
 
     def _read(self, tensors: Mapping[str, Tensor]) -> list[str]:
