@@ -13,7 +13,7 @@ from retemper.tools.training.command import plan_training
 from retemper.tools.training.options import TrainOptions
 
 KNOWN = {name for name, _ in known_keys()}
-NOT_YET = {"optimizer.name", "training.neftune_alpha", "training.early_stopping"}
+NOT_YET = {"training.neftune_alpha", "training.early_stopping"}
 """Settings that the answers name before they exist: until then these answers are not given."""
 
 
