@@ -250,8 +250,10 @@ def evaluated_weights(
         yield
 
 
-def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
-    """Return the number of targets in this rank's samples; zero if another rank counts them."""
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> float:
+    """Return the number of targets in this rank's samples, or the sum of their weights; zero if another rank counts
+    them.
+    """
     return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
 
 

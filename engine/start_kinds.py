@@ -21,9 +21,8 @@ from .weights.base_identity import BaseIdentity, content_hash
 from .weights.checkpoint.assets import HfAssets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.tensors import (
-    OPTIMIZER_PREFIX,
+    STATE_PREFIXES,
     check_casts,
-    checkpoint_tensors,
     load_tensors,
     model_tensors,
     open_tensors,
@@ -154,7 +153,7 @@ class CheckpointStart(Start):
 
     def content_hash(self) -> str:
         """See :class:`Start`."""
-        names = [name for name in self.parts.tensors if not name.startswith(OPTIMIZER_PREFIX)]
+        names = [name for name in self.parts.tensors if not name.startswith(STATE_PREFIXES)]
         return content_hash(self.parts.only(names))
 
     def _read(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -197,7 +196,8 @@ class AdapterStart(Start):
         assert self.folder is not None
         require_tensors(self.folder, parts.tensors, self.parameters.trained)
         allocate_states(optimizer)
-        wanted = checkpoint_tensors(model, optimizer)
+        tensors = training_tensors(model, optimizer)
+        wanted = {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
         casts = check_casts(self.folder, parts.tensors, wanted, resuming=True)
         load_tensors(self.folder, wanted, opened=parts)
         return casts

@@ -49,6 +49,7 @@ _POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
 _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].validation_fraction": _SHARE,
     "data.prefetch_steps": _FROM_1,
@@ -81,6 +82,7 @@ RANGES = {
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,
     "optimizer.min_learning_rate": _FROM_0,
+    "optimizer.min_learning_rate_ratio": Range("in [0, 1], or null", lambda value: 0 <= value <= 1),
     "optimizer.weight_decay": _FROM_0,
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
@@ -233,7 +235,12 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
     """
     if all(getattr(training, key) is None for key in TRAIN):
         yield "the length of the run is missing; set training.train_tokens, train_steps or train_epochs"
-    if optimizer.min_learning_rate > optimizer.learning_rate:
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate_ratio is not None:
+        yield (
+            "optimizer.min_learning_rate and optimizer.min_learning_rate_ratio are both set; keep one of them, and "
+            "remove the other or set it to null"
+        )
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate {optimizer.min_learning_rate:g} is above optimizer.learning_rate "
             f"{optimizer.learning_rate:g}; lower the minimum"
@@ -250,6 +257,11 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
     if warmup > budget - start:
         key = warmup_shown.split(" ")[0]
         yield f"{warmup_shown} is more than {train_shown}{behind}; lower {key}"
+    if optimizer.schedule == "inverse_sqrt" and warmup == 0:
+        yield (
+            "optimizer.schedule inverse_sqrt falls from the end of the warm-up on, by its length; set "
+            "training.warmup_tokens, warmup_steps or warmup_ratio"
+        )
     if optimizer.decay_tokens is not None and optimizer.schedule == "wsd":
         room = budget - start - warmup
         if not 0 < optimizer.decay_tokens <= room:
@@ -360,6 +372,11 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                     f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{known.path}; give one of the two another 'name'"
                 )
+            elif known.loss_weight != source.loss_weight:
+                yield (
+                    f"{where}.train gives '{source.identity}' the loss_weight {source.loss_weight:g}, but an earlier "
+                    f"stage {known.loss_weight:g}; use the same, or give one of the two another 'name'"
+                )
             elif known.for_text != source.for_text:
                 yield (
                     f"{where}.train reads the text '{source.identity}' with other settings than an earlier stage; use "
@@ -372,7 +389,7 @@ def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> I
     for position, source in enumerate(sources):
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
-        for key in ("weight", "max_epochs", "validation_fraction"):
+        for key in ("weight", "loss_weight", "max_epochs", "validation_fraction"):
             value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"

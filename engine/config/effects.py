@@ -91,7 +91,7 @@ RULES = (
         refused=True,
     ),
     Rule(
-        ("optimizer.decay_tokens",),
+        ("optimizer.decay_tokens", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
         refused=True,
@@ -213,12 +213,12 @@ RULES = (
         "the first step is at least as long and ends the warm-up",
     ),
     Rule(
-        ("optimizer.min_learning_rate",),
+        ("optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: now.config.optimizer.schedule != "constant" or now.config.optimizer.schedule_start_tokens > 0,
         "optimizer.schedule constant stays at the peak",
     ),
     Rule(
-        ("optimizer.schedule", "optimizer.min_learning_rate"),
+        ("optimizer.schedule", "optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: _decays(now) or now.config.optimizer.schedule == "constant",
         "the warm-up fills the whole schedule; there is no decay",
     ),
@@ -236,6 +236,11 @@ RULES = (
         ("data.weights", "data.train[].weight"),
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
+    ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
     ),
     # The conditions below are known only when the run starts.
     Rule(

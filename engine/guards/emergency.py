@@ -59,6 +59,11 @@ class EmergencySave:
         self.state_consistent = True
         """False while a step changes weights and optimizer states."""
 
+    @property
+    def base_names(self) -> frozenset[str]:
+        """No names: the parameters are those that checkpoints contain."""
+        return frozenset()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return every parameter of this rank with its name."""
         return iter(self._parameters.items())

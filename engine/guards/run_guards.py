@@ -116,7 +116,7 @@ class RunGuards:
         self.emergency.state_consistent = True
         self._garbage.step_done(self._step)
 
-    def sum_targets(self, count: int, problem: str | None) -> float:
+    def sum_targets(self, count: float, problem: str | None) -> float:
         """Return the number of targets of all ranks. All ranks must call this.
 
         Args:

@@ -22,8 +22,9 @@ from .architecture import Architecture
 Attend = Callable[..., Tensor]
 """An attention operation with the arguments of :func:`retemper.kernels.attention.attention`."""
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
+Loss = Callable[..., Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head, [T] targets and, for :attr:`LanguageModel.loss`, their [T]
+fp32 weights or None, to losses."""
 
 ChangeEmbeddings = Callable[[Tensor, Batch], Tensor]
 """Maps [..., T, H] embeddings of the tokens of a batch to those that the first block takes."""

@@ -33,7 +33,7 @@ def check(architecture: Architecture, config: RunConfig) -> None:
     """
     if config.adapter.kind is None:
         return
-    trained, parallel = adapter_parameters(architecture, config.adapter).trained, config.parallel
+    parameters, parallel = adapter_parameters(architecture, config.adapter), config.parallel
     if config.training.float8:
         raise UserError(
             "training.float8 is true with adapter.kind lora: products in float8 are not implemented for adapters; set "
@@ -41,10 +41,15 @@ def check(architecture: Architecture, config: RunConfig) -> None:
         )
     if parallel.pipeline == 1:
         return
+    if parallel.pipeline_schedule.endswith("zero_bubble"):
+        raise UserError(
+            f"adapter.kind is lora, but parallel.pipeline_schedule {parallel.pipeline_schedule} computes the gradients "
+            "of all weights, and those of the base are frozen; use 1f1b or interleaved_1f1b"
+        )
     stages = pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
     for number, layers in enumerate(stages):
-        names = [name for name, _ in meta_model(architecture, layers).named_modules()]
-        if not any(name.startswith(tuple(f"{module}." for module in names if module)) for name in trained):
+        here = {name for name, _ in meta_model(architecture, layers).named_parameters()}
+        if here.isdisjoint(parameters.saved) and here.isdisjoint(f"{module}.weight" for module in parameters.modules):
             raise UserError(
                 f"adapter.targets leave stage {number} of parallel.pipeline {parallel.pipeline} without trained "
                 f"parameters (layers {layers.start} to {layers.stop - 1}); add its layers, or use other axes"

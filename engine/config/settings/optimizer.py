@@ -68,11 +68,16 @@ class OptimizerConfig:
     here."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
-    min_learning_rate: float = 5e-6
-    """Learning rate at the end of the decay."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    min_learning_rate: float | None = None
+    """Learning rate at the end of the decay. Null: ``min_learning_rate_ratio`` of the peak."""
+    min_learning_rate_ratio: float | None = None
+    """Learning rate at the end of the decay as a fraction of the peak, instead of ``min_learning_rate``. Null: 0.1."""
+    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
     """Shape after the warm-up. cosine, linear: fall to the minimum at ``train_tokens``. wsd: stay at the peak and fall
-    linearly over the last ``decay_tokens``. constant: stay at the peak."""
+    over the last ``decay_tokens``. constant: stay at the peak. inverse_sqrt: peak x sqrt(warm-up tokens / tokens), down
+    to the minimum, whatever the length of the run."""
+    decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the wsd schedule's decay. linear; sqrt: 1 - sqrt(progress), which falls faster at first; cosine."""
     decay_tokens: int | None = None
     """Length of the wsd schedule's decay. Null: a tenth of the schedule."""
     schedule_start_tokens: int = 0
