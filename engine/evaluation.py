@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..kernels.linear_cross_entropy import IGNORE_INDEX
 from .batch import Batch
@@ -23,7 +22,7 @@ from .data.source import Source
 from .errors import UserError
 from .observe.loss_changes import LossChange
 from .observe.waiting import ProgressBar, Say
-from .optim import average_of
+from .optim import TrainingOptimizer, average_of
 from .parallel.forward_backward import ForwardBackward
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
@@ -233,7 +232,7 @@ def _record(one: EvaluatedSet, losses: Mapping[str, float]) -> dict[str, Any]:
 
 @contextmanager
 def evaluated_weights(
-    config: TrainingConfig, optimizer: torch.optim.Optimizer, hold_update: Callable[[], object]
+    config: TrainingConfig, optimizer: TrainingOptimizer, hold_update: Callable[[], object]
 ) -> Iterator[None]:
     """Inside, let the model have the weights to evaluate: with ``training.eval_ema`` the average, else its own.
 
@@ -251,8 +250,10 @@ def evaluated_weights(
         yield
 
 
-def count_targets(batches: Iterable[Batch], mesh: Mesh) -> int:
-    """Return the number of targets in this rank's samples; zero if another rank counts them."""
+def count_targets(batches: Iterable[Batch], mesh: Mesh) -> float:
+    """Return the number of targets in this rank's samples, or the sum of their weights; zero if another rank counts
+    them.
+    """
     return sum(batch.num_targets for batch in batches) if mesh.counts_samples else 0
 
 

@@ -117,7 +117,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
     with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
-    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed, model.table_names)
     keep_average(optimizer, build_average(model.named_parameters(), config.training, config.seed))
     stop.exit_if_agreed()
     with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):

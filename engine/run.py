@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from .config.settings import RunConfig
 from .data.catalog import Catalog
 from .data.loader import TrainingData
@@ -16,6 +14,7 @@ from .guards.run_guards import RunGuards
 from .guards.stop_request import StopRequest
 from .observe.profiler import StepProfiler
 from .observe.reporter import Reporter
+from .optim import TrainingOptimizer
 from .out_of_memory import MemoryGuard
 from .parallel.build import Choices
 from .parallel.forward_backward import ForwardBackward, ModelParts
@@ -48,7 +47,7 @@ class Run:
     samples: PromptSamples
     model: ModelParts
     forward_backward: ForwardBackward
-    optimizer: torch.optim.Optimizer
+    optimizer: TrainingOptimizer
     store: CheckpointStore
     saver: Saver
     guards: RunGuards

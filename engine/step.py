@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .optim import allocate_states, clip_divisor, global_norm, set_learning_rate, step_unless
+from .optim import TrainingOptimizer, allocate_states, clip_divisor, global_norm, set_learning_rate, step_unless
 from .parallel.forward_backward import ForwardBackward, ModelParts
 
 
@@ -72,7 +72,7 @@ class SkipNonFinite:
 def train_step(
     model: ModelParts,
     forward_backward: ForwardBackward,
-    optimizer: torch.optim.Optimizer,
+    optimizer: TrainingOptimizer,
     micro_batches: list[Batch],
     num_targets: float,
     learning_rate: float,

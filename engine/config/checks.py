@@ -13,6 +13,7 @@ from .budget import TRAIN, WARMUP, as_written, conflicts, shown, with_budget
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
+    OPTIMIZERS,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -29,6 +30,9 @@ from .types_check import Problems, check
 _LARGEST = 10**15
 """Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
 
+IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)+"
+"""Pattern of the import path of a class."""
+
 
 class Range(NamedTuple):
     """The numbers that a setting may have; null is checked by its type."""
@@ -44,6 +48,7 @@ _POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
 _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].validation_fraction": _SHARE,
     "data.prefetch_steps": _FROM_1,
@@ -82,6 +87,13 @@ RANGES = {
     "optimizer.beta2": _SHARE,
     "optimizer.eps": _POSITIVE,
     "optimizer.clip_grad_norm": _FROM_0,
+    "optimizer.child_tuning": Range("in (0, 1), or null", lambda value: 0 < value < 1),
+    "optimizer.groups[].learning_rate": _FROM_0,
+    "optimizer.groups[].weight_decay": _FROM_0,
+    "optimizer.muon.momentum": _SHARE,
+    "optimizer.muon.newton_schulz_steps": Range("in [1, 99]", lambda value: 1 <= value <= 99),
+    "optimizer.lion.beta1": _SHARE,
+    "optimizer.lion.beta2": _SHARE,
     "parallel.pipeline": _FROM_1,
     "parallel.replicate": _FROM_1,
     "parallel.context": _FROM_1,
@@ -155,7 +167,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
     for path in config.callbacks:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
+        if not re.fullmatch(IMPORT_PATH, path):
             yield f"callbacks has {path!r}; write the import path of a class, such as my_module.MyCallback"
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
@@ -174,6 +186,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     if training.trainable == []:
         yield "training.trainable is []; name patterns of parameters, or use all"
     yield from schedule_problems(training, config.optimizer)
+    yield from _optimizer(config)
     yield from _data(config.data, training)
     yield from _profile(config.logging)
     yield from _adapter(config)
@@ -257,6 +270,35 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
             )
 
 
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    imported = "." in optimizer.name
+    if optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
+        yield (
+            f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
+            "import path of a class, such as my_module.MyOptimizer"
+        )
+    for key in ("lr", "weight_decay", "params") if imported else ():
+        if key in optimizer.options:
+            yield (
+                f"optimizer.options has {key!r}, which the run passes itself; use optimizer.learning_rate, "
+                "optimizer.weight_decay and optimizer.groups"
+            )
+    for place, group in enumerate(optimizer.groups):
+        where = f"optimizer.groups[{place}]"
+        for key in ("learning_rate", "weight_decay"):
+            value, allowed = getattr(group, key), RANGES[f"optimizer.groups[].{key}"]
+            if value is not None and not allowed.holds(value):
+                yield f"{where}.{key} is {value}; it must be {allowed.words}"
+        if group.learning_rate is None and group.weight_decay is None:
+            yield f"{where} sets neither learning_rate nor weight_decay; set one of them, or remove the group"
+        if group.learning_rate is not None and optimizer.learning_rate == 0:
+            yield (
+                f"{where}.learning_rate is {group.learning_rate:g}, but it is relative to optimizer.learning_rate, "
+                "which is 0; set that to a positive rate"
+            )
+
+
 def _pipeline(parallel: ParallelConfig) -> Iterator[str]:
     schedule, stages = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
     if parallel.pipeline == 1:
@@ -324,6 +366,11 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                     f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{known.path}; give one of the two another 'name'"
                 )
+            elif known.loss_weight != source.loss_weight:
+                yield (
+                    f"{where}.train gives '{source.identity}' the loss_weight {source.loss_weight:g}, but an earlier "
+                    f"stage {known.loss_weight:g}; use the same, or give one of the two another 'name'"
+                )
             elif known.for_text != source.for_text:
                 yield (
                     f"{where}.train reads the text '{source.identity}' with other settings than an earlier stage; use "
@@ -336,7 +383,7 @@ def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> I
     for position, source in enumerate(sources):
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
-        for key in ("weight", "max_epochs", "validation_fraction"):
+        for key in ("weight", "loss_weight", "max_epochs", "validation_fraction"):
             value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"

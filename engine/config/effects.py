@@ -66,6 +66,8 @@ def _fits(key: str) -> Callable[[Situation], bool]:
     return lambda now: getattr(now.config.training, key) <= now.steps
 
 
+_MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
+
 RULES = (
     Rule(
         ("model.rope.factor",),
@@ -92,6 +94,36 @@ RULES = (
         ("optimizer.decay_tokens", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
+        refused=True,
+    ),
+    Rule(
+        tuple(f"optimizer.muon.{key}" for key in _MUON),
+        lambda now: now.config.optimizer.name == "muon",
+        "only optimizer.name muon uses it; remove it or set optimizer.name to muon",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.lion.beta1", "optimizer.lion.beta2"),
+        lambda now: now.config.optimizer.name == "lion",
+        "only optimizer.name lion uses it; remove it or set optimizer.name to lion",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.options",),
+        lambda now: "." in now.config.optimizer.name,
+        "only an optimizer with an import path gets options; remove them, or name the class in optimizer.name",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
+        lambda now: now.config.optimizer.name in ("adamw", "muon"),
+        "only adamw and muon use it; lion has optimizer.lion, and a class with an import path optimizer.options",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.state_dtype",),
+        lambda now: "." not in now.config.optimizer.name,
+        "a class with an import path chooses the dtype of its states; remove it",
         refused=True,
     ),
     Rule(
@@ -205,6 +237,11 @@ RULES = (
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
     ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
+    ),
     # The conditions below are known only when the run starts.
     Rule(
         ("parallel.reduce_gradients",),
@@ -263,8 +300,9 @@ ALWAYS = {
     *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
     *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
-    *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-    *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
+    *("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
+    *("optimizer.child_tuning", "optimizer.groups", "optimizer.groups[].match"),
+    *("optimizer.groups[].learning_rate", "optimizer.groups[].weight_decay"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),

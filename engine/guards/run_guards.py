@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from ..config.settings import RunConfig
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
 from ..step import StepResult
@@ -116,7 +116,7 @@ class RunGuards:
         self.emergency.state_consistent = True
         self._garbage.step_done(self._step)
 
-    def sum_targets(self, count: int, problem: str | None) -> float:
+    def sum_targets(self, count: float, problem: str | None) -> float:
         """Return the number of targets of all ranks. All ranks must call this.
 
         Args:
@@ -149,7 +149,7 @@ class RunGuards:
         """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
         self.step_guard.check(step, numbers, counts, self._model.parameters())
 
-    def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def check_replicas(self, step: int, optimizer: TrainingOptimizer) -> None:
         """Compare replicas if that is due after ``step``; see :class:`ReplicaCheck`."""
         if self.replica_check.due(step):
             self.replica_check(step, self._model, optimizer)

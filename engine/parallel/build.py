@@ -15,6 +15,7 @@ from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
+from ..optim import groups
 from . import (
     adapter,
     context,
@@ -71,6 +72,7 @@ def check(
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config, architecture)
     adapter.check(architecture, config)
+    groups.check(config.optimizer, trainable.learned(architecture, config))
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(

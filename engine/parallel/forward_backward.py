@@ -72,6 +72,11 @@ class ModelParts:
         return frozenset().union(*(decoder.constants for decoder in self.decoders))
 
     @property
+    def table_names(self) -> frozenset[str]:
+        """The names of embeddings and heads, see :meth:`LanguageModel.table_names`."""
+        return frozenset().union(*(decoder.table_names() for decoder in self.decoders))
+
+    @property
     def base_names(self) -> frozenset[str]:
         """The names of parameters that checkpoints do not contain, see :attr:`LanguageModel.base_names`."""
         return frozenset().union(*(decoder.base_names for decoder in self.decoders))

@@ -28,6 +28,7 @@ def compute(
     options: Options,
     budget: int,
     needs: Needs,
+    weights_T: Tensor | None = None,
 ) -> Gradients:
     """Compute losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -50,7 +51,7 @@ def compute(
         memory = torch.empty(parts[0].stop, num_rows, dtype=torch.float32, device=weight.device)
     for part in parts:
         hidden = hidden_TH[part].to(weight.dtype)
-        targets = Targets.of(targets_T[part], num_rows, options)
+        targets = Targets.of(targets_T[part], num_rows, options, None if weights_T is None else weights_T[part])
         grad = _logits(hidden, weight, memory)
         for block in _blocks(grad):
             of_block = Targets(*(values[block] for values in targets))
@@ -117,9 +118,11 @@ def _rows(
     terms = row_terms(log_sum, target_logit, targets, options)
     if not need_gradient:
         return terms.losses_T, terms.z_losses_T
-    factor = targets.valid_T * terms.slope_T * torch.exp(largest - terms.log_sum_T) * options.logit_scale
+    factor = targets.weights_T * terms.slope_T * torch.exp(largest - terms.log_sum_T) * options.logit_scale
     grad = exponentials.mul_(factor[:, None])
-    grad.scatter_(1, index, grad.gather(1, index) - (targets.owned_T * options.logit_scale)[:, None])
+    grad.scatter_(
+        1, index, grad.gather(1, index) - (targets.owned_T * targets.weights_T * options.logit_scale)[:, None]
+    )
     if cap_slope is not None:
         grad.mul_(cap_slope)
     return terms.losses_T, terms.z_losses_T

@@ -13,7 +13,14 @@ import pytest
 
 import retemper
 from retemper.engine.config.checks import RANGES, problems
-from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, StageConfig, TrainingConfig
+from retemper.engine.config.settings import (
+    DataConfig,
+    ParameterGroupConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from retemper.engine.config.spelling import known_keys
 from retemper.engine.config.types_check import accepts, hints_of
 from retemper.tools import config_reference
@@ -32,6 +39,7 @@ CHECKED_WITH_OTHER_SETTINGS = {
 def every_key() -> dict[str, Any]:
     keys = {name: hint for name, hint in known_keys() if not is_dataclass(hint)}
     keys |= {f"data.train[].{name}": hint for name, hint in hints_of(SourceConfig).items()}
+    keys |= {f"optimizer.groups[].{name}": hint for name, hint in hints_of(ParameterGroupConfig).items()}
     return keys | {f"data.stages[].{name}": hint for name, hint in hints_of(StageConfig).items()}
 
 

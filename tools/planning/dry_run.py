@@ -15,7 +15,6 @@ from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
 from ...engine.optim import allocate_states, build_average, build_optimizer, keep_average
-from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
 from ...engine.parallel.layout import Layout
@@ -26,11 +25,11 @@ from ...engine.schedule import plan_batches
 from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import (
-    StatesOnlyAdamW,
     attention_options,
     fresh_constants,
     labelled,
     read_no_values,
+    states_only,
     triton_loss,
 )
 from .memory import MemoryCounter
@@ -137,9 +136,10 @@ class SimulatedRank:
         self.model, self.forward_backward = built
         if isinstance(self.forward_backward, Pipelined) and not has_values():
             read_no_values(self.forward_backward)
-        compact = CompactAdamW if has_values() else StatesOnlyAdamW
-        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer, config.seed, compact)
-        self.average = build_average(self.model.named_parameters(), config.training, config.seed)
+        adapt = states_only if not has_values() else (lambda kind: kind)
+        named, tables = list(self.model.named_parameters()), self.model.table_names
+        self.optimizer = build_optimizer(named, config.optimizer, config.seed, tables, adapt)
+        self.average = build_average(named, config.training, config.seed)
         if has_values():  # an update has many small chunks, and allocates nothing that stays
             keep_average(self.optimizer, self.average)
         counter.declare("parameters", self.model.parameters())

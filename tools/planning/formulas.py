@@ -52,12 +52,13 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     architecture, parallel = cluster.architecture, config.parallel
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
     split = layout.pipeline * layout.tensor
-    mine, trained = architecture.num_parameters / split, _num_trained(config, architecture) / split
+    num_trained = _num_trained(config, architecture)
+    mine, trained = architecture.num_parameters / split, num_trained / split
     weight, adapted = bytes_of(config.training.weight_dtype), config.adapter.kind is not None
     # Of an adapter, the base is held in the compute dtype, and what is trained in the dtype of weights.
     weights = 2 * mine + weight * trained if adapted else weight * mine
     ranks = layout.shard * layout.context
-    per_trained = 2 * bytes_of(config.optimizer.state_dtype) + config.training.average_bytes
+    per_trained = trainable.state_bytes(architecture, config) / num_trained + config.training.average_bytes
     states = (weights + trained * per_trained) / ranks
     once = parallel.reduce_gradients == "step" and count > 1
     gradients = trained * (4 if once or layout.pipeline > 1 else gradient_bytes(config, count) / ranks)

@@ -18,7 +18,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from ...engine.model import decoder
-from ...engine.optim.adamw import CompactAdamW
 from ...engine.parallel.pipeline import Pipelined
 from ...engine.parallel.unsharded import UsedWeight
 from ...kernels import attention
@@ -191,36 +190,19 @@ def _triton_path() -> tuple[Any, Any]:
     return triton_loss, triton_kernels
 
 
-class _Steps:
-    """The optimizer's count of steps, which it reads on the host."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __iadd__(self, other: int) -> _Steps:
-        self.count += other
-        return self
-
-    def zero_(self) -> None:
-        """Do the same as a tensor's method."""
-        self.count = 0
-
-    def item(self) -> float:
-        """Do the same as a tensor's method."""
-        return float(self.count)
+def states_only(kind: type[Any]) -> type[Any]:
+    """Return a subclass of an optimizer that has its states, but updates nothing: on a GPU the update is compiled, and
+    works in place.
+    """
+    return type(f"StatesOnly{kind.__name__}", (_StatesOnly, kind), {})
 
 
-class StatesOnlyAdamW(CompactAdamW):
-    """Has the states of its base class, but updates nothing: on a GPU the update is compiled, and works in place."""
-
-    def _update(self, *_: Any) -> None:
-        pass
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = super()._state_of(parameter)
-        if isinstance(state["step"], Tensor):
-            state["step"] = _Steps()
-        return state
+class _StatesOnly:
+    def step(self) -> None:
+        """Allocate the states of the parameters that have a gradient."""
+        for _, _, parameter in self.named():  # type: ignore[attr-defined]
+            if parameter.grad is not None:
+                self.state_of(parameter)
 
 
 def read_no_values(pipelined: Pipelined) -> None:

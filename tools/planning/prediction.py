@@ -100,14 +100,16 @@ def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> flo
 def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
-    Clipping reads the gradient. AdamW reads it, and reads and writes the weight and both moments. PyTorch's fused one,
-    for fp32, also writes the clipped gradient. An average reads the weight, and is read and written.
+    Clipping reads the gradient. The optimizer reads it, and reads and writes the weight and the states: two moments of
+    AdamW, the momentum of Lion and Muon. PyTorch's fused AdamW, for fp32, also writes the clipped gradient. The
+    products of Muon are not included. An average reads the weight, and is read and written.
     """
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
-    passes = 3 if weight == state == 4 else 2
+    passes = 3 if weight == state == 4 and config.optimizer.name == "adamw" else 2
+    num_states = 1 if config.optimizer.name in ("lion", "muon") else 2
     average = config.training.average_bytes
     averaging = weight + 2 * average if average else 0
-    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state) + averaging
+    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + num_states * state) + averaging
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:

@@ -137,6 +137,8 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
     ]
     if plan.config.parallel.cpu_offload:
         lines.append("not counted the time of copies to host memory and of the optimizer there")
+    if plan.config.optimizer.name == "muon":
+        lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
     return lines
 
 
