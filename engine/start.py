@@ -21,6 +21,7 @@ from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
+from .optim.groups import require_same_optimizer
 from .parallel import adapter, build, trainable
 from .parallel import compile as block_compile
 from .parallel.memory_check import require_memory
@@ -332,13 +333,14 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConf
         folder = Path(str(start.folder))
         require_allowed(manifest, to_dict(config), config.allow_changes, folder)
         trainable.require_same(manifest.config, config.training, folder, start.architecture)
+        require_same_optimizer(manifest.config, config.optimizer, folder)
         if DATA_FILES not in config.allow_changes:
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)
         order = order.resumed(manifest.sample_order, manifest.consumed_samples, former_length)
         # The token count stays exact. The place in the data is rounded down to whole samples of the new length.
         samples = manifest.consumed_samples * former_length // plan.sequence_length
-        progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best)
+        progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best, manifest.early_stopping)
     begin = config.optimizer.schedule_start_tokens
     if begin > progress.tokens:
         raise UserError(

@@ -66,7 +66,15 @@ def _fits(key: str) -> Callable[[Situation], bool]:
     return lambda now: getattr(now.config.training, key) <= now.steps
 
 
+_MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
+
 RULES = (
+    Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision in ("fp16", "auto"),
+        "only training.precision fp16 scales the loss; remove it, or set training.precision to fp16",
+        refused=True,
+    ),
     Rule(
         ("model.rope.factor",),
         lambda now: now.config.model.rope.kind is not None,
@@ -95,10 +103,58 @@ RULES = (
         refused=True,
     ),
     Rule(
+        tuple(f"optimizer.muon.{key}" for key in _MUON),
+        lambda now: now.config.optimizer.name == "muon",
+        "only optimizer.name muon uses it; remove it or set optimizer.name to muon",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.lion.beta1", "optimizer.lion.beta2"),
+        lambda now: now.config.optimizer.name == "lion",
+        "only optimizer.name lion uses it; remove it or set optimizer.name to lion",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.options",),
+        lambda now: "." in now.config.optimizer.name,
+        "only an optimizer with an import path gets options; remove them, or name the class in optimizer.name",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
+        lambda now: now.config.optimizer.name in ("adamw", "muon"),
+        "only adamw and muon use it; lion has optimizer.lion, and a class with an import path optimizer.options",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.state_dtype",),
+        lambda now: "." not in now.config.optimizer.name,
+        "a class with an import path chooses the dtype of its states; remove it",
+        refused=True,
+    ),
+    Rule(
         ("training.loss_spike_action",),
         lambda now: now.config.training.loss_spike_zscore is not None,
         "training.loss_spike_zscore is null, so no step counts as a spike; set it to a number such as 10, or remove "
         "loss_spike_action",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.min_delta", "training.early_stopping.metric"),
+        lambda now: now.config.training.early_stopping.patience is not None,
+        "training.early_stopping.patience is null, so the run does not stop early; set it, or remove the other",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.evaluates,
+        "there is no validation set, so nothing is evaluated; set data.validation or data.validation_fraction",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.config.training.eval_interval != 0,
+        "training.eval_interval is 0, so the run evaluates only at its end; set it to a number of steps",
         refused=True,
     ),
     Rule(
@@ -205,7 +261,17 @@ RULES = (
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
     ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
+    ),
     # The conditions below are known only when the run starts.
+    Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision == "fp16",
+        "training.precision auto did not choose fp16, which alone scales the loss",
+    ),
     Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
@@ -215,7 +281,7 @@ RULES = (
         ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
         lambda now: (
             now.reduces
-            or now.config.parallel.cpu_offload
+            or now.config.parallel.cpu_offload is True
             or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
         ),
         "no other rank has a part of this rank's parameters, so nothing is gathered",
@@ -226,7 +292,7 @@ RULES = (
         "no two ranks hold the same weights",
     ),
     Rule(
-        ("parallel.cpu_offload",),
+        ("parallel.cpu_offload", "parallel.offload_activations"),
         lambda now: now.device != "cpu",
         "the run computes on the CPU, where everything is in host memory",
     ),
@@ -263,8 +329,9 @@ ALWAYS = {
     *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
     *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
-    *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-    *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
+    *("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
+    *("optimizer.child_tuning", "optimizer.groups", "optimizer.groups[].match"),
+    *("optimizer.groups[].learning_rate", "optimizer.groups[].weight_decay"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
 from ..weights.checkpoint.assets import HfAssets
@@ -71,7 +72,7 @@ class EmergencySave:
         self,
         error: Exception,
         step: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: TrainingOptimizer,
         assets: HfAssets,
         manifest: Callable[[str], Manifest],
     ) -> None:
@@ -99,7 +100,7 @@ class EmergencySave:
         elif self._ranks.rank == self._first_here:
             print(f"[rank {self._ranks.rank}]{line}", flush=True)
 
-    def _save(self, manifest: Manifest, optimizer: torch.optim.Optimizer, assets: HfAssets) -> str:
+    def _save(self, manifest: Manifest, optimizer: TrainingOptimizer, assets: HfAssets) -> str:
         self._saver.settle()
         if saved := self._saver.at_step(manifest.step):
             return f"{saved} has that step"

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..optim.local import local_part
 from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
@@ -52,7 +53,7 @@ class ReplicaCheck:
         """Return whether replicas are compared after ``step``."""
         return self._interval > 0 and step % self._interval == 0
 
-    def __call__(self, step: int, model: ModelParts, optimizer: torch.optim.Optimizer) -> None:
+    def __call__(self, step: int, model: ModelParts, optimizer: TrainingOptimizer) -> None:
         """Compare replicas. All ranks must call this; it waits for the device.
 
         Args:

@@ -78,7 +78,9 @@ class Decoder(LanguageModel):
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`."""
         hidden_TH = self.model(batch, hidden_TH)
-        return self.loss(hidden_TH, self.head_weight, batch.targets) if self.is_last else hidden_TH
+        if not self.is_last:
+            return hidden_TH
+        return self.loss(hidden_TH, self.head_weight, batch.targets, batch.loss_weights)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """See :class:`LanguageModel`."""
@@ -88,10 +90,11 @@ class Decoder(LanguageModel):
         """See :class:`LanguageModel`."""
         return scaled_logits(hidden_TH, self.head_weight, **self.architecture.head_options)
 
-    def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        options = self.architecture.head_options
-        result = linear_cross_entropy(hidden_TH, weight_VH, targets_T, z_loss=self.active_z_loss, **options)
-        return result.cross_entropy_sum
+    def _loss_sum(
+        self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        options = {"weights_T": weights_T, "z_loss": self.active_z_loss, **self.architecture.head_options}
+        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""

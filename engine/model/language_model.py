@@ -22,8 +22,9 @@ from .architecture import Architecture
 Attend = Callable[..., Tensor]
 """An attention operation with the arguments of :func:`retemper.kernels.attention.attention`."""
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
+Loss = Callable[..., Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head, [T] targets and, for :attr:`LanguageModel.loss`, their [T]
+fp32 weights or None, to losses."""
 
 ChangeEmbeddings = Callable[[Tensor, Batch], Tensor]
 """Maps [..., T, H] embeddings of the tokens of a batch to those that the first block takes."""
@@ -148,6 +149,18 @@ class LanguageModel(nn.Module, ABC):
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
+
+    def table_names(self) -> set[str]:
+        """Return the names of the parameters of this part that are looked up or make logits: those in
+        :attr:`Architecture.tables`, and other embeddings, such as of positions.
+        """
+        embeddings = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, nn.Embedding)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        return embeddings.union(self.architecture.tables)
 
     def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
         """Allocate the parameters, which are on the meta device, and return this model. They are not initialized.

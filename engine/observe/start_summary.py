@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Iterable
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config import budget
@@ -19,10 +17,12 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
-from ..model.dtypes import DTYPES
 from ..model.wrappers import text_config_of
+from ..optim import groups
 from ..optim.local import local_part
+from ..optim.state_sizes import state_itemsizes
 from ..parallel import trainable
+from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
 from ..start_kinds import AdapterStart
@@ -51,10 +51,11 @@ def describe_start(run: Run) -> list[str]:
     sections = {
         "Model": describe_model(run),
         "Data": [*describe_data(config.data, catalog, run.order, last_sample), *run.validation.describe()],
+        "Optimizer": _describe_optimizer(run),
         "Budget": _describe_budget(run),
         "Ranks and memory": _describe_ranks(run),
         "Checkpoints": [
-            describe_saving(config, run.model.parameters()),
+            describe_saving(config, run.model),
             describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
         ],
         "Outputs": describe_outputs(config),
@@ -84,6 +85,11 @@ def _describe_notes(run: Run) -> list[str]:
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
     training, tokens = run.config.training, run.progress.tokens
+    if run.stopped_early:
+        return [
+            f"{run.early_stopping.describe(run.progress)}; to continue the run, raise "
+            "training.early_stopping.patience or set it to null"
+        ]
     if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
@@ -128,6 +134,13 @@ def describe_model(run: Run) -> list[str]:
         f"attention   {attention.backend}: {attention.reason}",
         f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
     ]
+
+
+def _describe_optimizer(run: Run) -> list[str]:
+    architecture, config = run.start.architecture, run.config
+    return groups.describe(
+        config.optimizer, trainable.learned(architecture, config), trainable.table_names_of(architecture)
+    )
 
 
 def _describe_adapter(run: Run) -> list[str]:
@@ -219,18 +232,20 @@ def _describe_recompute(config: RunConfig) -> str:
     return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
 
 
-def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+def describe_saving(config: RunConfig, model: ModelParts) -> str:
     """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
-        parameters: of this rank.
+        model: this rank's part.
     """
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
-    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        of_trained = (state_bytes, state_bytes, *(bytes_ for bytes_ in (config.training.average_bytes,) if bytes_))
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *learns * of_trained)]
+    average, tables = config.training.average_bytes, model.table_names
+    for name, parameter in model.named_parameters():
+        held, of_trained = local_part(parameter), [average] * bool(average)
+        if parameter.requires_grad:
+            of_trained += state_itemsizes(name, parameter.ndim, config.optimizer, tables)
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *of_trained * parameter.requires_grad)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -71,7 +71,7 @@ class TransformersModel(LanguageModel):
 
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`."""
-        return self.loss(self.hidden_states(batch), self.head_weight, batch.targets)
+        return self.loss(self.hidden_states(batch), self.head_weight, batch.targets, batch.loss_weights)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """See :class:`LanguageModel`."""
@@ -136,13 +136,15 @@ class TransformersModel(LanguageModel):
     def _pass_batch(self, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         return arguments, {**named, "batch": self._batch}
 
-    def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        form, z_loss = self._form, self.active_z_loss
+    def _loss_sum(
+        self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        form, options = self._form, {"weights_T": weights_T, "z_loss": self.active_z_loss}
         if form is None:
             size = self.architecture.vocab_size
-            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, z_loss=z_loss).cross_entropy_sum
-        options = self._head_options(form)
-        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, z_loss=z_loss, **options).cross_entropy_sum
+            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, **options).cross_entropy_sum
+        options |= self._head_options(form)
+        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
 
     def _token_losses(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
         form = self._form
