@@ -25,6 +25,7 @@ from .weights.checkpoint.run_record import CONFIG_FILE, note_start
 from .weights.checkpoint.store import CheckpointStore
 from .weights.checkpoint.tensors import checkpoint_tensors
 from .weights.conversion.export_run import export_folder, prepare_export
+from .weights.conversion.model_folders import prepare_model_folders
 
 
 def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
@@ -58,7 +59,8 @@ def require_room(
     ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
     lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
     store.expected_bytes = ranks.broadcast(store.expected_bytes)
-    return lines + prepare_export(config.checkpoint, ranks, output)
+    lines += prepare_export(config.checkpoint, ranks, output)
+    return lines + (ranks.run_on_rank0(lambda: prepare_model_folders(config, architecture.num_parameters)) or [])
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from .manifest import MANIFEST_FILE
 
 EXPORTS = "hf"
 """Folder in a run folder with the exports of its checkpoints."""
+FINAL_MODEL, BEST_MODEL = "final_model", "best_model"
+"""Folders in a run folder with the model at the end, and that of the lowest loss."""
 DAMAGED = ".damaged"
 """Added to the name of a checkpoint that is damaged."""
 REWOUND = ".rewound"
