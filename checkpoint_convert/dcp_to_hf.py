@@ -30,6 +30,9 @@ from retemper.engine.weights.conversion.options import (
 )
 
 PUSH = "--push-to-hub"
+BASE_OPTION, ADAPTER = "--base", "--adapter"
+_OF_MERGED = ("max_shard_size", "vocab_size", "carried_from", "verify")
+"""Options without effect on a folder for PEFT."""
 
 
 def build_parser() -> CommandParser:
@@ -61,6 +64,17 @@ def build_parser() -> CommandParser:
         help="folder of the original Hugging Face model, if it has been moved: exports take the tensors that are not "
         "trained from there, such as those of a vision tower",
     )
+    parser.add_argument(
+        BASE_OPTION,
+        metavar="DIR",
+        help="for a checkpoint with an adapter: folder of the base model, if it has been moved since the training",
+    )
+    parser.add_argument(
+        ADAPTER,
+        action="store_true",
+        help="for a checkpoint with an adapter: write a folder for PEFT with the adapter alone, instead of the merged "
+        "model",
+    )
     add_copying(parser)
     add_trust(parser)
     parser.add_argument(
@@ -86,6 +100,9 @@ def build_parser() -> CommandParser:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line, by default that of this process."""
     options = parse(build_parser(), arguments)
+    given = [name for name in _OF_MERGED if getattr(options, name) != build_parser().get_default(name)]
+    if options.adapter and given:
+        raise UserError(f"--{given[0].replace('_', '-')} has no effect with {ADAPTER}; remove one of them")
     for name in ("private", "public", "commit_message"):
         if getattr(options, name) and options.push_to_hub is None:
             raise UserError(f"--{name.replace('_', '-')} has no effect without {PUSH}; remove it, or name a repository")
@@ -117,7 +134,7 @@ def _convert_and_upload(
     checkpoint, output = Path(options["checkpoint"]), Path(options["output"])
     # What convert would refuse before it reads any weights is refused before a repository is made.
     require_separate([Use("--checkpoint", checkpoint)], folders=[Use(f"--output {output}", output)])
-    planned = ("dtype", "max_shard_size", "vocab_size", "carried_from", "ema")
+    planned = ("dtype", "max_shard_size", "vocab_size", "carried_from", "ema", "base", "adapter")
     plan_export(checkpoint, **{key: options[key] for key in planned})
     place = open_repository(repository, PUSH, private=not public, only_private=private)
     print(f"will be uploaded to {place}")

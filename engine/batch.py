@@ -28,13 +28,15 @@ class Batch(NamedTuple):
     """[documents + 1] int32, first 0, last T. Documents without tokens may follow the others."""
     max_seqlen: int
     """Length of the longest document."""
-    num_targets: int
-    """Number of targets that are not masked."""
+    num_targets: float
+    """Number of targets that are not masked, or the sum of their ``loss_weights``: the divisor of the loss."""
     attention: AttentionPlan | None = None
     """The backend and its data; None for the backend that ``auto`` selects for the tensors' device."""
     token_numbers: Tensor | None = None
     """[T] int64, different for every token of a run: sample number x sequence length + place in the sample. Random
     numbers of training are functions of it. None: the batch is not for training."""
+    loss_weights: Tensor | None = None
+    """[T] fp32 factors of the losses of the targets. None: all are 1."""
 
     @classmethod
     def of_documents(cls, tokens: Tensor, lengths: Sequence[int], targets: Tensor | None = None) -> Batch:
@@ -57,7 +59,7 @@ class Batch(NamedTuple):
 
     def tokens_in(self, part: slice) -> Batch:
         """Return the same batch with only the tokens in ``part``; offsets and attention stay those of all tokens."""
-        per_token = ("tokens", "targets", "position_ids", "token_numbers")
+        per_token = ("tokens", "targets", "position_ids", "token_numbers", "loss_weights")
         return self._replace(**{name: value[part] for name, value in self._tensors() if name in per_token})
 
     def _tensors(self) -> Iterator[tuple[str, Any]]:

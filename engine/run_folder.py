@@ -24,7 +24,7 @@ from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.run_record import CONFIG_FILE, note_start
 from .weights.checkpoint.store import CheckpointStore
 from .weights.checkpoint.tensors import checkpoint_tensors
-from .weights.conversion.export_run import export_folder, prepare_export
+from .weights.conversion.export_run import export_folders, prepare_export
 from .weights.conversion.model_folders import prepare_model_folders
 
 
@@ -56,10 +56,11 @@ def require_room(
         UserError: on every rank.
     """
     steps = plan.steps_left(config.training.budget, progress.tokens)
-    ranks, output = store.ranks, export_folder(store.folder.parent, progress.step + steps)
-    lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, output.parent)) or []
+    ranks, last = store.ranks, progress.step + steps
+    exports = [folder.parent for folder in export_folders(config, store.folder.parent, last)]
+    lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, exports)) or []
     store.expected_bytes = ranks.broadcast(store.expected_bytes)
-    lines += prepare_export(config.checkpoint, ranks, output)
+    lines += prepare_export(config, ranks, last)
     return lines + (ranks.run_on_rank0(lambda: prepare_model_folders(config, architecture.num_parameters)) or [])
 
 
@@ -126,7 +127,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
     Args:
         run: between two steps.
         evaluation: losses of the validation sets after this step.
-        final: whether the token budget is used up.
+        final: whether the run ends here, because its budget is used up or it stops early.
         emergency: the failure that caused the checkpoint.
     """
     return Manifest(
@@ -140,9 +141,11 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         evaluation=evaluation,
         start_evaluation=run.validation.at_start,
         best=run.progress.best,
+        early_stopping=run.progress.early_stopping,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
         trackers=run.report.tracker_runs,
+        base=run.start.base_record,
         config=masked(to_dict(run.config), without_signature),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),

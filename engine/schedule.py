@@ -9,6 +9,9 @@ from typing import Any
 from .config.settings import OptimizerConfig, TrainingConfig
 from .errors import UserError
 
+_MIN_RATIO = 0.1
+"""Learning rate at the end of the decay as a fraction of the peak, if neither is set."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -19,6 +22,8 @@ class Progress:
     tokens: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     """Record of the best evaluation; see :class:`~retemper.engine.evaluation.BestMetric`."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """State of :class:`~retemper.engine.early_stopping.EarlyStopping`."""
 
     def after_step(self, plan: BatchPlan) -> Progress:
         """Return the progress after one more step."""
@@ -86,6 +91,14 @@ def plan_batches(training: TrainingConfig, data_parallel_size: int) -> BatchPlan
     )
 
 
+def minimum_rate(optimizer: OptimizerConfig) -> float:
+    """Return the learning rate at the end of the decay."""
+    if optimizer.min_learning_rate is not None:
+        return optimizer.min_learning_rate
+    ratio = optimizer.min_learning_rate_ratio
+    return optimizer.learning_rate * (_MIN_RATIO if ratio is None else ratio)
+
+
 def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerConfig) -> float:
     """Return the learning rate of the step after which ``tokens`` tokens have been consumed.
 
@@ -93,20 +106,28 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
     decays; the step that ends at ``train_tokens`` uses the minimum (cosine, linear, wsd). With
     ``schedule_start_tokens`` all of this is counted from there, and the warm-up starts at the minimum, where the former
     schedule ended (re-warming: Ibrahim et al., 2024, https://arxiv.org/abs/2403.08763). Cosine: Loshchilov and Hutter,
-    2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395.
+    2017, https://arxiv.org/abs/1608.03983; wsd: Hu et al., 2024, https://arxiv.org/abs/2404.06395, its decay by
+    1 - sqrt: Hägele et al., 2024, https://arxiv.org/abs/2405.18392; inverse square root: Vaswani et al., 2017,
+    https://arxiv.org/abs/1706.03762.
     """
-    peak, minimum, start = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.schedule_start_tokens
+    peak, minimum, start = optimizer.learning_rate, minimum_rate(optimizer), optimizer.schedule_start_tokens
     tokens, train_tokens, decay_start = max(0, tokens - start), training.budget - start, training.warmup
     if tokens < decay_start:
         lowest = minimum if start else 0.0
         return lowest + (peak - lowest) * tokens / decay_start
     if optimizer.schedule == "constant":
         return peak
-    if optimizer.schedule == "wsd":
+    if optimizer.schedule == "inverse_sqrt":
+        return max(minimum, peak * math.sqrt(decay_start / tokens)) if tokens else peak
+    shape: str = optimizer.schedule
+    if shape == "wsd":
+        shape = optimizer.decay_shape
         decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)
         decay_start = max(decay_start, train_tokens - decay_tokens)
     span = max(1, train_tokens - decay_start)
     progress = min(1.0, max(0.0, (tokens - decay_start) / span))
-    if optimizer.schedule == "cosine":
+    if shape == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
+    elif shape == "sqrt":
+        progress = math.sqrt(progress)
     return peak + (minimum - peak) * progress

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from .config.checks import with_known_budget
 from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
@@ -17,7 +13,7 @@ from .data.renamed_sources import keep_names
 from .data.sample_order import SampleOrder
 from .errors import UserError
 from .guards.background import run_in_background
-from .model.architecture import Architecture
+from .model.adapters import AdapterParameters, adapter_parameters
 from .model.attention_choice import choose_attention
 from .model.changed_config import with_settings
 from .model.config_file import CONFIG_FILE, INLINE, hf_config_of, read_hf_config
@@ -25,32 +21,26 @@ from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
-from .optim import allocate_states
-from .parallel import build, trainable
+from .optim.groups import require_same_optimizer
+from .parallel import adapter, build, trainable
 from .parallel import compile as block_compile
-from .parallel.data_parallel import copy_full_
-from .parallel.forward_backward import ModelParts
 from .parallel.memory_check import require_memory
 from .parallel.precision import with_precision
 from .parallel.process_group import Ranks
 from .schedule import BatchPlan, Progress
+from .start_kinds import AdapterStart, CheckpointStart, HuggingFaceStart, RandomStart, Start
+from .weights.adapters.opening import open_parameters, require_base
+from .weights.adapters.peft_config import PeftConfig
+from .weights.base_identity import BaseIdentity
 from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, asset_folder, complete_assets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.resume_changes import require_allowed
 from .weights.checkpoint.store import CheckpointStore
-from .weights.checkpoint.tensors import (
-    check_casts,
-    load_tensors,
-    model_tensors,
-    open_tensors,
-    require_model_tensors,
-    training_tensors,
-)
+from .weights.checkpoint.tensors import open_tensors
 from .weights.hugging_face.carried import Carried
-from .weights.hugging_face.initial import INITIALIZE_FROM, load_hf_tensors, local_weights, open_weights
-from .weights.hugging_face.model import HfModel
+from .weights.hugging_face.initial import INITIALIZE_FROM, local_weights, open_weights
+from .weights.hugging_face.layout import Layout
 from .weights.hugging_face.weight_dtypes import declared_dtype, dtypes_of, with_dtype
-from .weights.parts import TensorParts
 
 
 @dataclass(frozen=True)
@@ -66,90 +56,8 @@ class StartFolder:
     used (``model.initialize_from``)."""
     remarks: tuple[str, ...] = ()
     """Lines for the log."""
-
-
-@dataclass(frozen=True)
-class Start(ABC):
-    """What a run starts from: files that travel with the model, its architecture, and a source of weights."""
-
-    assets: HfAssets
-    architecture: Architecture
-    folder: str | None = None
-    """Folder of the weights. None: they are random."""
-    resumed_from: Manifest | None = None
-    """Manifest of the checkpoint from which the run continues; None for a new run."""
-
-    @abstractmethod
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """Initialize or load the weights of ``model``, and return lines about casts. All ranks must call this.
-
-        Args:
-            model: this rank's part, without values.
-            optimizer: of its parameters; also loaded if the run continues from a checkpoint. None: there is none, and
-                the run does not continue.
-
-        Raises:
-            UserError: the weights cannot be read.
-        """
-
-    def at_checkpoint(self, folder: Path, manifest: Manifest) -> CheckpointStart:
-        """Return the start of the same run from a later checkpoint of it, to which it rolls back."""
-        parts = open_tensors(folder)
-        return CheckpointStart(self.assets, self.architecture, str(folder), manifest, parts=parts)
-
-
-@dataclass(frozen=True)
-class RandomStart(Start):
-    """Random weights, the same in every layout."""
-
-    _: KW_ONLY
-    seed: int
-
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """See :class:`Start`."""
-        for decoder in model.decoders:
-            decoder.initialize_(self.seed, copy_full_)
-        return []
-
-
-@dataclass(frozen=True)
-class HuggingFaceStart(Start):
-    """A start from the weights of a Hugging Face folder."""
-
-    _: KW_ONLY
-    weights: HfModel
-
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """See :class:`Start`."""
-        assert self.folder is not None
-        tensors = model_tensors(model)
-        where = f"weights     {self.folder}: "
-        lines = [line if line.startswith("note: ") else where + line for line in self.weights.notes]
-        lines += check_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
-        load_hf_tensors(self.weights, tensors)
-        return lines
-
-
-@dataclass(frozen=True)
-class CheckpointStart(Start):
-    """A checkpoint: its weights; its optimizer states too if the run continues from it."""
-
-    _: KW_ONLY
-    parts: TensorParts
-    """The tensors of the checkpoint."""
-
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
-        """See :class:`Start`."""
-        assert self.folder is not None
-        require_model_tensors(self.folder, self.parts.tensors, meta_model(self.architecture))
-        wanted: dict[str, Tensor] = model_tensors(model)
-        if self.resumed_from:
-            assert optimizer is not None
-            allocate_states(optimizer)
-            wanted = training_tensors(model, optimizer)
-        casts = check_casts(self.folder, self.parts.tensors, wanted, resuming=self.resumed_from is not None)
-        load_tensors(self.folder, wanted, opened=self.parts)
-        return casts
+    base: StartFolder | None = None
+    """The base of the adapter that the run continues to train."""
 
 
 class OpenedRun(NamedTuple):
@@ -183,7 +91,8 @@ def open_run(config: RunConfig, plan: BatchPlan, ranks: Ranks, store: Checkpoint
     with report_if_slow("finding and verifying what the run starts from", say):
         config, found = find_start(config, ranks, store)
     with report_if_slow("opening the weights and the data", say):
-        start = record_carried(ranks.fail_together(lambda: open_start(config, found)), ranks)
+        opened = record_carried(ranks.fail_together(lambda: open_start(config, found.base or found)), ranks)
+        start = ranks.fail_together(lambda: with_adapter(config, opened, found, ranks))
         config, start, choices = choose_implementation(config, start, plan, ranks)
         config, catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
     return OpenedRun(config, start, choices, catalog, order, progress, found.remarks)
@@ -230,15 +139,22 @@ def _find(config: RunConfig, ranks: Ranks, store: CheckpointStore) -> tuple[RunC
     if resume_from is not None:
         folder, manifest = resume_from
         data, lines = ranks.fail_together(lambda: keep_names(config.data, manifest.datasets))
-        return replace(config, data=data), StartFolder(str(folder), manifest, True, tuple(lines))
-    if config.model.initialize_from is None:
-        return config, StartFolder()
-    return config, _find_weights(config.model, ranks, store)
+        ranks.fail_together(lambda: adapter.require_same(manifest.config, config.adapter, folder))
+        base = _find_base(config.model, ranks, store) if config.adapter.kind is not None else None
+        return replace(config, data=data), StartFolder(str(folder), manifest, True, tuple(lines), base)
+    return config, _find_base(config.model, ranks, store)
+
+
+def _find_base(model: ModelConfig, ranks: Ranks, store: CheckpointStore) -> StartFolder:
+    return StartFolder() if model.initialize_from is None else _find_weights(model, ranks, store)
 
 
 def _find_weights(model: ModelConfig, ranks: Ranks, store: CheckpointStore) -> StartFolder:
     kind, weights = local_weights(str(model.initialize_from), ranks, lambda folder: _check_model(folder, model))
-    return StartFolder(weights, store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None)
+    manifest = store.require_valid(weights, INITIALIZE_FROM) if kind == "checkpoint" else None
+    if manifest is not None and manifest.base:
+        run_in_background(ranks, (lambda: require_base(Path(weights))) if ranks.is_main else None)
+    return StartFolder(weights, manifest)
 
 
 def _check_model(folder: Path, model: ModelConfig) -> None:
@@ -284,9 +200,63 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     if folder is None:
         architecture = parse_architecture(assets.config, where, model.implementation)
         return RandomStart(assets, architecture, seed=config.seed)
-    parts, resumed_from = open_tensors(folder), found.manifest if found.resumes else None
+    parts, resumed_from = open_parameters(Path(folder), assets.config), found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
+
+
+def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ranks) -> Start:
+    """Return ``start`` if there is no adapter; else the start with it, whose base is ``start``.
+
+    Args:
+        config: of the run.
+        start: the base.
+        found: the start of the run: the base for a new adapter, or the checkpoint of the adapter.
+        ranks: all ranks. One of them begins to hash the base.
+
+    Raises:
+        UserError: the adapter does not fit the model, or the base is another model than that of the checkpoint.
+    """
+    if config.adapter.kind is None:
+        return start
+    parameters = adapter_parameters(start.architecture, config.adapter)
+    _require_peft_form(config, start, parameters)
+    opened = AdapterStart(
+        start.assets,
+        start.architecture,
+        start.folder,
+        base=start,
+        parameters=parameters,
+        seed=config.seed,
+        identity=BaseIdentity(start.folder or "", start.content_hash, ranks),
+    )
+    if found.base is None:
+        return opened
+    assert found.folder is not None
+    assets = complete_assets(config.model, HfAssets.of_checkpoint(found.folder), found.folder, True)
+    where = str(Path(found.folder) / ASSET_FOLDER / CONFIG_FILE)
+    assert assets.config is not None
+    there = parse_architecture(assets.config, where, config.model.implementation)
+    if there.facts() != start.architecture.facts():
+        raise UserError(
+            f"{INITIALIZE_FROM}: {start.folder} is another model than the base in {where}; put that one back, or start "
+            "a new run_folder"
+        )
+    parts = open_tensors(found.folder)
+    return replace(opened, assets=assets, folder=found.folder, resumed_from=found.manifest, parts=parts)
+
+
+def _require_peft_form(config: RunConfig, base: Start, parameters: AdapterParameters) -> None:
+    """Refuse now what the export as a folder of PEFT would refuse at the end of the run."""
+    if not config.checkpoint.export_hf or config.adapter.export == "merged":
+        return
+    model_config, architecture = base.assets.config, base.architecture
+    assert model_config is not None
+    layout = Layout.of(architecture, meta_model(architecture))
+    try:
+        PeftConfig(parameters, architecture, layout).require_form(Path(base.folder or ""), model_config)
+    except UserError as error:
+        raise UserError(f"adapter.export is {config.adapter.export}: {error}") from None
 
 
 def _require_exportable(config: dict[str, Any], assets: HfAssets, where: str) -> None:
@@ -364,13 +334,14 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConf
         folder = Path(str(start.folder))
         require_allowed(manifest, to_dict(config), config.allow_changes, folder)
         trainable.require_same(manifest.config, config.training, folder, start.architecture)
+        require_same_optimizer(manifest.config, config.optimizer, folder)
         if DATA_FILES not in config.allow_changes:
             catalog.require_unchanged(manifest.datasets, str(folder))
         former_length = manifest.config.get("training", {}).get("sequence_length", plan.sequence_length)
         order = order.resumed(manifest.sample_order, manifest.consumed_samples, former_length)
         # The token count stays exact. The place in the data is rounded down to whole samples of the new length.
         samples = manifest.consumed_samples * former_length // plan.sequence_length
-        progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best)
+        progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best, manifest.early_stopping)
     begin = config.optimizer.schedule_start_tokens
     if begin > progress.tokens:
         raise UserError(

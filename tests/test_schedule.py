@@ -5,10 +5,20 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.engine.config.settings import OptimizerConfig, TrainingConfig
+from retemper.engine.config.checks import problems
+from retemper.engine.config.settings import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 from retemper.engine.errors import UserError
 from retemper.engine.schedule import BatchPlan, learning_rate, plan_batches
 
@@ -63,7 +73,7 @@ def test_steps_are_the_fewest_that_reach_the_budget(tokens, size, length):
 
 TRAINING = TrainingConfig(train_tokens=11_000, warmup_tokens=1_000)
 OPTIMIZER = OptimizerConfig(learning_rate=4e-4, min_learning_rate=1e-4)
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
 
 
 @pytest.mark.parametrize(
@@ -74,13 +84,88 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
         ("linear", 3.25e-4, 2.5e-4, 1e-4),
         ("wsd", 4e-4, 4e-4, 1e-4),
         ("constant", 4e-4, 4e-4, 4e-4),
+        ("inverse_sqrt", 4e-4 * math.sqrt(1 / 3.5), 4e-4 * math.sqrt(1 / 6), 4e-4 * math.sqrt(1 / 11)),
     ],
 )
 def test_closed_forms(schedule, quarter, middle, end):
     optimizer = replace(OPTIMIZER, schedule=schedule)
     expected = {250: 1e-4, 500: 2e-4, 1_000: 4e-4, 3_500: quarter, 6_000: middle, 11_000: end, 20_000: end}
     for tokens, rate in expected.items():
+        if schedule == "inverse_sqrt" and tokens == 20_000:
+            rate = 1e-4  # 4e-4 / sqrt(20) is below the minimum
         assert learning_rate(tokens, TRAINING, optimizer) == pytest.approx(rate, rel=1e-12), tokens
+
+
+def library_rates(name: str, **options) -> list[float]:
+    """The rates of 110 steps of transformers, with 10 of warm-up, for a peak of 4e-4."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=4e-4)
+    scheduler = getattr(transformers, name)(optimizer, num_warmup_steps=10, **options)
+    rates = []
+    for _ in range(110):
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("minimum", [{"min_learning_rate": 1e-4}, {"min_learning_rate_ratio": 0.25}], ids=str)
+@pytest.mark.parametrize(
+    ("ours", "name", "options"),
+    [
+        (
+            {"schedule": "cosine"},
+            "get_cosine_with_min_lr_schedule_with_warmup",
+            {"num_training_steps": 110, "min_lr_rate": 0.25},
+        ),
+        *(
+            (
+                {"schedule": "wsd", "decay_tokens": 4_000, "decay_shape": shape},
+                "get_wsd_schedule",
+                {"num_training_steps": 110, "num_decay_steps": 40, "min_lr_ratio": 0.25, "decay_type": theirs},
+            )
+            for shape, theirs in (("linear", "linear"), ("cosine", "cosine"), ("sqrt", "1-sqrt"))
+        ),
+        ({"schedule": "inverse_sqrt"}, "get_inverse_sqrt_schedule", {}),
+        ({"schedule": "constant"}, "get_constant_schedule_with_warmup", {}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_every_step_is_that_of_transformers(ours, name, options, minimum):
+    """A step of 100 tokens uses the rate at its end, theirs after as many calls of ``scheduler.step``."""
+    optimizer = OptimizerConfig(learning_rate=4e-4, **minimum, **ours)
+    actual = [learning_rate(100 * step, TRAINING, optimizer) for step in range(1, 111)]
+    expected = library_rates(name, **options)
+    if ours["schedule"] == "inverse_sqrt":  # theirs has no minimum
+        expected = [max(rate, 1e-4) if step > 10 else rate for step, rate in enumerate(expected, 1)]
+    first = 9 if ours["schedule"] == "wsd" else 0  # their warm-up to wsd begins at the minimum
+    assert actual[first:] == pytest.approx(expected[first:], rel=1e-9)
+    assert actual[:10] == pytest.approx([4e-5 * step for step in range(1, 11)], rel=1e-9)
+
+
+def test_minimum_is_a_tenth_of_the_peak_by_default():
+    end = learning_rate(11_000, TRAINING, OptimizerConfig(learning_rate=4e-4))
+    assert end == pytest.approx(4e-5) and OptimizerConfig().learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("training", "optimizer", "line"),
+    [
+        ({}, {"min_learning_rate": 1e-5, "min_learning_rate_ratio": 0.1}, "are both set; keep one of them"),
+        ({}, {"min_learning_rate_ratio": 1.5}, "optimizer.min_learning_rate_ratio is 1.5; it must be in [0, 1]"),
+        ({}, {"decay_shape": "sqrt"}, "optimizer.decay_shape is sqrt, but only optimizer.schedule wsd uses it"),
+        ({}, {"schedule": "inverse_sqrt"}, "set training.warmup_tokens, warmup_steps or warmup_ratio"),
+    ],
+)
+def test_impossible_schedules_are_refused(training, optimizer, line):
+    config = RunConfig(
+        "folder",
+        DataConfig(train=[SourceConfig("x")]),
+        TrainingConfig(train_tokens=10**6, **training),
+        model=ModelConfig(initialize_from="x"),
+        optimizer=OptimizerConfig(**optimizer),
+    )
+    assert [problem for problem in problems(config) if line in problem]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +231,9 @@ def test_the_peak_is_at_the_end_of_warmup_and_the_minimum_at_the_end(training, o
         assert learning_rate(training.warmup_tokens, training, optimizer) == pytest.approx(optimizer.learning_rate)
     if training.warmup_tokens < training.train_tokens:
         end = optimizer.learning_rate if optimizer.schedule == "constant" else optimizer.min_learning_rate
+        if optimizer.schedule == "inverse_sqrt":
+            share = training.warmup_tokens / training.train_tokens
+            end = max(end, optimizer.learning_rate * math.sqrt(share))
         assert learning_rate(training.train_tokens, training, optimizer) == pytest.approx(end)
 
 

@@ -143,7 +143,9 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
         training=replace(
             training, train_tokens=samples * training.sequence_length, warmup_tokens=0, eval_at_start=False
         ),
-        optimizer=replace(config.optimizer, schedule="constant", decay_tokens=None, schedule_start_tokens=0),
+        optimizer=replace(
+            config.optimizer, schedule="constant", decay_tokens=None, decay_shape="linear", schedule_start_tokens=0
+        ),
         checkpoint=replace(
             config.checkpoint,
             asynchronous=False,
@@ -276,7 +278,7 @@ def _describe(timed: Timed, before: dict[str, int]) -> Measurement:
     documents = ranks.all_reduce(sum(int((length > 0).sum()) for length in lengths)) / len(steps)
     pairs = ranks.all_reduce(sum(int((length.long() ** 2).sum()) for length in lengths)) / len(steps)
     tokens = plan.tokens_per_step
-    all_pairs, learned = tokens * plan.sequence_length, learning(architecture, config.training)
+    all_pairs, learned = tokens * plan.sequence_length, learning(architecture, config.training, config.adapter)
     return Measurement(
         # Notes about the random dataset are irrelevant.
         plan=[line for line in timed.plan if str(Path(config.run_folder).parent) not in line],
@@ -310,6 +312,7 @@ def formula(architecture: Architecture, sequence_length: int, learned: Learning 
     of_head = 2 + 2 * learned.head_input + 2 * learned.head_weight
     frozen = " (frozen)" if learned.weights == 0 else ""
     weights = "6 (m + h v)" if of_blocks == of_head == 6 else f"{of_blocks:.3g} m{frozen} + {of_head} h v"
+    weights += f" + 6 x {learned.added:,} (matrices of the adapter)" if learned.added else ""
     return (
         f"FLOPs per token = {weights} + {4 + 8 * learned.backward:.3g} L q s, the last term halved where causal pairs "
         f"count; elements of the blocks' matrices m {a.block_matrices:,}, layers L {a.num_layers}, hidden h "

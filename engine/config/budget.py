@@ -121,6 +121,7 @@ def _warmup_tokens(training: TrainingConfig, schedule_start: int) -> int | None:
     """Return the warm-up of ``training``, whose ``train_tokens`` is derived if it can be."""
     if training.warmup_steps is not None:
         return training.warmup_steps * training.tokens_per_step
-    if training.warmup_ratio is not None and training.train_tokens is not None:
-        return round(Fraction(str(training.warmup_ratio)) * max(0, training.train_tokens - schedule_start))
+    ratio = training.warmup_ratio
+    if ratio is not None and math.isfinite(ratio) and training.train_tokens is not None:
+        return round(Fraction(str(ratio)) * max(0, training.train_tokens - schedule_start))
     return training.warmup_tokens

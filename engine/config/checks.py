@@ -13,7 +13,7 @@ from .budget import TRAIN, WARMUP, as_written, conflicts, shown, with_budget
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
-    AdapterConfig,
+    OPTIMIZERS,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -30,6 +30,10 @@ from .types_check import Problems, check
 _LARGEST = 10**15
 """Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
 
+_EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "adamw8bit", "paged_adamw_8bit")
+IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)+"
+"""Pattern of the import path of a class."""
+
 
 class Range(NamedTuple):
     """The numbers that a setting may have; null is checked by its type."""
@@ -43,8 +47,12 @@ _FROM_1 = Range(f"at least 1 and at most {_LARGEST:.0e}", lambda value: 1 <= val
 _POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
 _POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
 _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+_POWER_OF_TWO = Range(
+    "a power of two between 2^-14 and 2^40", lambda value: 2**-14 <= value <= 2**40 and math.frexp(value)[0] == 0.5
+)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
+    "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].max_epochs": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].validation_fraction": _SHARE,
     "data.prefetch_steps": _FROM_1,
@@ -63,6 +71,9 @@ RANGES = {
     "training.sequence_length": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
+    "training.initial_loss_scale": _POWER_OF_TWO,
+    "training.min_loss_scale": _POWER_OF_TWO,
+    "training.loss_scale_window": _FROM_1,
     "training.neftune_alpha": _POSITIVE_OR_NULL,
     "training.z_loss": _FROM_0,
     "training.gc_interval": _FROM_0,
@@ -72,16 +83,26 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.early_stopping.patience": _FROM_1,
+    "training.early_stopping.min_delta": _FROM_0,
     "training.ema_decay": Range("in (0, 1), or null", lambda value: 0 < value < 1),
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
     "optimizer.learning_rate": _FROM_0,
     "optimizer.min_learning_rate": _FROM_0,
+    "optimizer.min_learning_rate_ratio": Range("in [0, 1], or null", lambda value: 0 <= value <= 1),
     "optimizer.weight_decay": _FROM_0,
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
     "optimizer.eps": _POSITIVE,
     "optimizer.clip_grad_norm": _FROM_0,
+    "optimizer.child_tuning": Range("in (0, 1), or null", lambda value: 0 < value < 1),
+    "optimizer.groups[].learning_rate": _FROM_0,
+    "optimizer.groups[].weight_decay": _FROM_0,
+    "optimizer.muon.momentum": _SHARE,
+    "optimizer.muon.newton_schulz_steps": Range("in [1, 99]", lambda value: 1 <= value <= 99),
+    "optimizer.lion.beta1": _SHARE,
+    "optimizer.lion.beta2": _SHARE,
     "parallel.pipeline": _FROM_1,
     "parallel.replicate": _FROM_1,
     "parallel.context": _FROM_1,
@@ -155,7 +176,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     if isinstance(parallel.shard, int) and parallel.shard < 1:
         yield f"parallel.shard is {parallel.shard}; use auto or a number of ranks from 1"
     for path in config.callbacks:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
+        if not re.fullmatch(IMPORT_PATH, path):
             yield f"callbacks has {path!r}; write the import path of a class, such as my_module.MyCallback"
     for change in config.allow_changes:
         if change not in ALLOWABLE_CHANGES:
@@ -170,10 +191,12 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     config = with_budget(config)  # as far as it is known before the data are open
     training = config.training
     yield from refused(config)
+    yield from _precision(training)
     yield from _pipeline(config.parallel)
     if training.trainable == []:
         yield "training.trainable is []; name patterns of parameters, or use all"
     yield from schedule_problems(training, config.optimizer)
+    yield from _optimizer(config)
     yield from _data(config.data, training)
     yield from _profile(config.logging)
     yield from _adapter(config)
@@ -187,15 +210,30 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         yield f"model.rope.kind is {rope.kind}, but model.rope.factor is 1; set it to a larger number, such as 4"
 
 
+def _precision(training: TrainingConfig) -> Iterator[str]:
+    if training.precision != "fp16":
+        return
+    if training.weight_dtype != "fp32":
+        yield (
+            f"training.precision is fp16, but training.weight_dtype is {training.weight_dtype}; fp16 training needs "
+            "weights in fp32: set training.weight_dtype to fp32"
+        )
+    if training.float8:
+        yield (
+            "training.precision is fp16, but training.float8 is true; GPUs with float8 have bf16: set "
+            "training.precision to bf16"
+        )
+    if training.min_loss_scale > training.initial_loss_scale:
+        yield (
+            f"training.min_loss_scale {training.min_loss_scale:g} is above training.initial_loss_scale "
+            f"{training.initial_loss_scale:g}; lower the minimum"
+        )
+
+
 def _adapter(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if adapter.kind is None:
         return
-    if config.model.initialize_from is None:
-        yield (
-            "adapter.kind is lora, but model.initialize_from is null: an adapter changes a trained model; name it "
-            "there, or remove adapter"
-        )
     if config.training.trainable != "all":
         yield (
             f"training.trainable is {config.training.trainable}, but adapter.kind is lora, with which the adapter and "
@@ -203,11 +241,6 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
-    yield from _not_yet(adapter)
-
-
-def _not_yet(adapter: AdapterConfig) -> Iterator[str]:
-    yield f"adapter.kind is {adapter.kind}, which this version cannot train yet; remove adapter"
 
 
 def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:
@@ -231,7 +264,12 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
     """
     if all(getattr(training, key) is None for key in TRAIN):
         yield "the length of the run is missing; set training.train_tokens, train_steps or train_epochs"
-    if optimizer.min_learning_rate > optimizer.learning_rate:
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate_ratio is not None:
+        yield (
+            "optimizer.min_learning_rate and optimizer.min_learning_rate_ratio are both set; keep one of them, and "
+            "remove the other or set it to null"
+        )
+    if optimizer.min_learning_rate is not None and optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate {optimizer.min_learning_rate:g} is above optimizer.learning_rate "
             f"{optimizer.learning_rate:g}; lower the minimum"
@@ -248,12 +286,51 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
     if warmup > budget - start:
         key = warmup_shown.split(" ")[0]
         yield f"{warmup_shown} is more than {train_shown}{behind}; lower {key}"
+    if optimizer.schedule == "inverse_sqrt" and warmup == 0:
+        yield (
+            "optimizer.schedule inverse_sqrt falls from the end of the warm-up on, by its length; set "
+            "training.warmup_tokens, warmup_steps or warmup_ratio"
+        )
     if optimizer.decay_tokens is not None and optimizer.schedule == "wsd":
         room = budget - start - warmup
         if not 0 < optimizer.decay_tokens <= room:
             yield (
                 f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
                 f"warmup_tokens{behind} = {room:,}"
+            )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    imported = "." in optimizer.name
+    if optimizer.name in _EIGHT_BIT:
+        yield (
+            f"optimizer.name is {optimizer.name}, which is not supported: checkpoints cannot store and reshard 8-bit "
+            "states; use adamw with optimizer.state_dtype bf16, or lion or muon, which have half of AdamW's states"
+        )
+    elif optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
+        yield (
+            f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
+            "import path of a class, such as my_module.MyOptimizer"
+        )
+    for key in ("lr", "weight_decay", "params") if imported else ():
+        if key in optimizer.options:
+            yield (
+                f"optimizer.options has {key!r}, which the run passes itself; use optimizer.learning_rate, "
+                "optimizer.weight_decay and optimizer.groups"
+            )
+    for place, group in enumerate(optimizer.groups):
+        where = f"optimizer.groups[{place}]"
+        for key in ("learning_rate", "weight_decay"):
+            value, allowed = getattr(group, key), RANGES[f"optimizer.groups[].{key}"]
+            if value is not None and not allowed.holds(value):
+                yield f"{where}.{key} is {value}; it must be {allowed.words}"
+        if group.learning_rate is None and group.weight_decay is None:
+            yield f"{where} sets neither learning_rate nor weight_decay; set one of them, or remove the group"
+        if group.learning_rate is not None and optimizer.learning_rate == 0:
+            yield (
+                f"{where}.learning_rate is {group.learning_rate:g}, but it is relative to optimizer.learning_rate, "
+                "which is 0; set that to a positive rate"
             )
 
 
@@ -324,6 +401,11 @@ def _stages(stages: list[StageConfig], sequence_length: int) -> Iterator[str]:
                     f"{where}.train names {source.path} '{source.identity}', but an earlier stage uses this name for "
                     f"{known.path}; give one of the two another 'name'"
                 )
+            elif known.loss_weight != source.loss_weight:
+                yield (
+                    f"{where}.train gives '{source.identity}' the loss_weight {source.loss_weight:g}, but an earlier "
+                    f"stage {known.loss_weight:g}; use the same, or give one of the two another 'name'"
+                )
             elif known.for_text != source.for_text:
                 yield (
                     f"{where}.train reads the text '{source.identity}' with other settings than an earlier stage; use "
@@ -336,7 +418,7 @@ def _mixture(sources: list[SourceConfig], where: str, sequence_length: int) -> I
     for position, source in enumerate(sources):
         if names[source.identity] > 1:
             yield f"{where} has two sources named '{source.identity}'; give each its own 'name'"
-        for key in ("weight", "max_epochs", "validation_fraction"):
+        for key in ("weight", "loss_weight", "max_epochs", "validation_fraction"):
             value, allowed = getattr(source, key), RANGES[f"data.train[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}[{position}].{key} is {value}; it must be {allowed.words}"

@@ -66,7 +66,15 @@ def _fits(key: str) -> Callable[[Situation], bool]:
     return lambda now: getattr(now.config.training, key) <= now.steps
 
 
+_MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
+
 RULES = (
+    Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision in ("fp16", "auto"),
+        "only training.precision fp16 scales the loss; remove it, or set training.precision to fp16",
+        refused=True,
+    ),
     Rule(
         ("model.rope.factor",),
         lambda now: now.config.model.rope.kind is not None,
@@ -76,16 +84,52 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            "adapter.modules_to_save",
+            *("adapter.modules_to_save", "adapter.export"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
         refused=True,
     ),
     Rule(
-        ("optimizer.decay_tokens",),
+        ("adapter.export",),
+        lambda now: now.config.checkpoint.export_hf,
+        "checkpoint.export_hf is false, so nothing is exported; set it to true, or remove adapter.export",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.decay_tokens", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
+        refused=True,
+    ),
+    Rule(
+        tuple(f"optimizer.muon.{key}" for key in _MUON),
+        lambda now: now.config.optimizer.name == "muon",
+        "only optimizer.name muon uses it; remove it or set optimizer.name to muon",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.lion.beta1", "optimizer.lion.beta2"),
+        lambda now: now.config.optimizer.name == "lion",
+        "only optimizer.name lion uses it; remove it or set optimizer.name to lion",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.options",),
+        lambda now: "." in now.config.optimizer.name,
+        "only an optimizer with an import path gets options; remove them, or name the class in optimizer.name",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
+        lambda now: now.config.optimizer.name in ("adamw", "muon"),
+        "only adamw and muon use it; lion has optimizer.lion, and a class with an import path optimizer.options",
+        refused=True,
+    ),
+    Rule(
+        ("optimizer.state_dtype",),
+        lambda now: "." not in now.config.optimizer.name,
+        "a class with an import path chooses the dtype of its states; remove it",
         refused=True,
     ),
     Rule(
@@ -93,6 +137,24 @@ RULES = (
         lambda now: now.config.training.loss_spike_zscore is not None,
         "training.loss_spike_zscore is null, so no step counts as a spike; set it to a number such as 10, or remove "
         "loss_spike_action",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.min_delta", "training.early_stopping.metric"),
+        lambda now: now.config.training.early_stopping.patience is not None,
+        "training.early_stopping.patience is null, so the run does not stop early; set it, or remove the other",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.evaluates,
+        "there is no validation set, so nothing is evaluated; set data.validation or data.validation_fraction",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.config.training.eval_interval != 0,
+        "training.eval_interval is 0, so the run evaluates only at its end; set it to a number of steps",
         refused=True,
     ),
     Rule(
@@ -186,12 +248,12 @@ RULES = (
         "the first step is at least as long and ends the warm-up",
     ),
     Rule(
-        ("optimizer.min_learning_rate",),
+        ("optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: now.config.optimizer.schedule != "constant" or now.config.optimizer.schedule_start_tokens > 0,
         "optimizer.schedule constant stays at the peak",
     ),
     Rule(
-        ("optimizer.schedule", "optimizer.min_learning_rate"),
+        ("optimizer.schedule", "optimizer.min_learning_rate", "optimizer.min_learning_rate_ratio"),
         lambda now: _decays(now) or now.config.optimizer.schedule == "constant",
         "the warm-up fills the whole schedule; there is no decay",
     ),
@@ -210,7 +272,17 @@ RULES = (
         lambda now: any(len(mixture) > 1 for mixture in _mixtures(now.config)),
         "no mixture has more than one source",
     ),
+    Rule(
+        ("data.train[].loss_weight",),
+        lambda now: len({source.loss_weight for mixture in _mixtures(now.config) for source in mixture}) > 1,
+        "all sources have the same, and only their ratios matter",
+    ),
     # The conditions below are known only when the run starts.
+    Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision == "fp16",
+        "training.precision auto did not choose fp16, which alone scales the loss",
+    ),
     Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
@@ -220,7 +292,7 @@ RULES = (
         ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
         lambda now: (
             now.reduces
-            or now.config.parallel.cpu_offload
+            or now.config.parallel.cpu_offload is True
             or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
         ),
         "no other rank has a part of this rank's parameters, so nothing is gathered",
@@ -231,7 +303,7 @@ RULES = (
         "no two ranks hold the same weights",
     ),
     Rule(
-        ("parallel.cpu_offload",),
+        ("parallel.cpu_offload", "parallel.offload_activations"),
         lambda now: now.device != "cpu",
         "the run computes on the CPU, where everything is in host memory",
     ),
@@ -247,7 +319,11 @@ RULES = (
     ),
     Rule(
         ("model.initialize_from",),
-        lambda now: now.resumed is None or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now),
+        lambda now: (
+            now.resumed is None
+            or now.config.adapter.kind is not None  # the base is read from there
+            or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
+        ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
     ),
 )
@@ -261,11 +337,12 @@ ALWAYS = {
     *("data.stages[].train", "data.stages[].train_tokens"),
     *("training.train_tokens", "training.train_steps", "training.train_epochs"),
     *("training.sequence_length", "training.global_batch_size", "training.micro_batch_size"),
-    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.precision", "training.weight_dtype"),
-    *("training.ema_decay", "training.gc_interval"),
+    *("training.trainable", "training.neftune_alpha", "training.z_loss", "training.ema_decay"),
+    *("training.precision", "training.weight_dtype", "training.gc_interval"),
     *("training.max_skipped_steps", "training.loss_spike_zscore", "training.stop_after_minutes"),
-    *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-    *("optimizer.state_dtype", "optimizer.clip_grad_norm"),
+    *("optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_grad_norm"),
+    *("optimizer.child_tuning", "optimizer.groups", "optimizer.groups[].match"),
+    *("optimizer.groups[].learning_rate", "optimizer.groups[].weight_decay"),
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),

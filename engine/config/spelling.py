@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_type_hints
 
+from .other_tools import used_instead
 from .settings import RunConfig, SourceConfig, StageConfig
 
 REMOVED = {
@@ -49,8 +50,11 @@ def did_you_mean(key: str, section: bool = False) -> str:
     known.sort(key=lambda name: -difflib.SequenceMatcher(None, home, name.rpartition(".")[0]).ratio())
     last = key.rpartition(".")[2].replace("-", "_")
     leaves = {name: name.rpartition(".")[2] for name in known}
+    exact = [name for name in known if leaves[name] == last]
+    if not exact and "[" not in key and (ours := used_instead(key, {name for name, _ in known_keys()})):
+        return f"; use {ours}"
     near = (
-        [name for name in known if leaves[name] == last]
+        exact
         or [name for name in known if len(last) > 1 and _abbreviates(last.replace("_", ""), leaves[name].split("_"))]
         or difflib.get_close_matches(last, leaves.values(), n=1, cutoff=0.7)
     )

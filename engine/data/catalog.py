@@ -115,6 +115,7 @@ def open_catalog(
         dataset, sidecar = _open(settings.path, vocab_size, tokenizer)
         kept, left = split_source(settings.identity, dataset, plan.sequence_length, config.validation_fraction)
         kept, left = (replace(part, bos_id=_bos_id(sidecar)) for part in (kept, left))
+        kept = replace(kept, loss_weight=settings.loss_weight)
         unchecked += [] if sidecar else [settings.path]
         opened.append(NamedDataset(f"training source '{settings.identity}'", settings.path, dataset, sidecar))
         _require_chunks(kept, "train on")

@@ -48,6 +48,10 @@ class TrainingData:
         self.vocab_size = vocab_size
         self.attend_across_documents = attend_across_documents
         self.pin_memory = pin_memory
+        # Only their ratios matter, since the loss is a weighted mean. So the largest is 1, and equal ones are not used.
+        largest = max(source.loss_weight for source in sources)
+        relative = [source.loss_weight / largest for source in sources]
+        self._loss_weights = None if set(relative) == {1.0} else relative
 
     def micro_batches(self, first_sample: int) -> list[Batch]:
         """Return this rank's part of the global batch that begins with sample ``first_sample``."""
@@ -59,7 +63,9 @@ class TrainingData:
 
     def _packed(self, samples: list[int]) -> Batch:
         length = self.plan.sequence_length
-        batch = pack([self._chunk(sample) for sample in samples], length, self.attend_across_documents)
+        weights = self._loss_weights
+        of_samples = None if weights is None else [weights[self.order.sample(sample).source] for sample in samples]
+        batch = pack([self._chunk(sample) for sample in samples], length, self.attend_across_documents, of_samples)
         numbers = torch.cat([torch.arange(sample * length, (sample + 1) * length) for sample in samples])
         return batch._replace(token_numbers=numbers)
 

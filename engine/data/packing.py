@@ -13,14 +13,20 @@ from ..batch import Batch
 from .source import Chunk
 
 
-def pack(chunks: Sequence[Chunk | None], sequence_length: int, attend_across_documents: bool) -> Batch:
+def pack(
+    chunks: Sequence[Chunk | None],
+    sequence_length: int,
+    attend_across_documents: bool,
+    loss_weights: Sequence[float] | None = None,
+) -> Batch:
     """Concatenate chunks into a micro-batch.
 
     A None in place of a chunk fills a place that must not count: all its targets are masked. The same applies to the
     rest of a place after a shorter chunk, which is a document of its own. With ``attend_across_documents`` a chunk is
     one document. Without, attention and positions restart at every document or span of one. The target of a document's
     last token, which belongs to another document, is then masked. Tokens excluded by a dataset's loss mask are masked
-    in both cases, and so is the BOS of the next document.
+    in both cases, and so is the BOS of the next document. ``loss_weights`` are factors of the losses of each chunk;
+    None: all are 1.
     """
     num_tokens = len(chunks) * sequence_length
     tokens = np.zeros(num_tokens, dtype=np.int64)
@@ -49,11 +55,14 @@ def pack(chunks: Sequence[Chunk | None], sequence_length: int, attend_across_doc
     cu_seqlens = np.concatenate((*starts, [num_tokens]))
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     position_ids = np.arange(num_tokens) - np.repeat(cu_seqlens[:-1], lengths)
+    is_target = targets != IGNORE_INDEX
+    weights = None if loss_weights is None else np.repeat(np.array(loss_weights, np.float32), sequence_length)
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        num_targets=int(np.count_nonzero(targets != IGNORE_INDEX)),
+        num_targets=int(is_target.sum()) if weights is None else float(weights[is_target].sum(dtype=np.float64)),
+        loss_weights=None if weights is None else torch.from_numpy(weights),
     )

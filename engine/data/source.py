@@ -53,6 +53,8 @@ class Source:
     """Arrangement of the documents. None: chunks are read in file order, the same in all epochs."""
     bos_id: int | None = None
     """See :attr:`Chunk.bos_id`."""
+    loss_weight: float = 1.0
+    """Factor of the losses of its tokens in training."""
 
     @property
     def num_chunks(self) -> int:

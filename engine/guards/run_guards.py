@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from ..config.settings import RunConfig
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
 from ..step import StepResult
@@ -62,7 +62,8 @@ class RunGuards:
             self.step_guard.load_state_dict(resumed.health)
         self.replica_check = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest_checkpoint)
         self.watchdog = Watchdog(seconds, ranks)
-        self.emergency = EmergencySave(ranks, dict(model.named_parameters()), saver, say, seconds)
+        saved = {name: parameter for name, parameter in model.named_parameters() if name not in model.base_names}
+        self.emergency = EmergencySave(ranks, saved, saver, say, seconds)
         self._garbage = GarbageCollection(config.training.gc_interval)
         self._step, self._on_phase = 0, on_phase
         self._phase = "other"
@@ -97,6 +98,12 @@ class RunGuards:
         """Return the newest step and the phase that has begun, for messages."""
         return f"step {self._step}, {self._phase}"
 
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        scaler = self.step_guard.loss_scaler
+        return None if scaler is None else scaler.scale
+
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`~retemper.engine.step.StepGuards`."""
         return self.step_guard.should_skip(self._step, loss, grad_norm)
@@ -115,7 +122,7 @@ class RunGuards:
         self.emergency.state_consistent = True
         self._garbage.step_done(self._step)
 
-    def sum_targets(self, count: int, problem: str | None) -> float:
+    def sum_targets(self, count: float, problem: str | None) -> float:
         """Return the number of targets of all ranks. All ranks must call this.
 
         Args:
@@ -148,7 +155,7 @@ class RunGuards:
         """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
         self.step_guard.check(step, numbers, counts, self._model.parameters())
 
-    def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def check_replicas(self, step: int, optimizer: TrainingOptimizer) -> None:
         """Compare replicas if that is due after ``step``; see :class:`ReplicaCheck`."""
         if self.replica_check.due(step):
             self.replica_check(step, self._model, optimizer)
@@ -159,7 +166,7 @@ class RunGuards:
         All ranks must call this.
         """
         numbers = {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
-        self.check_skipped(step, numbers, self.step_guard.counts.tolist())
+        self.check_skipped(step, numbers, self.step_guard.numbers.tolist())
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     def _newest_checkpoint(self) -> str:

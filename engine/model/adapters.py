@@ -61,6 +61,11 @@ class AdapterParameters:
         """Return names and shapes of all parameters that train, which checkpoints contain."""
         return {**self.added, **self.saved}
 
+    def trains_head(self, architecture: Architecture) -> bool:
+        """Return whether the output head trains fully."""
+        tied = architecture.tie_word_embeddings
+        return (architecture.embedding_name if tied else architecture.head_name) in self.saved
+
     @property
     def num_trained(self) -> int:
         """Return the number of trained parameters."""
@@ -104,7 +109,7 @@ def adapter_parameters(architecture: Architecture, config: AdapterConfig) -> Ada
         {name: [name, name.rpartition(".")[0]] for name in trainable},
         "parameter or module",
     )
-    both = next((name for name in saved if name.rpartition(".")[0] in modules), None)
+    both = next((name for name in shapes if name in saved and name.rpartition(".")[0] in modules), None)
     if both is not None:
         raise UserError(
             f"adapter.modules_to_save trains {both} fully, but adapter.targets gives its layer an adapter; exclude it "

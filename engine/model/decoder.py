@@ -78,7 +78,9 @@ class Decoder(LanguageModel):
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`."""
         hidden_TH = self.model(batch, hidden_TH)
-        return self.loss(hidden_TH, self.head_weight, batch.targets) if self.is_last else hidden_TH
+        if not self.is_last:
+            return hidden_TH
+        return self.loss(hidden_TH, self.head_weight, batch.targets, batch.loss_weights)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """See :class:`LanguageModel`."""
@@ -88,10 +90,11 @@ class Decoder(LanguageModel):
         """See :class:`LanguageModel`."""
         return scaled_logits(hidden_TH, self.head_weight, **self.architecture.head_options)
 
-    def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        options = self.architecture.head_options
-        result = linear_cross_entropy(hidden_TH, weight_VH, targets_T, z_loss=self.active_z_loss, **options)
-        return result.cross_entropy_sum
+    def _loss_sum(
+        self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        options = {"weights_T": weights_T, "z_loss": self.active_z_loss, **self.architecture.head_options}
+        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
@@ -102,6 +105,10 @@ class Decoder(LanguageModel):
         """See :class:`LanguageModel`."""
         self.model.change_embeddings = change
 
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """See :class:`LanguageModel`."""
+        block.forward = functools.partial(_seeing, see, block.forward)
+
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """See :class:`LanguageModel`: normal with the architecture's ``initializer_range``, norms one, biases zero."""
@@ -109,6 +116,8 @@ class Decoder(LanguageModel):
             whole = Decoder(self.architecture)
         places = {name: place for place, (name, _) in enumerate(whole.named_parameters())}
         for name, parameter in self.named_parameters():
+            if name not in places:  # of an adapter, see lora.initialize_
+                continue
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
@@ -119,6 +128,18 @@ class Decoder(LanguageModel):
                     0.0, self.architecture.initializer_range, generator=generator
                 )
                 copy_(parameter, values)
+
+
+def _seeing(
+    see: Callable[[Batch], object],
+    forward: Callable[..., Tensor],
+    hidden_TH: Tensor,
+    rotation: Rotation | None,
+    batch: Batch,
+) -> Tensor:
+    """Run the forward of a block after ``see(batch)``."""
+    see(batch)
+    return forward(hidden_TH, rotation, batch)
 
 
 def scaled_logits(

@@ -22,8 +22,9 @@ from .architecture import Architecture
 Attend = Callable[..., Tensor]
 """An attention operation with the arguments of :func:`retemper.kernels.attention.attention`."""
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps [T, H] hidden states, the [V, H] weight of the head and [T] targets to losses."""
+Loss = Callable[..., Tensor]
+"""Maps [T, H] hidden states, the [V, H] weight of the head, [T] targets and, for :attr:`LanguageModel.loss`, their [T]
+fp32 weights or None, to losses."""
 
 ChangeEmbeddings = Callable[[Tensor, Batch], Tensor]
 """Maps [..., T, H] embeddings of the tokens of a batch to those that the first block takes."""
@@ -55,6 +56,8 @@ class LanguageModel(nn.Module, ABC):
     contain it: the value of :attr:`loss` is the cross-entropy."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
+    base_names: frozenset[str] = frozenset()
+    """Names of the frozen parameters of the base of an adapter. Checkpoints do not contain them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +122,13 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """Call ``see(batch)`` whenever ``block`` begins to compute the tokens of ``batch``, also in recomputation.
+
+        Call this before the forward of the block is wrapped by others.
+        """
+
+    @abstractmethod
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Initialize weights randomly as the model's family does.
 
@@ -139,6 +149,18 @@ class LanguageModel(nn.Module, ABC):
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
+
+    def table_names(self) -> set[str]:
+        """Return the names of the parameters of this part that are looked up or make logits: those in
+        :attr:`Architecture.tables`, and other embeddings, such as of positions.
+        """
+        embeddings = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, nn.Embedding)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        return embeddings.union(self.architecture.tables)
 
     def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
         """Allocate the parameters, which are on the meta device, and return this model. They are not initialized.

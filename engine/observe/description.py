@@ -36,7 +36,7 @@ def describe(run: Run) -> RunDescription:
         model={
             "model_type": architecture.model_type,
             "parameters": architecture.num_parameters,
-            "trainable_parameters": trainable.count(architecture, run.config.training),
+            "trainable_parameters": trainable.count(architecture, run.config.training, run.config.adapter),
             "implementation": architecture.describe_implementation(),
         },
         datasets=run.catalog.fingerprints,

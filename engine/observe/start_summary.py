@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Iterable
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config import budget
@@ -19,12 +17,15 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
-from ..model.dtypes import DTYPES
 from ..model.wrappers import text_config_of
+from ..optim import groups
 from ..optim.local import local_part
+from ..optim.state_sizes import state_itemsizes
 from ..parallel import trainable
+from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
+from ..start_kinds import AdapterStart
 from ..system import free_memory, total_memory
 from ..tokenizer.frame import frame_of_files
 from ..weights.checkpoint.assets import HfAssets
@@ -50,10 +51,11 @@ def describe_start(run: Run) -> list[str]:
     sections = {
         "Model": describe_model(run),
         "Data": [*describe_data(config.data, catalog, run.order, last_sample), *run.validation.describe()],
+        "Optimizer": _describe_optimizer(run),
         "Budget": _describe_budget(run),
         "Ranks and memory": _describe_ranks(run),
         "Checkpoints": [
-            describe_saving(config, run.model.parameters()),
+            describe_saving(config, run.model),
             describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
         ],
         "Outputs": describe_outputs(config),
@@ -83,6 +85,11 @@ def _describe_notes(run: Run) -> list[str]:
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
     training, tokens = run.config.training, run.progress.tokens
+    if run.stopped_early:
+        return [
+            f"{run.early_stopping.describe(run.progress)}; to continue the run, raise "
+            "training.early_stopping.patience or set it to null"
+        ]
     if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
@@ -117,13 +124,40 @@ def describe_model(run: Run) -> list[str]:
     """Return lines about the model and how it is computed."""
     training, architecture, attention = run.config.training, run.start.architecture, run.choices.attention
     all_pairs, causal_pairs = _flops_per_token(run)
+    num_trained = trainable.count(architecture, training, run.config.adapter)
     return [
         f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
-        f"{human(trainable.count(architecture, training))} of them trainable, {_describe_weights(run)}",
+        f"{human(num_trained)} {'' if run.config.adapter.kind else 'of them '}trainable, {_describe_weights(run)}",
         *([] if training.trainable == "all" else [f"trainable   {trainable.describe(architecture, training)}"]),
+        *_describe_adapter(run),
         f"computed by {architecture.describe_implementation()}",
         f"attention   {attention.backend}: {attention.reason}",
         f"FLOPs/token {all_pairs:.4g} (all pairs of positions), {causal_pairs:.4g} (causal pairs)",
+    ]
+
+
+def _describe_optimizer(run: Run) -> list[str]:
+    architecture, config = run.start.architecture, run.config
+    return groups.describe(
+        config.optimizer, trainable.learned(architecture, config), trainable.table_names_of(architecture)
+    )
+
+
+def _describe_adapter(run: Run) -> list[str]:
+    """Return a line about the adapter and its base, if there is one."""
+    config, start = run.config.adapter, run.start
+    if not isinstance(start, AdapterStart):
+        return []
+    parameters, base = start.parameters, start.base_record
+    kind = "DoRA" if config.dora else "LoRA"
+    scale = f"alpha {config.alpha:g}" + (" / sqrt(rank)" if config.rslora else "")
+    dropout = f", dropout {config.dropout:g}" if config.dropout else ""
+    saved = f"; {len(parameters.saved)} parameters of the base train fully" if parameters.saved else ""
+    dtypes = f"{run.config.training.weight_dtype} trained, {run.config.training.precision} frozen"
+    return [
+        f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
+        f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",
+        f"base        {base['folder']} (hash {base['hash']}); checkpoints contain only what learns",
     ]
 
 
@@ -171,7 +205,7 @@ def _describe_average(training: TrainingConfig) -> list[str]:
 def _flops_per_token(run: Run) -> tuple[float, float]:
     """Return the FLOPs per token that count all pairs of positions, and causal pairs."""
     architecture = run.start.architecture
-    learning = trainable.learning(architecture, run.config.training)
+    learning = trainable.learning(architecture, run.config.training, run.config.adapter)
     all_pairs, causal_pairs = (
         flops_per_token(architecture, run.plan.sequence_length, halved, learning) for halved in (False, True)
     )
@@ -198,18 +232,20 @@ def _describe_recompute(config: RunConfig) -> str:
     return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
 
 
-def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+def describe_saving(config: RunConfig, model: ModelParts) -> str:
     """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
-        parameters: of this rank.
+        model: this rank's part.
     """
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
-    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        of_trained = (state_bytes, state_bytes, *(bytes_ for bytes_ in (config.training.average_bytes,) if bytes_))
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *learns * of_trained)]
+    average, tables = config.training.average_bytes, model.table_names
+    for name, parameter in model.named_parameters():
+        held, of_trained = local_part(parameter), [average] * bool(average)
+        if parameter.requires_grad:
+            of_trained += state_itemsizes(name, parameter.ndim, config.optimizer, tables)
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *of_trained * parameter.requires_grad)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

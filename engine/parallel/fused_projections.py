@@ -42,6 +42,7 @@ def check(config: RunConfig, architecture: Architecture, has_one_rank: bool) -> 
         f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
         "parallel.cpu_offload": parallel.cpu_offload,
         "training.float8": config.training.float8,
+        "adapter.kind lora": config.adapter.kind is not None,
         f"model_type {architecture.model_type}, which transformers computes": architecture.implementation != "native",
     }
     found = next((name for name, is_obstacle in obstacles.items() if is_obstacle), None)

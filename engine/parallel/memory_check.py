@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
 from ..system import total_memory
+from . import trainable
 from .layout import plan_layout
-from .trainable import count
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -31,16 +31,20 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     """
     layout = plan_layout(config.parallel, world_size)
     sharing = layout.world_size // layout.replicate
-    weight_bytes = DTYPES[config.training.weight_dtype].itemsize
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
-    per_trained = weight_bytes + 2 * state_bytes + config.training.average_bytes  # gradient, both moments, average
-    total, trained = architecture.num_parameters, count(architecture, config.training)
-    needed = (total * weight_bytes + trained * per_trained) // sharing
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
-    available = device_memory(device) // ranks_here
+    training, adapter = config.training, config.adapter
+    total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
+    weight_bytes = DTYPES[training.weight_dtype].itemsize
+    per_weight = weight_bytes
+    per_trained = weight_bytes + trainable.state_bytes(architecture, config) / trained + training.average_bytes
+    if adapter.kind is not None:  # weights of the base have the dtype of the computation
+        per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
+    needed = int(total * per_weight + trained * per_trained) // sharing
+    on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
+    available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
     if needed > available:
         raise UserError(
-            f"model: ({total:,} parameters x {weight_bytes} bytes + {trained:,} trainable ones x {per_trained} bytes "
+            f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained:.4g} bytes "
             f"of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
             "rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"

@@ -43,7 +43,14 @@ def next_tokens(model: ModelParts, forward_backward: ForwardBackward, batches: l
     }
 
 
-def _choose(decoder: LanguageModel, chosen: _Chosen, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+def _choose(
+    decoder: LanguageModel,
+    chosen: _Chosen,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor | None,
+) -> Tensor:
     numbers = targets_T[targets_T != IGNORE_INDEX]
     if len(numbers):
         chosen.append((numbers, decoder.next_tokens(hidden_TH, weight_VH, targets_T)))

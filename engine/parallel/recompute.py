@@ -14,6 +14,7 @@ from ..config.settings import ParallelConfig
 from ..model.architecture import Architecture
 from ..model.families import DecoderArchitecture
 from ..model.language_model import LanguageModel, SameInput
+from ..model.lora import LoraLinear
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 _ATTENTIONS = (
@@ -47,6 +48,7 @@ def apply(model: LanguageModel, config: ParallelConfig, fuse_projections: bool =
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
             num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
+            num_linear += sum(m.num_other_products for m in block.modules() if isinstance(m, LoraLinear))
             if fuse_projections:
                 fused = [module for module in block.modules() if isinstance(module, SameInput)]
                 num_linear -= sum(len(module.layers_with_same_input) - 1 for module in fused)

@@ -182,21 +182,29 @@ def _present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Par
     return {name: style for name, style in plan.items() if name in there}
 
 
-def _loss_sum(model: Decoder, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, **options: Any) -> Tensor:
-    result = linear_cross_entropy(hidden_TH, weight_VH, targets_T, z_loss=model.active_z_loss, **options)
+def _loss_sum(
+    model: Decoder,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    options |= {"weights_T": weights_T, "z_loss": model.active_z_loss}
+    result = linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options)
     return result.cross_entropy_sum
 
 
 def _on_whole_vocabulary(mesh: DeviceMesh, architecture: DecoderArchitecture, compute: Callable[..., Tensor]) -> Loss:
     group, options = mesh.get_group(), architecture.head_options
 
-    def loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    def loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, *weights_T: Tensor | None) -> Tensor:
         """Compute the loss of the whole head: ``hidden_TH`` are this rank's tokens, ``weight_VH`` a DTensor,
-        ``targets_T`` all.
+        ``targets_T`` and ``weights_T`` those of all.
         """
         assert isinstance(weight_VH, DTensor)
         tokens = DTensor.from_local(hidden_TH, mesh, [Shard(TOKENS)], run_check=False)
         all_TH = tokens.redistribute(placements=[Replicate()]).to_local()
-        return compute(all_TH, weight_VH.to_local(), targets_T, vocab_group=group, **options)
+        return compute(all_TH, weight_VH.to_local(), targets_T, *weights_T, vocab_group=group, **options)
 
     return loss

@@ -24,7 +24,13 @@ def token_losses(model: ModelParts, forward_backward: ForwardBackward, batches: 
 
 
 def _sum_and_record(
-    decoder: LanguageModel, losses: list[Tensor], hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
+    decoder: LanguageModel,
+    losses: list[Tensor],
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor | None,
 ) -> Tensor:
+    assert weights_T is None
     losses.append(decoder.token_losses(hidden_TH, weight_VH, targets_T))
     return losses[-1].sum()

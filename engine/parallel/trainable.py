@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.settings import RunConfig, TrainingConfig
+from ..config.settings import AdapterConfig, RunConfig, TrainingConfig
 from ..config.spelling import nearest
 from ..errors import UserError
+from ..model.adapters import AdapterParameters, adapter_parameters
 from ..model.architecture import Architecture
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel, SameInput
+from ..optim.state_sizes import state_itemsizes
 from . import pipeline
 
 Selection = str | list[str]
@@ -46,6 +48,8 @@ class Learning:
     """Whether the head's matrix has a gradient."""
     head_input: bool = True
     """Whether the head's input needs one: something else learns."""
+    added: int = 0
+    """Elements of the matrices of an adapter, all of which learn."""
 
 
 ALL = Learning()
@@ -82,30 +86,47 @@ def _parameters_of(architecture: Architecture) -> Mapping[str, ParameterFacts]:
     }
 
 
-def learning(architecture: Architecture, config: TrainingConfig) -> Learning:
+def learning(architecture: Architecture, config: TrainingConfig, adapter: AdapterConfig | None = None) -> Learning:
     """Return what the backward pass computes. Within the first block that learns, all gradients are counted."""
+    if adapter is not None and adapter.kind is not None:
+        parameters = adapter_parameters(architecture, adapter)
+        added = sum(math.prod(shape) for shape in parameters.added.values() if len(shape) == 2)
+        return _learning(architecture, parameters.saved, _reached(parameters), added)
     if config.trainable == "all":
         return ALL
+    names = selected(config.trainable, parameters_of(architecture), architecture.tables)
+    return _learning(architecture, names, names)
+
+
+def _reached(parameters: AdapterParameters) -> set[str]:
+    """Return the parameters of the base to which gradients flow: those that train, or whose layers have an adapter."""
+    return {f"{module}.weight" for module in parameters.modules} | parameters.saved.keys()
+
+
+def _learning(architecture: Architecture, trained: Collection[str], names: Collection[str], added: int = 0) -> Learning:
+    """Return what is computed if the parameters ``trained`` have gradients, and gradients flow to ``names``."""
     every = parameters_of(architecture)
-    names = selected(config.trainable, every, architecture.tables)
     blocks = [facts.block for name, facts in every.items() if name in names and facts.block is not None]
-    embeds, tied = architecture.embedding_name in names, architecture.tie_word_embeddings
+    embeds, tied = architecture.embedding_name in trained, architecture.tie_word_embeddings
     outside = {name for name in names if every[name].block is None} - {architecture.head_name}
     # Outside of the blocks, what is not an embedding, the head or the final norm is a table that blocks read.
     first = 0 if outside & _before_blocks(every) else min(blocks, default=architecture.num_layers)
     in_blocks = {name: facts.shape for name, facts in every.items() if facts.block is not None}
     matrices = {name: architecture.active_elements(shape) for name, shape in in_blocks.items()}
-    trained = sum(elements for name, elements in matrices.items() if name in names)
+    learned = sum(elements for name, elements in matrices.items() if name in trained)
     return Learning(
-        weights=trained / sum(matrices.values()),
+        weights=learned / sum(matrices.values()),
         backward=1 - first / architecture.num_layers,
-        head_weight=embeds if tied else architecture.head_name in names,
+        head_weight=embeds if tied else architecture.head_name in trained,
         head_input=bool(blocks or outside),
+        added=added,
     )
 
 
-def count(architecture: Architecture, config: TrainingConfig) -> int:
+def count(architecture: Architecture, config: TrainingConfig, adapter: AdapterConfig | None = None) -> int:
     """Return the number of trainable parameters."""
+    if adapter is not None and adapter.kind is not None:
+        return adapter_parameters(architecture, adapter).num_trained
     if config.trainable == "all":
         return architecture.num_parameters
     every = parameters_of(architecture)
@@ -182,8 +203,16 @@ def _check_fused(architecture: Architecture, names: Collection[str]) -> None:
                 )
 
 
-def apply(model: LanguageModel, config: TrainingConfig) -> None:
-    """Freeze the parameters that are not trained; call before FSDP, which groups parameters by this."""
+def apply(model: LanguageModel, config: TrainingConfig, adapter: AdapterConfig | None = None) -> None:
+    """Freeze the parameters that are not trained; call before FSDP, which groups parameters by this.
+
+    With an ``adapter``, its parameters and those of ``adapter.modules_to_save`` are trained.
+    """
+    if adapter is not None and adapter.kind is not None:
+        trained = adapter_parameters(model.architecture, adapter).trained
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return
     if config.trainable == "all":
         return
     named = {name: p for name, p in model.named_parameters() if name not in model.constants}
@@ -203,13 +232,48 @@ def describe(architecture: Architecture, config: TrainingConfig) -> str:
     )
 
 
-def is_same_in_every_block(architecture: Architecture, config: TrainingConfig) -> bool:
+def is_same_in_every_block(
+    architecture: Architecture, config: TrainingConfig, adapter: AdapterConfig | None = None
+) -> bool:
     """Return whether all blocks train the same parameters, so that the costs of all follow from those of some."""
-    if isinstance(config.trainable, str):
-        return True
     model = meta_model(architecture)
-    apply(model, config)
+    if adapter is not None and adapter.kind is not None:
+        reached = _reached(adapter_parameters(architecture, adapter))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in reached)
+    elif isinstance(config.trainable, str):
+        return True
+    else:
+        apply(model, config)
     return len({tuple(p.requires_grad for p in block.parameters()) for block in model.blocks}) == 1
+
+
+def learned(architecture: Architecture, config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters that learn, by name."""
+    if config.adapter.kind is not None:
+        return dict(adapter_parameters(architecture, config.adapter).trained)
+    every = parameters_of(architecture)
+    names = selected(config.training.trainable, every, architecture.tables)
+    return {name: facts.shape for name, facts in every.items() if name in names}
+
+
+@functools.lru_cache(maxsize=8)
+def table_names_of(architecture: Architecture) -> frozenset[str]:
+    """Return the names of the embeddings and of the head of the whole model."""
+    return frozenset(meta_model(architecture).table_names())
+
+
+def state_bytes(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes of the optimizer's states of the whole model, without counts of steps.
+
+    Raises:
+        UserError: the class that ``optimizer.name`` imports cannot be used.
+    """
+    tables = table_names_of(architecture)
+    return sum(
+        math.prod(shape) * sum(state_itemsizes(name, len(shape), config.optimizer, tables))
+        for name, shape in learned(architecture, config).items()
+    )
 
 
 def require_same(

@@ -30,6 +30,9 @@ from .tensor_source import ReadRows, StoredTensor, rows_of
 
 BLOCK_BYTES = 64 << 20
 """Bytes read at a time if they are converted to another dtype, device or layout."""
+ComputeBox = Callable[[tuple[int, ...], Tensor], None]
+"""``compute(offsets, box)`` fills ``box`` with the values of a part that begin at ``offsets`` of its array. The values
+follow from others, such as the sum of a weight and an adapter, and are computed when they are read."""
 CheckValues = Callable[[str, Tensor], object]
 """Takes the name of a tensor and some of its values, and raises an error if they are not acceptable."""
 
@@ -42,9 +45,9 @@ class Part:
     sizes: tuple[int, ...]
     """Both with at least one dimension: see :func:`rows_of`."""
     path: Path
-    find: Callable[[int], int | Tensor]
+    find: Callable[[int], int | Tensor | ComputeBox]
     """Takes a descriptor of the file and returns the offset of the values, in bytes; or the values themselves, if they
-    are not stored row after row."""
+    are not stored row after row; or a function that computes them."""
     array: Box | None = None
     """If the values are a box of a larger stored array: where they begin in it, and its sizes."""
 
@@ -121,7 +124,7 @@ class _Reader:
     def __init__(self, source: TensorParts, name: str, check: CheckValues | None = None):
         self._name, self._dtype, self._check = name, source.tensors[name].dtype, check
         self._parts = source.parts[name]
-        self._found: dict[int, int | Tensor] = {}
+        self._found: dict[int, int | Tensor | ComputeBox] = {}
 
     def read(self, offsets: Sequence[int], into: Tensor) -> None:
         """Fill ``into`` with the box at ``offsets``."""
@@ -139,7 +142,7 @@ class _Reader:
                 self._read_part(part, descriptor, self._found[number], inside, place)
 
     def _read_part(
-        self, part: Part, descriptor: int, found: int | Tensor, offsets: tuple[int, ...], place: Tensor
+        self, part: Part, descriptor: int, found: int | Tensor | ComputeBox, offsets: tuple[int, ...], place: Tensor
     ) -> None:
         """Fill ``place`` from ``part``; a block at a time if it has another dtype or is on another device."""
         sizes = part.array[1] if part.array else part.sizes
@@ -153,7 +156,11 @@ class _Reader:
         for first in range(0, len(place), step):
             rows = place[first : first + step]
             block = rows if direct else torch.empty(rows.shape, dtype=self._dtype)
-            read_box(descriptor, found, sizes, (offsets[0] + first, *offsets[1:]), block, part.path)
+            begin = (offsets[0] + first, *offsets[1:])
+            if isinstance(found, int):
+                read_box(descriptor, found, sizes, begin, block, part.path)
+            else:
+                found(begin, block)
             if self._check is not None:
                 self._check(self._name, block)
             if not direct:

@@ -75,6 +75,7 @@ def linear_cross_entropy(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
+    weights_T: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -88,9 +89,10 @@ def linear_cross_entropy(
     Logits and the accumulation of both gradients are fp32 for any input dtype. The same inputs give the same bits.
 
     Args:
-        hidden_TH: [T, H] fp32 or bf16.
+        hidden_TH: [T, H] fp32, bf16 or fp16.
         weight_VH: [V, H] of the same dtype.
         targets_T: [T] int64 in [0, V), or ``IGNORE_INDEX``. Any other target makes the loss NaN.
+        weights_T: [T] fp32 factors of the tokens' losses and gradients, z-losses included; None: all are 1.
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss, which keeps logits small (PaLM: Chowdhery
             et al., 2022, https://arxiv.org/abs/2204.02311).
         logit_softcap: replaces logits ``x`` by ``cap * tanh(x / cap)``.
@@ -106,7 +108,7 @@ def linear_cross_entropy(
         ValueError: unknown backend, or one that does not support this.
     """
     options = Options(z_loss, logit_softcap, logit_scale, vocab_group)
-    compute = _choose(backend, hidden_TH, weight_VH)
+    compute = functools.partial(_choose(backend, hidden_TH, weight_VH), weights_T=weights_T)
     tensors = hidden_TH, weight_VH, bias
     needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
     loss_sum, z_loss_sum = _LinearCrossEntropy.apply(*tensors, targets_T, options, compute, needs)

@@ -30,6 +30,7 @@ def chunked_cross_entropy(
     targets_T: Tensor,
     vocab_size: int,
     *,
+    weights_T: Tensor | None = None,
     z_loss: float = 0.0,
     budget: int = LOGIT_BYTES,
 ) -> LinearCrossEntropy:
@@ -44,6 +45,7 @@ def chunked_cross_entropy(
         hidden_TH: [T, H].
         targets_T: [T] int64 in [0, V), or ``IGNORE_INDEX``. Any other target makes the loss NaN.
         vocab_size: V.
+        weights_T: [T] fp32 factors of the tokens' losses and gradients, z-losses included; None: all are 1.
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss.
         budget: bytes for the logits and all else of their shape. At least one row is always processed.
     """
@@ -51,7 +53,8 @@ def chunked_cross_entropy(
     loss_sum, z_loss_sum = torch.zeros(2, dtype=torch.float32, device=hidden_TH.device)
     # Without tokens the head is still evaluated, so that its parameters have a gradient.
     for part in chunks(hidden_TH.shape[0], budget // (BYTES_PER_LOGIT * vocab_size)) or [slice(0, 0)]:
-        loss, z_loss_of_chunk = checkpoint(chunk_loss, hidden_TH[part], targets_T[part], use_reentrant=False)
+        weights = None if weights_T is None else weights_T[part]
+        loss, z_loss_of_chunk = checkpoint(chunk_loss, hidden_TH[part], targets_T[part], weights, use_reentrant=False)
         loss_sum, z_loss_sum = loss_sum + loss, z_loss_sum + z_loss_of_chunk.detach()
     return LinearCrossEntropy(loss_sum, (targets_T != IGNORE_INDEX).sum(), z_loss_sum)
 
@@ -75,14 +78,20 @@ def chunked_token_losses(
 
 
 def _chunk_loss(
-    head: Callable[[Tensor], Tensor], options: Options, hidden_TH: Tensor, targets_T: Tensor
+    head: Callable[[Tensor], Tensor], options: Options, hidden_TH: Tensor, targets_T: Tensor, weights_T: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    terms = _chunk_terms(head, options, hidden_TH, targets_T)
+    terms = _chunk_terms(head, options, hidden_TH, targets_T, weights_T)
     return terms.losses_T.sum(), terms.z_losses_T.sum()
 
 
-def _chunk_terms(head: Callable[[Tensor], Tensor], options: Options, hidden_TH: Tensor, targets_T: Tensor) -> RowTerms:
+def _chunk_terms(
+    head: Callable[[Tensor], Tensor],
+    options: Options,
+    hidden_TH: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor | None = None,
+) -> RowTerms:
     logits = head(hidden_TH).float()
-    targets = Targets.of(targets_T, logits.shape[1], options)
+    targets = Targets.of(targets_T, logits.shape[1], options, weights_T)
     target_logit = logits.gather(1, targets.index_T[:, None])[:, 0] * targets.owned_T
     return row_terms(logits.logsumexp(1), target_logit, targets, options)

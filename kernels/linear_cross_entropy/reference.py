@@ -15,6 +15,7 @@ def linear_cross_entropy(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
+    weights_T: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -35,4 +36,6 @@ def linear_cross_entropy(
     losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE_INDEX, reduction="none")
     valid_T = targets_T != IGNORE_INDEX
     z_losses_T = z_loss * torch.logsumexp(logits_TV, dim=-1).square() * valid_T
+    if weights_T is not None:
+        losses_T, z_losses_T = losses_T * weights_T, z_losses_T * weights_T
     return LinearCrossEntropy((losses_T + z_losses_T).sum(), valid_T.sum(), z_losses_T.sum().detach())

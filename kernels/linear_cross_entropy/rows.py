@@ -10,6 +10,8 @@ With a scale ``s`` and a bias ``b``, ``z = s * (x + b)`` of the product ``x``, `
 ``dx`` over tokens. With a soft cap (Gemma 2), ``z = cap * tanh(s * (x + b) / cap)``, and ``dx = s * dz * (1 - (z /
 cap)^2)``.
 
+A token's weight multiplies its loss and all its gradients.
+
 Shapes: T tokens (a chunk of them here), V rows of the weight on this rank.
 """
 
@@ -46,11 +48,11 @@ class Gradients(NamedTuple):
     """The result of a backend."""
 
     losses_T: Tensor
-    """[T] fp32, zero if the target is ignored."""
+    """[T] fp32, times the tokens' weights; zero if the target is ignored."""
     z_losses_T: Tensor
     """[T] fp32, the z-losses that they contain."""
     hidden_TH: Tensor | None
-    """[T, H] in the hidden states' dtype: gradient of the summed loss; None if not requested."""
+    """[T, H] in the hidden states' dtype, or fp32 for fp16: gradient of the summed loss; None if not requested."""
     weight_VH: Tensor | None
     """[V, H] fp32; None if not requested."""
     bias_V: Tensor | None
@@ -60,8 +62,8 @@ class Gradients(NamedTuple):
 class Targets(NamedTuple):
     """The targets of a chunk, from the view of one rank of the vocabulary group."""
 
-    valid_T: Tensor
-    """[T] fp32, 0 where the target is ignored, else 1."""
+    weights_T: Tensor
+    """[T] fp32, 0 where the target is ignored, else the token's weight, usually 1."""
     index_T: Tensor
     """[T] int64 row of the target in this rank's weight, 0 if another rank has it."""
     owned_T: Tensor
@@ -70,18 +72,20 @@ class Targets(NamedTuple):
     """[T] bool, true if no rank has this target: neither a token id nor ``IGNORE_INDEX``."""
 
     @staticmethod
-    def of(targets_T: Tensor, num_rows: int, options: Options) -> Targets:
+    def of(targets_T: Tensor, num_rows: int, options: Options, weights_T: Tensor | None = None) -> Targets:
         """Return the targets as this rank sees them.
 
         Args:
             targets_T: [T] int64.
             num_rows: V of this rank.
+            weights_T: [T] fp32 weights of the tokens; None: all are 1.
         """
         valid = targets_T != IGNORE_INDEX
         local = targets_T - group_rank(options) * num_rows
         owned = valid & (local >= 0) & (local < num_rows)
         lost = valid & ((targets_T < 0) | (targets_T >= num_rows * group_size(options)))
-        return Targets(valid.float(), torch.where(owned, local, 0), owned.float(), lost)
+        weights = valid.float() if weights_T is None else torch.where(valid, weights_T, 0.0)
+        return Targets(weights, torch.where(owned, local, 0), owned.float(), lost)
 
 
 class RowTerms(NamedTuple):
@@ -116,10 +120,10 @@ def row_terms(log_sum_T: Tensor, target_logit_T: Tensor, targets: Targets, optio
     losses = log_sum_T - target_logit_T
     slope, z_losses = torch.ones_like(log_sum_T), torch.zeros_like(log_sum_T)
     if options.z_loss:
-        z_losses = options.z_loss * log_sum_T.square() * targets.valid_T
+        z_losses = options.z_loss * log_sum_T.square() * targets.weights_T
         slope += (2.0 * options.z_loss) * log_sum_T
     # A wrong target must not give a plausible loss; a check that raises would wait for the device.
-    losses = (losses * targets.valid_T + z_losses).masked_fill_(targets.lost_T, float("nan"))
+    losses = (losses * targets.weights_T + z_losses).masked_fill_(targets.lost_T, float("nan"))
     return RowTerms(losses, z_losses, log_sum_T, slope)
 
 

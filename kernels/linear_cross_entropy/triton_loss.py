@@ -50,6 +50,7 @@ def compute(
     budget: int,
     needs: Needs,
     persistent: bool,
+    weights_T: Tensor | None = None,
 ) -> Gradients:
     """Return losses and the gradients of their sum; see :func:`linear_cross_entropy` for shapes and options.
 
@@ -71,7 +72,7 @@ def compute(
     with on_device:
         for part in chunks(num_tokens, rows_per_chunk(budget, num_rows, tiles, any(needs)), tiles.rows):
             hidden = hidden_TH[part]
-            targets = Targets.of(targets_T[part], num_rows, options)
+            targets = Targets.of(targets_T[part], num_rows, options, None if weights_T is None else weights_T[part])
             terms, exponentials, scale = _forward(hidden, head, targets, options, tiles, persistent, any(needs))
             losses[part], z_losses[part] = terms.losses_T, terms.z_losses_T
             if grad_hidden is not None:
@@ -179,7 +180,7 @@ def _set_target_elements(
     index = targets.index_T[:, None]
     element = torch.where(targets.owned_T > 0, element, exponentials.gather(1, index)[:, 0])
     exponentials.scatter_(1, index, element[:, None].to(exponentials.dtype))
-    return targets.valid_T * slope * torch.exp(shift - terms.log_sum_T) * options.logit_scale
+    return targets.weights_T * slope * torch.exp(shift - terms.log_sum_T) * options.logit_scale
 
 
 def _num_column_blocks(num_rows: int, tiles: Tiles) -> int:

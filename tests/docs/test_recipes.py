@@ -79,7 +79,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
         trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
-    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, constant, _, decay = trainers
+    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, constant, _, decay, adapted = trainers
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
@@ -116,3 +116,10 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     assert len(kept) == 4 and Path(decay.start.folder) == constant.store.complete()[-1]
     assert learning_rate(decay.progress.tokens, decay.config.training, decay.config.optimizer) == 0
     assert Path("runs/constant/final_model/model.safetensors").is_file()
+
+    # 5: the base as it was.
+    base = tiny_run.tensors_of(Path("models/base"))
+    assert adapted.progress.tokens >= 500
+    for name, parameter in adapted.model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name or "norm" in name)
+        assert parameter.requires_grad or torch.equal(parameter, base[name])

@@ -120,7 +120,7 @@ def five_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
     def train(*arguments: Any) -> Tensor:
         loss = accumulate_gradients(*arguments)
         if not gradients:
-            gradients.update(_whole({name: p.grad for name, p in run.model.named_parameters()}))
+            gradients.update(_whole({name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}))
         return loss
 
     run.forward_backward.accumulate_gradients = train  # type: ignore[method-assign]

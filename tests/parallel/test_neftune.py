@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 import torch
 import torch.nn.functional as F
+import yaml
 from family_models import hf_config, hf_model, our_model
 from generic_models import architecture_of_type, documents, reference
 from packed_model import packed, tiny_decoder
@@ -121,6 +122,28 @@ def test_z_loss_of_the_decoder_is_in_the_gradients_only():
     assert penalty > 0.05 * plain
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["matrix", "any head"])
+def test_z_loss_of_the_transformers_implementation(fused):
+    model = TransformersModel(architecture_of_type("gpt2")).materialize(torch.device("cpu"))
+    model.load_state_dict(reference("gpt2").state, strict=False)
+    assert model._form is not None
+    model._form, batch = model._form if fused else None, documents()
+    plain, model.z_loss = model(batch).detach(), 0.1
+    with torch.no_grad():
+        assert torch.equal(model(batch), plain)
+    loss = model(batch)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), plain, rtol=1e-5, atol=0)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    logits = model.logits(batch).double()
+    penalty = 0.1 * (logits.logsumexp(-1).square() * (batch.targets != IGNORE_INDEX)).sum()
+    (F.cross_entropy(logits, batch.targets, ignore_index=IGNORE_INDEX, reduction="sum") + penalty).backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
+    assert penalty > 0.05 * plain
+
+
 def gradients(ranks, path, overrides: list[str]) -> dict[str, torch.Tensor]:
     """Full gradients of the first global batch, by name."""
     run = pretrain.build(tiny_run.configure(path, *overrides), ranks)
@@ -140,8 +163,6 @@ def expected_gradients(one_rank, even_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def even_file(run_file, tmp_path_factory):
     """The tiny run with a vocabulary that two ranks can share."""
-    import yaml
-
     config = yaml.safe_load(run_file.read_text())
     config["model"]["architecture"] |= {"vocab_size": tiny_run.VOCAB_SIZE + 1}
     path = tmp_path_factory.mktemp("even") / "run.yaml"

@@ -150,7 +150,7 @@ def listing_cells(row: Row) -> tuple[str, ...]:
         "" if evaluation is None else f"{evaluation:.4f}",
         format_bytes(row.bytes),
         ", ".join(row.kept),
-        row.state,
+        f"{row.state}, an adapter" if manifest is not None and manifest.base else row.state,
     )
 
 

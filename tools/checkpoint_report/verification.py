@@ -31,6 +31,8 @@ def verify(paths: Sequence[Path], say: Callable[[str], None] = print) -> bool:
         if manifest is not None and not damage:
             size = sum(record.bytes for record in manifest.records.values())
             verified = f"{len(manifest.files)} files, {format_bytes(size)}: unchanged since they were written"
+            if manifest.base:
+                verified += f"; an adapter for {manifest.base['folder']}, which is not verified"
             say(f"{folder}: " + (verified if manifest.files else "not verified: written before manifests had hashes"))
         intact = intact and manifest is not None and not damage
     return intact

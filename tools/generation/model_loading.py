@@ -17,9 +17,16 @@ from ...engine.model.generic.remote_code import register_remote_code
 from ...engine.model.implementations import architecture_of_tensors, checked, parse_architecture
 from ...engine.model.language_model import LanguageModel
 from ...engine.model.wrappers import text_config_of
+from ...engine.weights.adapters.opening import AdaptedModel, open_adapted
 from ...engine.weights.checkpoint.assets import ASSET_FOLDER, newest_of_run
 from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from ...engine.weights.checkpoint.tensors import load_tensors, model_tensors, require_model_tensors, stored_tensors
+from ...engine.weights.checkpoint.tensors import (
+    load_tensors,
+    model_tensors,
+    open_tensors,
+    require_model_tensors,
+    stored_tensors,
+)
 from ...engine.weights.checkpoint.verify import require_undamaged
 from ...engine.weights.damage import METADATA_FILE, TABLE_FILE
 from ...engine.weights.hugging_face.hub_download import (
@@ -154,6 +161,9 @@ def read_architecture(model: ModelFolder) -> Architecture:
     """
     config, where = _config_without_dropout(model), str(model.assets / CONFIG_FILE)
     if model.is_checkpoint:
+        adapted = _open_adapted(model)
+        if adapted is not None:
+            return adapted.architecture
         return architecture_of_tensors(config, where, stored_tensors(model.path))
     return parse_architecture(config, where)
 
@@ -178,7 +188,7 @@ def load_backend(model: ModelFolder, architecture: Architecture, dtype: str, dev
     config, where = model.config, str(model.assets / CONFIG_FILE)
     weights_dtype = dtype_named(dtype) or declared_dtype(config, where) or torch.float32
     if model.is_checkpoint:
-        return own_backend(_checkpoint_decoder(model.path, checked(architecture), weights_dtype, device), device)
+        return own_backend(_checkpoint_decoder(model, checked(architecture), weights_dtype, device), device)
     weights = open_hf_model(model.path, config=_config_without_dropout(model))
     if text_config_of(config)[1] or architecture.longest_unscaled is not None:
         return own_backend(_hf_decoder(weights, checked(architecture), weights_dtype, device), device)
@@ -226,13 +236,24 @@ def empty_decoder(architecture: Architecture, dtype: torch.dtype, device: torch.
 
 
 def _checkpoint_decoder(
-    folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device
+    model: ModelFolder, architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    decoder = empty_decoder(architecture, dtype, device)
-    require_model_tensors(folder, stored_tensors(folder), decoder)
-    require_undamaged(folder)
-    load_tensors(folder, model_tensors(decoder), distributed=False)
+    decoder, adapted = empty_decoder(architecture, dtype, device), _open_adapted(model)
+    parts = open_tensors(model.path) if adapted is None else adapted.parameters
+    require_model_tensors(model.path, parts.tensors, decoder)
+    require_undamaged(model.path)
+    if adapted is not None:
+        adapted.require_base()
+    load_tensors(model.path, model_tensors(decoder), distributed=False, opened=parts)
     return decoder
+
+
+def _open_adapted(model: ModelFolder) -> AdaptedModel | None:
+    """Return the adapter of a checkpoint with its base model; None if the checkpoint holds all parameters."""
+    manifest = read_manifest(model.path)
+    if not manifest.base:
+        return None
+    return open_adapted(model.path, manifest, open_tensors(model.path), _config_without_dropout(model))
 
 
 def _hf_decoder(

@@ -40,7 +40,7 @@ def short_specs(spec: RankSpec) -> list[RankSpec]:
     # Both numbers are even or odd, so that the halves of the backward pass have the same blocks at their ends.
     blocks, step = parallel.prefetch_blocks + 4, 2 * parallel.recompute_every
     own = num_blocks(spec)
-    if own <= blocks + step or not is_same_in_every_block(spec.architecture, config.training):
+    if own <= blocks + step or not is_same_in_every_block(spec.architecture, config.training, config.adapter):
         return [replace(spec, whole_steps=False)]
     blocks += (own - blocks) % step
     few, more = _few_micro_batches(config, layout)
@@ -84,11 +84,17 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         spec.place,
         own,
         line(first.parameters, second.parameters),
+        line(first.trained, second.trained),
         _mixed(first.kept, second.kept, line),
         {name: _mixed(first.peaks[name], second.peaks[name], line) for name in first.peaks},
         {name: _mixed(first.phase_most[name], second.phase_most[name], line) for name in first.phase_most},
         scaled(line(first.flops, second.flops), first.flops, more[0].flops if more else 0.0),
         collectives,
+        scaled(
+            line(first.sent_activations, second.sent_activations),
+            first.sent_activations,
+            more[0].sent_activations if more else 0.0,
+        ),
     )
 
 

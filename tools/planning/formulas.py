@@ -41,7 +41,7 @@ def rough_prediction(config: RunConfig, layout: Layout, cluster: ClusterSpec) ->
         count,
         _flops(config, layout, architecture) * count,
         _collectives(config, layout, cluster, count),
-        architecture.num_parameters / (layout.pipeline * layout.tensor * layout.shard * layout.context),
+        _num_trained(config, architecture) / (layout.pipeline * layout.tensor * layout.shard * layout.context),
     )
 
 
@@ -51,23 +51,35 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     """
     architecture, parallel = cluster.architecture, config.parallel
     count = plan_batches(config.training, layout.data_parallel).num_micro_batches
-    mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
-    sharded = mine / (layout.shard * layout.context)
-    trained = trainable.count(architecture, config.training) / architecture.num_parameters
-    states = sharded * (bytes_of(config.training.weight_dtype) + trained * 2 * bytes_of(config.optimizer.state_dtype))
-    states += sharded * trained * config.training.average_bytes
+    split = layout.pipeline * layout.tensor
+    num_trained = _num_trained(config, architecture)
+    mine, trained = architecture.num_parameters / split, num_trained / split
+    weight, adapted = bytes_of(config.training.weight_dtype), config.adapter.kind is not None
+    # Of an adapter, the base is held in the compute dtype, and what is trained in the dtype of weights.
+    weights = 2 * mine + weight * trained if adapted else weight * mine
+    ranks = layout.shard * layout.context
+    per_trained = trainable.state_bytes(architecture, config) / num_trained + config.training.average_bytes
+    states = (weights + trained * per_trained) / ranks
     once = parallel.reduce_gradients == "step" and count > 1
-    gradients = trained * (4 * mine if once or layout.pipeline > 1 else sharded * gradient_bytes(config, count))
+    gradients = trained * (4 if once or layout.pipeline > 1 else gradient_bytes(config, count) / ranks)
     tokens = _tokens(config, layout)
     blocks = architecture.num_layers / layout.pipeline
     recomputed = blocks / parallel.recompute_every
     in_flight = min(count, layout.pipeline)
+    if parallel.offload_activations:  # those of the last block stay, and of two more that are on their way
+        recomputed, blocks = recomputed * min(1.0, 3 / blocks), min(blocks, 3)
     kept = recomputed * calibration.kept[parallel.recompute] + (blocks - recomputed) * calibration.kept["none"]
     gathered = 0.0 if parallel.reshard_after_forward else 2 * mine
-    if layout.data_parallel * layout.context == 1 and not parallel.cpu_offload:  # copies in the compute dtype
-        gathered = 2 * mine if config.training.weight_dtype != config.training.precision else 0.0
+    if layout.data_parallel * layout.context == 1 and parallel.cpu_offload is not True:  # copies in the compute dtype
+        copied = trained if adapted and not parallel.cpu_offload else mine
+        differs = config.training.weight_dtype != config.training.precision or parallel.cpu_offload
+        gathered = 2 * copied if differs else 0.0
     on_gpu = 0.0 if parallel.cpu_offload else states + gradients
     return on_gpu + gathered + in_flight * tokens * kept
+
+
+def _num_trained(config: RunConfig, architecture: Architecture) -> int:
+    return trainable.count(architecture, config.training, config.adapter)
 
 
 def _tokens(config: RunConfig, layout: Layout) -> float:
@@ -81,7 +93,9 @@ def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> flo
     trained.
     """
     length = config.training.sequence_length
-    both = flops_per_token(architecture, length, True, trainable.learning(architecture, config.training))
+    both = flops_per_token(
+        architecture, length, True, trainable.learning(architecture, config.training, config.adapter)
+    )
     forward = flops_per_token(architecture, length, causal_halved=True) / 3
     again = {"none": 0.0, "selective": 0.06, "full": 1.0}[config.parallel.recompute] / config.parallel.recompute_every
     return (both + again * forward) * _tokens(config, layout) / layout.pipeline
@@ -102,11 +116,12 @@ def _collectives(
             entry.sent += sent_bytes(kind, size, ranks) * times
 
     mine = architecture.num_parameters / (layout.pipeline * layout.tensor)
+    trained = _num_trained(config, architecture) / (layout.pipeline * layout.tensor)
     reductions = 1 if parallel.reduce_gradients == "step" or layout.pipeline > 1 else count
     sharding = ("shard", "context") if layout.context > 1 else ("shard",)
     add("all-gather", sharding, 2 * mine, count * (2 if parallel.reshard_after_forward else 1))
-    add("reduce-scatter", sharding, 4 * mine, reductions)
-    add("all-reduce", ("replicate",), 4 * mine / (layout.shard * layout.context), reductions)
+    add("reduce-scatter", sharding, 4 * trained, reductions)
+    add("all-reduce", ("replicate",), 4 * trained / (layout.shard * layout.context), reductions)
     blocks = count * architecture.num_layers / layout.pipeline
     again = 1 / parallel.recompute_every if parallel.recompute == "full" else 0.0
     # Both halves of a block gather their input's tokens and scatter their output's sums, forward and backward.

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
-from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
 from ...engine.parallel.trainable import learning
 from ...engine.schedule import BatchPlan, plan_batches
+from ...engine.weights.checkpoint.destination import checkpoint_bytes
 from .dry_run import RankUsage
 from .gpus import GiB
 from .memory import KINDS
 from .options import ClusterSpec
-from .prediction import StepPrediction, bytes_of, predict
+from .prediction import StepPrediction, predict
 
 _ON_HOST = ("parameters", "gradients", "optimizer states")
 """Kinds of memory on the host with ``parallel.cpu_offload``."""
@@ -45,7 +45,7 @@ class LayoutPlan:
 
     def peak_of(self, rank: RankUsage) -> dict[str, float]:
         """Return the bytes on the GPU by kind at the peak."""
-        left_out = _ON_HOST if self.config.parallel.cpu_offload else ()
+        left_out = _ON_HOST if self._offloads else ()
         on_gpu = [{k: v for k, v in kinds.items() if k not in left_out} for kinds in rank.peaks.values()]
         fullest = max(on_gpu, key=lambda kinds: sum(kinds.values()))
         return {kind: fullest.get(kind, 0.0) for kind in KINDS}
@@ -54,6 +54,15 @@ class LayoutPlan:
     def peak_bytes(self) -> float:
         """Return the peak bytes on the GPU of the fullest rank."""
         return sum(self.peak_of(self.fullest).values())
+
+    @property
+    def host_bytes(self) -> float:
+        """Return the bytes of host memory that weights, gradients and states of the fullest rank take."""
+        return max(sum(rank.most[kind] for kind in _ON_HOST) for rank in self.ranks) if self._offloads else 0.0
+
+    @property
+    def _offloads(self) -> bool:
+        return bool(self.config.parallel.cpu_offload)
 
     @property
     def headroom(self) -> float:
@@ -75,7 +84,9 @@ class LayoutPlan:
             self.batches.num_micro_batches,
             rank.flops,
             rank.collectives,
+            rank.trained,
             rank.parameters,
+            rank.sent_activations,
         )
 
     @property
@@ -101,7 +112,7 @@ class LayoutPlan:
                 result is then at most the assumed efficiency. False: all pairs, as in the trainer's log.
         """
         architecture = self.cluster.architecture
-        learned = learning(architecture, self.config.training)
+        learned = learning(architecture, self.config.training, self.config.adapter)
         per_token = flops_per_token(architecture, self.batches.sequence_length, causal_halved, learned)
         return self.tokens_per_second * per_token / self.cluster.gpu.flops
 
@@ -112,16 +123,8 @@ class LayoutPlan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Return the bytes of one checkpoint: weights, both moments, and an average of each parameter."""
-        training = self.config.training
-        per_parameter = bytes_of(training.weight_dtype) + 2 * bytes_of(self.config.optimizer.state_dtype)
-        per_parameter += training.average_bytes
-        return checkpoint_bytes(self.cluster.architecture, per_parameter)
-
-
-def checkpoint_bytes(architecture: Architecture, bytes_per_parameter: int) -> float:
-    """Return the bytes of a checkpoint's tensors; its index and its manifest are not included."""
-    return architecture.num_parameters * bytes_per_parameter
+        """Return the bytes of the tensors of one checkpoint; its index and its manifest are not included."""
+        return checkpoint_bytes(self.config, self.cluster.architecture)
 
 
 def shown_layout(config: RunConfig, layout: Layout) -> str:
@@ -138,7 +141,9 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
     if parallel.reduce_gradients == "step" and layout.pipeline == 1:
         parts.append("gradients reduced once")
     if parallel.cpu_offload:
-        parts.append("offload")
+        parts.append("offload" if parallel.cpu_offload is True else "optimizer on the host")
+    if parallel.offload_activations:
+        parts.append("activations on the host")
     return ", ".join(parts)
 
 

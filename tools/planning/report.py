@@ -59,6 +59,8 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
         lines.append(f"| {kind}{note} | {gib(rank.kept[kind])} | {gib(rank.most[kind])} | {gib(peak[kind])} |")
     total = sum(peak.values())
     lines.append(f"| **all** | {gib(sum(rank.kept.values()))} | | **{gib(total)}** |")
+    if offloaded:
+        lines += ["", f"host        {gib(plan.host_bytes)} GiB of host memory for each rank, and pinned buffers"]
     lines += ["", f"memory      {_sizes(plan)}"]
     return lines
 
@@ -85,7 +87,7 @@ def _traffic_table(plan: LayoutPlan) -> list[str]:
 
 def _time_lines(plan: LayoutPlan) -> list[str]:
     architecture, batches = plan.cluster.architecture, plan.batches
-    learned = learning(architecture, plan.config.training)
+    learned = learning(architecture, plan.config.training, plan.config.adapter)
     every, causal = (
         flops_per_token(architecture, batches.sequence_length, halved, learned) for halved in (False, True)
     )
@@ -93,7 +95,6 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
     tokens = plan.config.training.budget
     seconds = plan.hours * 3600
     executed = rank.flops * ranks / batches.tokens_per_step
-    kept = "weights, both moments, average" if plan.config.training.average_bytes else "weights and both moments"
     return [
         f"FLOPs/token {digits(every / 1e9)} G (all pairs of positions), {digits(causal / 1e9)} G (causal pairs); "
         f"with all that is computed again: {digits(executed / 1e9)} G",
@@ -103,8 +104,13 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
         f"--efficiency is its bound), {plan.mfu(causal_halved=False):.1%} (all pairs, as in a run's log)",
         f"run         {tokens:,} tokens = {batches.steps_for(tokens):,} steps: {duration(seconds)} = "
         f"{digits(plan.hours)} hours, {digits(plan.hours * ranks)} GPU-hours",
-        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB ({kept})",
+        f"checkpoint  {digits(plan.checkpoint_bytes / 1e9)} GB ({_stored(plan)})",
     ]
+
+
+def _stored(plan: LayoutPlan) -> str:
+    what = "the adapter" if plan.config.adapter.kind is not None else "weights"
+    return f"{what}, both moments, average" if plan.config.training.average_bytes else f"{what} and both moments"
 
 
 def _seconds(prediction: StepPrediction) -> str:
@@ -131,8 +137,14 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
         f"not counted fragmentation, NCCL's buffers, CUDA's context: the reserve of {gib(cluster.reserve)} GiB is for "
         "them (--reserve). Compiled blocks keep less than is counted. Nothing was measured on a GPU",
     ]
-    if plan.config.parallel.cpu_offload:
-        lines.append("not counted the time of copies to host memory and of the optimizer there")
+    if plan.config.parallel.cpu_offload or plan.config.parallel.offload_activations:
+        lines.append(
+            f"offload     {gpu.host_link / 1e9:g} GB/s to the host in each direction, host memory "
+            f"{assumptions.host_bandwidth / 1e9:g} GB/s (--host-bandwidth), each x {assumptions.link_efficiency:g}; "
+            "transfers overlap with computing, the update does not"
+        )
+    if plan.config.optimizer.name == "muon":
+        lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
     return lines
 
 
@@ -178,7 +190,7 @@ def format_savings(plan: LayoutPlan, savings: list[Saving]) -> str:
         speed = _relative_speed(saving, plan)
         lines.append(
             f"| {saving.change} | {gib(saving.saved_bytes)} | {gib(saving.plan.peak_bytes)} "
-            f"| {'' if speed is None else f'{speed:.0%}'} | {saving.change.drawback} |"
+            f"| {speed:.0%} | {saving.change.drawback} |"
         )
     if not savings:
         lines.append("| no change of one setting saves memory: use more or larger GPUs | | | | |")
@@ -200,10 +212,8 @@ def savings_record(plan: LayoutPlan, savings: list[Saving]) -> list[dict[str, An
     ]
 
 
-def _relative_speed(saving: Saving, plan: LayoutPlan) -> float | None:
-    """Return the predicted speed compared with ``plan``; None for offloading, whose copies are not predicted."""
-    if saving.plan.config.parallel.cpu_offload:
-        return None
+def _relative_speed(saving: Saving, plan: LayoutPlan) -> float:
+    """Return the predicted speed compared with ``plan``."""
     return saving.plan.tokens_per_second / plan.tokens_per_second
 
 
@@ -230,6 +240,7 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
                 "place": rank.place,
                 "blocks": rank.blocks,
                 "parameters": rank.parameters,
+                "trained_parameters": rank.trained,
                 "kept_bytes": rank.kept,
                 "most_bytes": rank.most,
                 "peak_bytes": plan.peak_of(rank),
@@ -246,7 +257,7 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
             cluster.architecture,
             plan.batches.sequence_length,
             False,
-            learning(cluster.architecture, plan.config.training),
+            learning(cluster.architecture, plan.config.training, plan.config.adapter),
         ),
         "tokens_per_second_per_gpu": plan.tokens_per_second,
         "mfu": plan.mfu(causal_halved=False),

@@ -10,7 +10,8 @@ from typing import Literal
 class AdapterConfig:
     """Adapter: small matrices at the linear layers, which train while the weights of the model stay frozen.
 
-    The model in ``model.initialize_from`` is the base. Checkpoints hold only what learns, and the hash of the base.
+    The model in ``model.initialize_from`` is the base; without one, the random weights of the run's seed. Checkpoints
+    hold only what learns, and the hash of the base.
     """
 
     kind: Literal["lora"] | None = None
@@ -33,6 +34,9 @@ class AdapterConfig:
     dora: bool = False
     """Also train the length of every row of the adapted matrices, apart from its direction (DoRA, arXiv 2402.09353).
     Often better at low ranks; every pass computes the adapted matrices, which costs time and memory."""
+    export: Literal["merged", "peft", "both"] = "merged"
+    """What ``checkpoint.export_hf`` writes at the end of the run. merged: the model with the adapter added to its
+    weights, in ``hf/``. peft: the adapter alone as a folder of PEFT, in ``peft/``. both: both."""
     modules_to_save: list[str] = field(default_factory=list)
     """Shell patterns of the names of parameters or modules of the base that train fully alongside, such as
     ``[model.embed_tokens, lm_head, "*norm*"]``. They and the adapter have ``training.weight_dtype``; frozen weights

@@ -31,6 +31,10 @@ class SourceConfig:
     limit."""
     max_tokens: int | None = None
     """The same limit in tokens. If both are set, the smaller one applies."""
+    loss_weight: float = 1.0
+    """Factor of the loss of this source's tokens. ``weight`` decides how often they are read, this how strongly each
+    counts: the loss of a step is the mean of the tokens' losses, weighted by these factors. Only their ratios matter,
+    so it has no effect if all sources have the same. Evaluations are not weighted."""
     column: str | None = None
     """For text: key or column of the text, as ``--json-key`` of tools/preprocess.py. Null: ``text``."""
     split: str | None = None

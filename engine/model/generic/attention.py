@@ -39,6 +39,8 @@ class PackedAttention:
     def __init__(self) -> None:
         self.batch: Batch | None = None
         self.attend: Attend = attention
+        self.on_batch: list[Callable[[Batch], object]] = []
+        """Called when the block begins to compute the tokens of a batch."""
 
     def attach(self, modules: Iterable[nn.Module]) -> None:
         """Make the attention of ``modules`` use this object."""
@@ -53,6 +55,8 @@ class PackedAttention:
 
         def with_batch(*arguments: Any, batch: Batch, **named: Any) -> Any:
             self.batch = batch
+            for see in self.on_batch:
+                see(batch)
             return forward(*arguments, **named)
 
         return with_batch

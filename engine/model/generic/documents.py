@@ -59,6 +59,7 @@ def _one_document(batch: Batch, cut: slice) -> Batch:
         cu_seqlens=offsets,
         max_seqlen=length,
         attention=replace(batch.attention, lengths=(length,)),
+        token_numbers=None if batch.token_numbers is None else batch.token_numbers[cut],
     )
 
 

@@ -47,7 +47,7 @@ class TransformersModel(LanguageModel):
         self.constants = _turn_buffers_into_parameters(self)
         self._library_head = LibraryHead(parts)
         self._form = self._library_head.form()
-        self._attentions = [self._prepare(block) for block in self._blocks]
+        self._attentions = {block: self._prepare(block) for block in self._blocks}
         self._takes_positions = "position_ids" in inspect.signature(parts.backbone.forward).parameters
         self._batch: Batch | None = None
         self.loss: Loss = self._loss_sum
@@ -71,7 +71,7 @@ class TransformersModel(LanguageModel):
 
     def forward(self, batch: Batch, hidden_TH: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`."""
-        return self.loss(self.hidden_states(batch), self.head_weight, batch.targets)
+        return self.loss(self.hidden_states(batch), self.head_weight, batch.targets, batch.loss_weights)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """See :class:`LanguageModel`."""
@@ -87,7 +87,7 @@ class TransformersModel(LanguageModel):
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""
-        for packed in self._attentions:
+        for packed in self._attentions.values():
             packed.attend = wrap(packed.attend)
 
     def change_embeddings(self, change: ChangeEmbeddings) -> None:
@@ -97,6 +97,10 @@ class TransformersModel(LanguageModel):
             return hidden_1TH if self._batch is None else change(hidden_1TH, self._batch)
 
         self._parts.embedding.register_forward_hook(hook)
+
+    def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
+        """See :class:`LanguageModel`. With one document at a time, ``see`` gets each document."""
+        self._attentions[block].on_batch.append(see)
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
@@ -132,13 +136,15 @@ class TransformersModel(LanguageModel):
     def _pass_batch(self, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         return arguments, {**named, "batch": self._batch}
 
-    def _loss_sum(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-        form, z_loss = self._form, self.active_z_loss
+    def _loss_sum(
+        self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
+    ) -> Tensor:
+        form, options = self._form, {"weights_T": weights_T, "z_loss": self.active_z_loss}
         if form is None:
             size = self.architecture.vocab_size
-            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, z_loss=z_loss).cross_entropy_sum
-        options = self._head_options(form)
-        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, z_loss=z_loss, **options).cross_entropy_sum
+            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, **options).cross_entropy_sum
+        options |= self._head_options(form)
+        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
 
     def _token_losses(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
         form = self._form

@@ -6,9 +6,10 @@ first save, hours after the start.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...config.settings import RunConfig
@@ -20,6 +21,7 @@ from ...model.dtypes import DTYPES
 from ...model.implementations import meta_model
 from ...observe.curves import TENSORBOARD_FOLDER
 from ...parallel import trainable
+from .names import PEFT_EXPORTS
 from .store import CheckpointStore
 
 _EXPORT_BYTES = 2
@@ -73,18 +75,30 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Return the size of a checkpoint without small files: weights; moments and averages of trainable parameters."""
-    decoder = meta_model(architecture)
-    trainable.apply(decoder, config.training)
-    weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
-    trained = 2 * state + config.training.average_bytes
-    return sum(p.numel() * (weight + trained * p.requires_grad) for p in decoder.parameters())
+    """Return the size of a checkpoint without small files: weights; states and averages of trainable parameters.
+
+    With an adapter, these are only those of the parameters that learn.
+    """
+    weight, trained = DTYPES[config.training.weight_dtype].itemsize, trainable.learned(architecture, config)
+    num_trained = sum(math.prod(shape) for shape in trained.values())
+    stored = num_trained
+    if config.adapter.kind is None:
+        stored = sum(parameter.numel() for parameter in meta_model(architecture).parameters())
+    of_trained = trainable.state_bytes(architecture, config) + num_trained * config.training.average_bytes
+    return stored * weight + of_trained
 
 
 def require_destination(
-    config: RunConfig, store: CheckpointStore, architecture: Architecture, steps: int, export_folder: Path
+    config: RunConfig, store: CheckpointStore, architecture: Architecture, steps: int, exports: Sequence[Path]
 ) -> list[str]:
     """Check everything that a run of ``steps`` more steps will write to. Called on the main rank.
+
+    Args:
+        config: of the run.
+        store: of its checkpoints; is told their expected size.
+        architecture: of the model.
+        steps: see above.
+        exports: the folders that exports will be in.
 
     Returns:
         Notes for the log, if a checkpoint fits on the disk, but not all that will be kept.
@@ -94,13 +108,11 @@ def require_destination(
     """
     run_folder = Path(config.run_folder)
     folders = [run_folder, *[run_folder / TENSORBOARD_FOLDER] * config.logging.tensorboard]
-    exports = config.checkpoint.export_hf
-    require_writable([*folders, *[store.folder] * (steps > 0), *[export_folder] * exports])
-    if exports:
-        size = architecture.num_parameters * _EXPORT_BYTES
-        require_space(
-            export_folder, size, "the Hugging Face folder of checkpoint.export_hf", lambda: "free some space there"
-        )
+    require_writable([*folders, *[store.folder] * (steps > 0), *exports])
+    trained = trainable.count(architecture, config.training, config.adapter)
+    for folder in exports:
+        size = (trained if folder.name == PEFT_EXPORTS else architecture.num_parameters) * _EXPORT_BYTES
+        require_space(folder, size, "the Hugging Face folder of checkpoint.export_hf", lambda: "free some space there")
     if not steps:
         return []
     size = store.expected_bytes = checkpoint_bytes(config, architecture)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...optim import average_of
+from ...optim import TrainingOptimizer, average_of
 from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
 from ..table import read_table
@@ -40,7 +40,7 @@ def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: ParameterOwner, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return the state tensors of ``optimizer``, named by state and parameter; frozen parameters have no states."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -53,21 +53,33 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
     return tensors
 
 
-def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all tensors of a training checkpoint by name. The optimizer has its states after the first step."""
+def training_tensors(model: ParameterOwner, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """Return all tensors of training by name. The optimizer has its states after the first step."""
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
 
 
-def average_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+class AdaptedParameters(ParameterOwner, Protocol):
+    """Parameters, some of which may be those of the base of an adapter."""
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        """Names of the parameters that checkpoints do not contain."""
+
+
+def average_tensors(optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return the moving averages of the weights by name; empty without ``training.ema_decay``."""
     average = average_of(optimizer)
     tensors = {} if average is None else average.tensors()
     return {f"{AVERAGE_PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
-def checkpoint_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the tensors that a checkpoint of training contains: those of training, and averages of the weights."""
-    return {**training_tensors(model, optimizer), **average_tensors(optimizer)}
+def checkpoint_tensors(model: AdaptedParameters, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint of training contains: those of training, and averages of the weights.
+
+    Those of the base of an adapter are left out.
+    """
+    tensors = {**training_tensors(model, optimizer), **average_tensors(optimizer)}
+    return {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
 
 
 def open_tensors(folder: str | Path) -> TensorParts:
@@ -148,8 +160,18 @@ def require_model_tensors(folder: str | Path, stored: Mapping[str, StoredTensor]
     Raises:
         UserError: missing, unexpected or differently shaped tensors.
     """
+    require_tensors(folder, stored, {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()})
+
+
+def require_tensors(
+    folder: str | Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a checkpoint of ``stored`` whose model tensors do not have exactly the ``wanted`` names and shapes.
+
+    Raises:
+        UserError: missing, unexpected or differently shaped tensors.
+    """
     weights = {name: tensor for name, tensor in stored.items() if not name.startswith(STATE_PREFIXES)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
     difference = describe_difference(weights, wanted)
     if difference:
         raise UserError(f"{folder}: the checkpoint belongs to another model: {difference}")

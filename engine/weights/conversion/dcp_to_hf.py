@@ -19,6 +19,7 @@ from ..hugging_face.weight_dtypes import cast_to, describe_casts, dtype_name, dt
 from ..hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from ..workers import parse_workers
 from .logits import compare_logits
+from .peft_export import plan_peft_export
 from .pipeline import Conversion, hf_target
 from .provenance import ConversionRecord
 from .stored_model import StoredModel, open_checkpoint
@@ -32,6 +33,8 @@ def plan_export(
     vocab_size: int | None = None,
     carried_from: str | None = None,
     ema: bool = False,
+    base: str | None = None,
+    adapter: bool = False,
 ) -> Conversion:
     """Return the plan of :func:`convert` with these arguments.
 
@@ -39,7 +42,9 @@ def plan_export(
         UserError: the checkpoint is incomplete, or not a model that can be exported.
     """
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
-    model = open_checkpoint(checkpoint, ema)
+    model = open_checkpoint(checkpoint, ema, base)
+    if adapter:
+        return plan_peft_export(model, target, ema)
     target = target or model.export_dtype
     assets, rows = model.assets, model.architecture.vocab_size
     model = _with_carried(model, carried_from)
@@ -99,6 +104,8 @@ def convert(
     max_shard_size: str = DEFAULT_MAX_SHARD_SIZE,
     vocab_size: int | None = None,
     carried_from: str | None = None,
+    base: str | None = None,
+    adapter: bool = False,
     workers: int | None = None,
     allow_nonfinite: bool = False,
     verify: bool = False,
@@ -106,7 +113,7 @@ def convert(
     ema: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write the Hugging Face folder ``output`` from ``checkpoint``.
+    """Write the Hugging Face folder ``output`` from ``checkpoint``, or with ``adapter`` a folder of PEFT.
 
     The arguments are the options of checkpoint_convert/dcp_to_hf.py, which
     documents them. ``say`` receives its output, line by line.
@@ -120,10 +127,11 @@ def convert(
     if trust_remote_code:
         assets = Path(checkpoint) / ASSET_FOLDER
         register_remote_code(read_hf_config(assets), assets)
-    conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from, ema)
-    model, tensors, rows = conversion.model, conversion.tensors, conversion.record.options["vocab_size"]
+    conversion = plan_export(Path(checkpoint), dtype, max_shard_size, vocab_size, carried_from, ema, base, adapter)
+    model, tensors = conversion.model, conversion.tensors
 
     def compare(content: Path) -> dict[str, Any]:
+        rows = conversion.record.options["vocab_size"]
         common = min(model.architecture.vocab_size, rows)
         written = dtype_named(conversion.record.options["dtype"])
         rounded_to = {**cast_to(model.parameters.tensors, written, model.kept), **tensors}

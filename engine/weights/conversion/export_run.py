@@ -11,16 +11,18 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from ...config.settings import CheckpointConfig
+from ...config.settings import RunConfig
 from ...errors import UserError
 from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..block_copy import OutputFile, WrittenFile, copy_files
 from ..checkpoint.manifest import MANIFEST_FILE
-from ..checkpoint.names import EXPORTS
+from ..checkpoint.names import EXPORTS, PEFT_EXPORTS
 from ..checkpoint.store import CheckpointStore, require_visible, step_of
 from ..finite import OPTION
 from ..hugging_face.upload import open_repository, upload_folder
@@ -31,21 +33,37 @@ from .pipeline import Conversion
 from .provenance import CONVERSION_FILE
 from .writing import size_of
 
+Form = Literal["merged", "peft"]
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
-def export_folder(run_folder: Path, step: int) -> Path:
+def export_folder(run_folder: Path, step: int, form: Form = "merged") -> Path:
     """Return the folder to which the checkpoint of ``step`` is exported."""
-    return run_folder / EXPORTS / f"step-{step:08d}"
+    return run_folder / (PEFT_EXPORTS if form == "peft" else EXPORTS) / f"step-{step:08d}"
 
 
-def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list[str]:
+def export_folders(config: RunConfig, run_folder: Path, step: int) -> list[Path]:
+    """Return the folders to which a run exports the checkpoint of ``step``."""
+    return [folder for _, folder in _exports(config, run_folder, step)]
+
+
+def _exports(config: RunConfig, run_folder: Path, step: int) -> list[tuple[Form, Path]]:
+    """Return the form and the folder of each export of a run; none without ``checkpoint.export_hf``."""
+    if not config.checkpoint.export_hf:
+        return []
+    chosen = config.adapter.export if config.adapter.kind is not None else "merged"
+    forms: tuple[Form, Form] = ("merged", "peft")
+    both = [(form, export_folder(run_folder, step, form)) for form in forms]
+    return [(form, folder) for form, folder in both if chosen in (form, "both")]
+
+
+def prepare_export(config: RunConfig, ranks: Ranks, step: int) -> list[str]:
     """Check before the training that the export after it will be possible. All ranks call this.
 
     Args:
         config: of the run.
         ranks: of the run.
-        output: :func:`export_folder` of its last step.
+        step: its last one.
 
     Returns:
         Lines for the log, on the main rank.
@@ -53,12 +71,12 @@ def prepare_export(config: CheckpointConfig, ranks: Ranks, output: Path) -> list
     Raises:
         UserError: on every rank, if it is not possible.
     """
-    if config.export_hf:
-        ranks.run_on_rank0(lambda: _require_own(output))
-    repository = config.push_to_hub
+    for folder in export_folders(config, Path(config.run_folder), step):
+        ranks.run_on_rank0(partial(_require_own, folder))
+    repository = config.checkpoint.push_to_hub
     if repository is None:
         return []
-    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD, config.hub_private))
+    place = ranks.run_on_rank0(lambda: open_repository(repository, KEY_OF_UPLOAD, config.checkpoint.hub_private))
     return [f"upload      at the end, to {place}"]
 
 
@@ -71,7 +89,7 @@ def _require_own(output: Path) -> None:
 
 
 def export_run(
-    config: CheckpointConfig,
+    config: RunConfig,
     store: CheckpointStore,
     step: int,
     start: str | None,
@@ -91,23 +109,19 @@ def export_run(
     Raises:
         UserError: on every rank, if the export cannot be made or uploaded. The checkpoint is unchanged.
     """
-    if not config.export_hf:
+    exports = _exports(config, store.folder.parent, step)
+    if not exports:
         return
     ranks = store.ranks
     complete = ranks.broadcast(ranks.run_on_rank0(store.complete))
     checkpoint = next((folder for folder in complete if step_of(folder) == step), None)
     if checkpoint is None:
         checkpoint = Path(str(start))
-    output = export_folder(store.folder.parent, step)
     try:
-        if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, config.export_ema))):
-            say(f"exported    {output} already exists")
-        else:
-            require_undamaged_checkpoint(store, checkpoint, "checkpoint.export_hf")
-            written = write_export(ranks, checkpoint, output, config.export_ema, stop_agreed, say)
-            say(f"exported    {output}: {written}")
-    except ExportStopped:
-        say(f"stopped the export to {output} as requested; the same command completes it")
+        for form, output in exports:
+            _export(store, checkpoint, form, output, config.checkpoint.export_ema, stop_agreed, say)
+    except ExportStopped as stopped:
+        say(f"stopped the export to {stopped} as requested; the same command completes it")
         return
     except _Damaged:
         raise
@@ -116,16 +130,35 @@ def export_run(
             f"checkpoint.export_hf: {error}; {checkpoint} itself is complete: start the same command again, or export "
             f"it with checkpoint_convert/dcp_to_hf.py --checkpoint {checkpoint}"
         ) from None
-    repository = config.push_to_hub
+    repository, (_, output) = config.checkpoint.push_to_hub, exports[0]
     if repository is not None:
         say(f"uploading   {output} to {repository}")
-        message = config.hub_message
+        message = config.checkpoint.hub_message
         upload = lambda: upload_folder(output, repository, KEY_OF_UPLOAD, [CONVERSION_FILE], message)  # noqa: E731
         say(f"uploaded    {run_in_background(ranks, upload if ranks.is_main else None)}")
 
 
+def _export(
+    store: CheckpointStore,
+    checkpoint: Path,
+    form: Form,
+    output: Path,
+    ema: bool,
+    stop_agreed: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Write one export, if it does not exist."""
+    ranks = store.ranks
+    if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, ema))):
+        say(f"exported    {output} already exists")
+        return
+    require_undamaged_checkpoint(store, checkpoint, "checkpoint.export_hf")
+    written = write_export(ranks, checkpoint, form, output, ema, stop_agreed, say)
+    say(f"exported    {output}: {written}")
+
+
 class ExportStopped(Exception):
-    """All ranks have been asked to stop."""
+    """All ranks have been asked to stop. The text is the folder of the export."""
 
 
 class _BrokenOff(Exception):
@@ -181,6 +214,7 @@ def made_of(output: Path) -> tuple[str, bool] | None:
 def write_export(
     ranks: Ranks,
     checkpoint: Path,
+    form: Form,
     output: Path,
     ema: bool,
     stop_agreed: Callable[[], bool],
@@ -191,6 +225,7 @@ def write_export(
     Args:
         ranks: that write together.
         checkpoint: complete and verified.
+        form: the whole model, or a folder of PEFT.
         output: the folder to write.
         ema: export the average of the weights.
         stop_agreed: see :func:`export_run`.
@@ -203,7 +238,7 @@ def write_export(
         ExportStopped: all ranks have been asked to stop.
         UserError: on every rank, if it cannot be written. Nothing is left.
     """
-    export = ranks.fail_together(lambda: plan_export(checkpoint, ema=ema))
+    export = ranks.fail_together(lambda: plan_export(checkpoint, ema=ema, adapter=form == "peft"))
     for line in export.casts:
         say(f"export      {line}")
     with ExitStack() as stack:
@@ -225,7 +260,7 @@ def write_export(
         copying = _Copying(export, content, mine)
         done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
-            raise ExportStopped
+            raise ExportStopped(output)
         written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
 
         def complete() -> None:

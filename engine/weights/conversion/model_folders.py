@@ -22,14 +22,16 @@ from ...files.atomic import new_folder, replace_folder
 from ...files.disk_space import describe_space, format_bytes, free_bytes, require_space
 from ...files.hashing import hash_file
 from ...files.removal import remove_tree
+from ...model.config_file import ADAPTER_FILE
+from ...model.implementations import parse_architecture
 from ...parallel.process_group import Ranks
+from ..checkpoint.assets import HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..checkpoint.names import BEST_MODEL, FINAL_MODEL, step_of
 from ..checkpoint.store import CheckpointStore
 from ..hugging_face.folder import INDEX_FILE
 from ..safetensors_format import SUFFIX
-from .dcp_to_hf import plan_export
-from .export_run import ExportStopped, export_folder, made_of, require_undamaged_checkpoint, write_export
+from .export_run import ExportStopped, Form, export_folder, made_of, require_undamaged_checkpoint, write_export
 from .provenance import CONVERSION_FILE
 
 MOST_PARAMETERS = 10_000_000_000
@@ -95,16 +97,17 @@ class _Source:
     """What a folder is made of."""
 
     checkpoint: Path
+    form: Form
     ema: bool
 
-    @property
-    def identity(self) -> tuple[str, bool]:
-        """As :func:`made_of` finds it in an export."""
-        return hash_file(self.checkpoint / MANIFEST_FILE), self.ema
+    def is_in(self, export: Path) -> bool:
+        """Return whether ``export`` is made of this."""
+        form = "peft" if (export / ADAPTER_FILE).is_file() else "merged"
+        return (made_of(export), form) == ((hash_file(self.checkpoint / MANIFEST_FILE), self.ema), self.form)
 
 
 def write_model_folders(
-    config: CheckpointConfig,
+    run: RunConfig,
     store: CheckpointStore,
     step: int,
     start: str | None,
@@ -117,6 +120,7 @@ def write_model_folders(
         UserError: on every rank, if a folder that is asked for by name cannot be made. With ``auto`` this is only
             reported. Checkpoints, and a former folder, are unchanged.
     """
+    config, form = run.checkpoint, _form(run)
     if config.model_folders == "off" and not config.export_best:
         return
     ranks = store.ranks
@@ -124,7 +128,7 @@ def write_model_folders(
     for name, checkpoint in wanted or ():
         folder = store.folder.parent / name
         try:
-            _make(ranks, store, _Source(checkpoint, config.export_ema), folder, stop_agreed, say)
+            _make(ranks, store, _Source(checkpoint, form, config.export_ema), folder, stop_agreed, say)
         except ExportStopped:
             say(f"stopped the export to {folder} as requested; the same command completes it")
             return
@@ -137,6 +141,11 @@ def write_model_folders(
             say(f"note: {line}--checkpoint {checkpoint}")
 
 
+def _form(run: RunConfig) -> Form:
+    """Return whether the folders are of the whole model, or of an adapter for PEFT."""
+    return "peft" if run.adapter.kind is not None and run.adapter.export == "peft" else "merged"
+
+
 def _wanted(config: CheckpointConfig, store: CheckpointStore, step: int, start: str | None) -> list[tuple[str, Path]]:
     """Return names of folders, and the checkpoint of each."""
     by_step = {step_of(folder): folder for folder in store.complete()}
@@ -144,7 +153,8 @@ def _wanted(config: CheckpointConfig, store: CheckpointStore, step: int, start: 
     manifest = read_manifest(final)
     on = config.model_folders == "on"
     if config.model_folders == "auto":
-        on = is_on(config, plan_export(final).model.architecture.num_parameters)
+        content = HfAssets.of_checkpoint(final).config or {}
+        on = is_on(config, parse_architecture(content, str(final)).num_parameters)
     best = by_step.get(manifest.best.get("step", -1)) if config.keep_best else None
     wanted = [(FINAL_MODEL, final)] if on else []
     if best is not None and (on or config.export_best):
@@ -164,16 +174,20 @@ def _make(
     new = folder.with_name(f".{folder.name}.new")
 
     def prepare() -> str:
-        if made_of(folder) == source.identity:
+        if source.is_in(folder):
             return "present"
         _require_own(folder)
-        if made_of(new) == source.identity:  # a killed run has written it
+        if source.is_in(new):  # a killed run has written it
             return "written"
         for rest in (new, *new.parent.glob(f".{new.name}.*.partial")):
             remove_tree(rest)
         step = step_of(source.checkpoint)
-        others = (export_folder(folder.parent, step), folder.with_name(FINAL_MODEL), folder.with_name(BEST_MODEL))
-        twin = next((other for other in others if made_of(other) == source.identity), None)
+        others = (
+            export_folder(folder.parent, step, source.form),
+            folder.with_name(FINAL_MODEL),
+            folder.with_name(BEST_MODEL),
+        )
+        twin = next((other for other in others if source.is_in(other)), None)
         if twin is None:
             return "absent"
         _link(twin, new)
@@ -185,7 +199,7 @@ def _make(
         return
     if state == "absent":
         require_undamaged_checkpoint(store, source.checkpoint, "checkpoint.model_folders")
-        write_export(ranks, source.checkpoint, new, source.ema, stop_agreed, say)
+        write_export(ranks, source.checkpoint, source.form, new, source.ema, stop_agreed, say)
     ranks.run_on_rank0(lambda: _publish(new, folder))
     say(f"model       {folder}: {'average of the weights at ' * source.ema}step {step_of(source.checkpoint):,}")
 

@@ -15,9 +15,16 @@ from ...model.architecture import Architecture
 from ...model.config_file import CONFIG_FILE, read_hf_config
 from ...model.implementations import architecture_of_tensors, meta_model
 from ...model.wrappers import text_config_of
+from ..adapters.opening import BASE_OPTION, AdaptedModel, open_adapted
 from ..checkpoint.assets import ASSET_FOLDER, HfAssets
 from ..checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ..checkpoint.tensors import AVERAGE_PREFIX, STATE_PREFIXES, open_tensors, require_model_tensors
+from ..checkpoint.tensors import (
+    AVERAGE_PREFIX,
+    OPTIMIZER_PREFIX,
+    STATE_PREFIXES,
+    open_tensors,
+    require_model_tensors,
+)
 from ..checkpoint.verify import require_undamaged
 from ..hugging_face.carried import Carried
 from ..hugging_face.folder import INDEX_FILE
@@ -65,6 +72,8 @@ class StoredModel:
     """Default dtype of the output; None: each tensor's own."""
     verify: Callable[[int], None] = lambda workers: None
     """Verifies every byte with a number of threads, if there are hashes. Raises UserError on damage."""
+    adapted: AdaptedModel | None = None
+    """For a checkpoint with an adapter: that and its base, of which ``parameters`` are the merged model."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -111,36 +120,41 @@ def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredMode
     )
 
 
-def open_checkpoint(folder: Path, ema: bool = False) -> StoredModel:
+def open_checkpoint(folder: Path, ema: bool = False, base: str | None = None) -> StoredModel:
     """Open the checkpoint ``folder`` and check that it holds exactly the parameters that its config requires.
 
     Args:
         folder: of the checkpoint.
         ema: take the moving average of the parameters that have one, instead of these.
+        base: of a checkpoint with an adapter: folder of the base model, if it has been moved.
 
     Raises:
-        UserError: it is incomplete, has no config or no average, or holds another model.
+        UserError: it is incomplete, has no config or no average, or holds another model; or its base model is missing.
     """
     manifest, stored = read_manifest(folder), open_tensors(folder)
     stored.require_full_coverage()
     files = _files_of(stored)
     where = folder / ASSET_FOLDER / CONFIG_FILE
     config = read_hf_config(where)
-    architecture = architecture_of_tensors(config, str(where), stored.tensors)
-    model = meta_model(architecture)
-    require_model_tensors(folder, stored.tensors, model)
-    layout = Layout.of(architecture, model)
-    parameters = _averaged(folder, stored, layout.shapes) if ema else stored.only(layout.shapes)
-    assets = HfAssets.of_checkpoint(folder)
-    states = [name for name in stored.tensors if name not in parameters.tensors]
-    assert all(name.startswith(STATE_PREFIXES) for name in states)
-    averages = [name for name in states if name.startswith(AVERAGE_PREFIX)]
-    left_out = {"state of the optimizer": [name for name in states if name not in averages]}
-    if ema:  # these are the parameters
-        states = [name for name in states if name not in averages]
+    names = [name for name in stored.tensors if not name.startswith(STATE_PREFIXES)]
+    weights = _averaged(folder, stored, names) if ema else stored.only(names)
+    adapted = open_adapted(folder, manifest, weights, config, base) if manifest.base else None
+    if adapted is not None:
+        architecture, layout, parameters = adapted.architecture, adapted.layout, adapted.parameters
     else:
-        left_out[_AVERAGE] = averages
-    left_out = {reason: names for reason, names in left_out.items() if names}
+        if base is not None:
+            raise UserError(f"{BASE_OPTION} {base}: {folder} holds all parameters, and no adapter; remove it")
+        architecture = architecture_of_tensors(config, str(where), stored.tensors)
+        model = meta_model(architecture)
+        require_model_tensors(folder, weights.tensors, model)
+        layout = Layout.of(architecture, model)
+        parameters = weights.only(layout.shapes)
+    assets = HfAssets.of_checkpoint(folder)
+    averages = [name for name in stored.tensors if name.startswith(AVERAGE_PREFIX)]
+    optimizer_states = [name for name in stored.tensors if name.startswith(OPTIMIZER_PREFIX)]
+    states = optimizer_states if ema else [*optimizer_states, *averages]  # averages are the parameters then
+    left_out = {"state of the optimizer": optimizer_states, _AVERAGE: [] if ema else averages}
+    left_out = {reason: some for reason, some in left_out.items() if some}
 
     def identify() -> dict[str, Any]:
         require_same_source(folder, files, lambda: _files_of(stored))
@@ -158,11 +172,12 @@ def open_checkpoint(folder: Path, ema: bool = False) -> StoredModel:
         left_out=left_out,
         assets=assets,
         asset_folder=folder / ASSET_FOLDER,
-        notes=_notes(folder, manifest, left_out),
+        notes=[*_notes(folder, manifest, left_out), *_notes_on_base(adapted)],
         identify=identify,
         carried=lambda: Carried.in_checkpoint(assets, folder),
         export_dtype=_export_dtype(manifest, text_config_of(config)[0], where),
-        verify=lambda workers: _verify(folder, manifest, workers),
+        verify=lambda workers: _verify(folder, manifest, workers, adapted),
+        adapted=adapted,
     )
 
 
@@ -178,13 +193,14 @@ def _files_of(stored: TensorParts) -> dict[str, Any]:
 
 def _identity(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return the identity of a checkpoint: the manifest has the hash of every file."""
-    return {
+    identity = {
         "folder": str(folder.resolve()),
         "manifest_xxh3_128": hash_file(folder / MANIFEST_FILE),
         "kind": manifest.kind,
         "step": manifest.step,
         "consumed_tokens": manifest.consumed_tokens,
     }
+    return identity | ({"base": manifest.base} if manifest.base else {})
 
 
 def _averaged(folder: Path, stored: TensorParts, names: Iterable[str]) -> TensorParts:
@@ -204,6 +220,12 @@ def _notes(folder: Path, manifest: Manifest, left_out: Mapping[str, list[str]]) 
     return lines
 
 
+def _notes_on_base(adapted: AdaptedModel | None) -> list[str]:
+    if adapted is None:
+        return []
+    return [f"the adapter of {len(adapted.adapter.parameters.modules)} layers is for {adapted.base_folder}"]
+
+
 def _export_dtype(manifest: Manifest, config: dict[str, Any], where: Path) -> torch.dtype | None:
     """Return the dtype of the config, else float32, for a training checkpoint: it has more precision than needed.
 
@@ -213,6 +235,9 @@ def _export_dtype(manifest: Manifest, config: dict[str, Any], where: Path) -> to
     return (declared_dtype(config, str(where)) or torch.float32) if manifest.kind == "training" else None
 
 
-def _verify(folder: Path, manifest: Manifest, workers: int) -> None:
-    with progress("verifying", sum(file.bytes for file in manifest.records.values())) as advance:
+def _verify(folder: Path, manifest: Manifest, workers: int, adapted: AdaptedModel | None) -> None:
+    base = sum(tensor.num_bytes for tensor in adapted.base.tensors.values()) if adapted is not None else 0
+    with progress("verifying", base + sum(file.bytes for file in manifest.records.values())) as advance:
         require_undamaged(folder, advance, workers)
+        if adapted is not None:
+            adapted.require_base(advance)

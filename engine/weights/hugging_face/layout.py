@@ -45,7 +45,7 @@ class Layout:
         """Return the layout in which parameters without ``pieces`` are stored as they are."""
         layout = cls(shapes, {name: pieces.get(name) or [_whole(name, shape)] for name, shape in shapes.items()})
         assert all(_covers(shape, layout.pieces[name]) for name, shape in shapes.items())
-        assert all(_covers(shape, layout._parameters_in[name]) for name, shape in layout.published_shapes.items())
+        assert all(_covers(shape, layout.parameters_in[name]) for name, shape in layout.published_shapes.items())
         return layout
 
     @cached_property
@@ -59,7 +59,7 @@ class Layout:
         return shapes
 
     @cached_property
-    def _parameters_in(self) -> dict[str, list[Piece]]:
+    def parameters_in(self) -> dict[str, list[Piece]]:
         """For every stored tensor, the pieces of parameters that it consists of."""
         held: dict[str, list[Piece]] = defaultdict(list)
         for name, pieces in self.pieces.items():
@@ -95,7 +95,7 @@ class Layout:
 
     def published(self, parameters: TensorParts) -> TensorParts:
         """Return the tensors of Hugging Face files, read from ``parameters``."""
-        return _assembled(parameters, self.published_shapes, self._parameters_in)
+        return _assembled(parameters, self.published_shapes, self.parameters_in)
 
 
 def _whole(name: str, shape: Shape) -> Piece:

@@ -1,0 +1,231 @@
+"""The kinds of starts of a run, opened: random weights, a Hugging Face folder, a checkpoint, a base and an adapter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import UserError
+from .model import lora
+from .model.adapters import AdapterParameters
+from .model.architecture import Architecture
+from .model.implementations import meta_model
+from .optim import TrainingOptimizer, allocate_states
+from .parallel.data_parallel import copy_full_
+from .parallel.forward_backward import ModelParts
+from .weights.base_identity import BaseIdentity, content_hash
+from .weights.checkpoint.assets import HfAssets
+from .weights.checkpoint.manifest import Manifest
+from .weights.checkpoint.tensors import (
+    STATE_PREFIXES,
+    check_casts,
+    load_tensors,
+    model_tensors,
+    open_tensors,
+    require_model_tensors,
+    require_tensors,
+    training_tensors,
+)
+from .weights.hugging_face.initial import INITIALIZE_FROM, load_hf_tensors
+from .weights.hugging_face.model import HfModel
+from .weights.parts import TensorParts
+
+
+@dataclass(frozen=True)
+class Start(ABC):
+    """What a run starts from: files that travel with the model, its architecture, and a source of weights."""
+
+    assets: HfAssets
+    architecture: Architecture
+    folder: str | None = None
+    """Folder of the weights. None: they are random."""
+    resumed_from: Manifest | None = None
+    """Manifest of the checkpoint from which the run continues; None for a new run."""
+
+    @abstractmethod
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
+        """Initialize or load the weights of ``model``, and return lines about casts. All ranks must call this.
+
+        Args:
+            model: this rank's part, without values.
+            optimizer: of its parameters; also loaded if the run continues from a checkpoint. None: there is none, and
+                the run does not continue.
+
+        Raises:
+            UserError: the weights cannot be read.
+        """
+
+    @abstractmethod
+    def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
+        """Initialize or load the parameters ``names`` of ``model``, which has an adapter, and return lines about casts.
+
+        Others may get values as well, but not those of the adapter. All ranks must call this.
+        """
+
+    @abstractmethod
+    def content_hash(self) -> str:
+        """Return a hash that identifies the weights; see :mod:`~retemper.engine.weights.base_identity`."""
+
+    @property
+    def base_record(self) -> dict[str, str]:
+        """For the manifests of checkpoints: ``folder`` and ``hash`` of the base of an adapter; empty without one."""
+        return {}
+
+    def at_checkpoint(self, folder: Path, manifest: Manifest) -> Start:
+        """Return the start of the same run from a later checkpoint of it, to which it rolls back."""
+        parts = open_tensors(folder)
+        return CheckpointStart(self.assets, self.architecture, str(folder), manifest, parts=parts)
+
+
+@dataclass(frozen=True)
+class RandomStart(Start):
+    """Random weights, the same in every layout."""
+
+    _: KW_ONLY
+    seed: int
+
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
+        """See :class:`Start`."""
+        for decoder in model.decoders:
+            decoder.initialize_(self.seed, copy_full_)
+        return []
+
+    def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
+        """See :class:`Start`. All of them have values then."""
+        return self.load_into(model, None)
+
+    def content_hash(self) -> str:
+        """See :class:`Start`."""
+        return f"random weights of seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class HuggingFaceStart(Start):
+    """A start from the weights of a Hugging Face folder."""
+
+    _: KW_ONLY
+    weights: HfModel
+
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
+        """See :class:`Start`."""
+        return self._read(model_tensors(model))
+
+    def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
+        """See :class:`Start`."""
+        return self._read({name: tensor for name, tensor in model_tensors(model).items() if name in names})
+
+    def content_hash(self) -> str:
+        """See :class:`Start`."""
+        return content_hash(self.weights.weights)
+
+    def _read(self, tensors: dict[str, Tensor]) -> list[str]:
+        assert self.folder is not None
+        where = f"weights     {self.folder}: "
+        lines = [line if line.startswith("note: ") else where + line for line in self.weights.notes]
+        lines += check_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
+        load_hf_tensors(self.weights, tensors)
+        return lines
+
+
+@dataclass(frozen=True)
+class CheckpointStart(Start):
+    """A checkpoint: its weights; its optimizer states too if the run continues from it."""
+
+    _: KW_ONLY
+    parts: TensorParts
+    """The tensors of the checkpoint."""
+
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
+        """See :class:`Start`."""
+        if self.resumed_from is None:
+            return self._read(model_tensors(model))
+        assert optimizer is not None
+        allocate_states(optimizer)
+        return self._read(training_tensors(model, optimizer))
+
+    def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
+        """See :class:`Start`."""
+        return self._read({name: tensor for name, tensor in model_tensors(model).items() if name in names})
+
+    def content_hash(self) -> str:
+        """See :class:`Start`."""
+        names = [name for name in self.parts.tensors if not name.startswith(STATE_PREFIXES)]
+        return content_hash(self.parts.only(names))
+
+    def _read(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        assert self.folder is not None
+        require_model_tensors(self.folder, self.parts.tensors, meta_model(self.architecture))
+        casts = check_casts(self.folder, self.parts.tensors, tensors, resuming=self.resumed_from is not None)
+        load_tensors(self.folder, tensors, opened=self.parts)
+        return casts
+
+
+@dataclass(frozen=True)
+class AdapterStart(Start):
+    """A base, whose frozen parameters stay as they are, and an adapter: a new one, or that of a checkpoint."""
+
+    _: KW_ONLY
+    base: Start
+    """``model.initialize_from``, or random weights."""
+    parameters: AdapterParameters
+    seed: int
+    identity: BaseIdentity
+    parts: TensorParts | None = None
+    """The tensors of the checkpoint from which the run continues: of all that learns, and its optimizer states."""
+    base_is_loaded: bool = False
+    """Whether the model has the weights of the base, and only what learns is read."""
+
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
+        """See :class:`Start`."""
+        if self.parts is None:
+            lines = self.base.load_base(model, {*self.parameters.frozen, *self.parameters.saved})
+            for decoder in model.decoders:
+                lora.initialize_(decoder, self.seed, copy_full_)
+        else:
+            lines = [] if self.base_is_loaded else self.base.load_base(model, self.parameters.frozen)
+            assert optimizer is not None
+            lines += self._resume(self.parts, model, optimizer)
+        self._require_same_base()
+        return lines
+
+    def _resume(self, parts: TensorParts, model: ModelParts, optimizer: TrainingOptimizer) -> list[str]:
+        assert self.folder is not None
+        require_tensors(self.folder, parts.tensors, self.parameters.trained)
+        allocate_states(optimizer)
+        tensors = training_tensors(model, optimizer)
+        wanted = {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
+        casts = check_casts(self.folder, parts.tensors, wanted, resuming=True)
+        load_tensors(self.folder, wanted, opened=parts)
+        return casts
+
+    def _require_same_base(self) -> None:
+        """Refuse another base than that of the checkpoint. All ranks must call this."""
+        found = self.identity.record()
+        if self.resumed_from is not None and found["hash"] != self.resumed_from.base.get("hash"):
+            raise UserError(
+                f"{INITIALIZE_FROM}: {found['folder']} has other weights (hash {found['hash']}) than the base with "
+                f"which {self.folder} was trained (hash {self.resumed_from.base.get('hash')}, then in "
+                f"{self.resumed_from.base.get('folder')}); put that one back, or start a new run_folder"
+            )
+
+    def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
+        """See :class:`Start`. An adapter is no base."""
+        raise NotImplementedError
+
+    def content_hash(self) -> str:
+        """See :class:`Start`. An adapter is no base."""
+        raise NotImplementedError
+
+    @property
+    def base_record(self) -> dict[str, str]:
+        """See :class:`Start`."""
+        return self.identity.record()
+
+    def at_checkpoint(self, folder: Path, manifest: Manifest) -> AdapterStart:
+        """See :class:`Start`."""
+        parts = open_tensors(folder)
+        return replace(self, folder=str(folder), resumed_from=manifest, parts=parts, base_is_loaded=True)

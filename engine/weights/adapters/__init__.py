@@ -1,0 +1,1 @@
+"""Read the adapter of a checkpoint: merged into its base model, or as a folder of PEFT."""
