@@ -247,7 +247,7 @@ def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
 def note_step(run: Run, result: StepResult) -> None:
     """Report the last step: now, or on a GPU with :func:`report_pending` while the next one runs."""
     guard = run.guards.step_guard
-    run.report.step(run.progress, run.remaining_steps, result, guard.counts, guard.steps_without_targets)
+    run.report.step(run.progress, run.remaining_steps, result, guard.numbers, guard.steps_without_targets)
     if not run.report.reports_late:
         report_pending(run)
 

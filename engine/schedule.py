@@ -134,7 +134,7 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
         return peak
     if optimizer.schedule == "inverse_sqrt":
         return max(minimum, peak * math.sqrt(decay_start / tokens)) if tokens else peak
-    shape = optimizer.schedule
+    shape: str = optimizer.schedule
     if shape == "wsd":
         shape = optimizer.decay_shape
         decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)

@@ -113,7 +113,11 @@ def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator
     if training.weight_dtype != "bf16":
         yield Change({"training.weight_dtype": "bf16"}, _NEW_RUN)
     if not parallel.cpu_offload:
+        if layout.world_size == layout.pipeline:
+            yield Change({"parallel.cpu_offload": "optimizer"}, _SLOW)
         yield Change({"parallel.cpu_offload": True}, _SLOW)
+    if not parallel.offload_activations and parallel.recompute != "selective":
+        yield Change({"parallel.offload_activations": True})
     if training.sequence_length > 1:
         yield Change({"training.sequence_length": training.sequence_length // 2}, _OTHER_SAMPLES)
 

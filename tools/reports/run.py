@@ -246,6 +246,10 @@ def _curve_remarks(curves: Curves) -> Iterator[str]:
     for name, what in (
         ("skipped_steps", "skipped because of a non-finite or spiking loss or gradient"),
         ("steps_without_targets", "without a token to predict"),
+        (
+            "overflow_steps",
+            "skipped because fp16 gradients overflowed, which is normal while the loss scale is searched",
+        ),
     ):
         count = next((value for _, value in reversed(curves.points(name))), 0)
         if count:

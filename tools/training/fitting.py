@@ -111,7 +111,9 @@ def fit(
         plan = dry_run(plain)
         best = plan if plan.fits else None
         if best is None:
-            best = next((other for each in _smaller(plain, fixed) if (other := dry_run(each)).fits), None)
+            best = next(
+                (other for each in _smaller(plain, fixed, machine.ranks) if (other := dry_run(each)).fits), None
+            )
         elif auto and "training.micro_batch_size" not in fixed:
             best = _with_larger_micro_batch(plan, dry_run)
     if best is None:
@@ -143,7 +145,7 @@ def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], La
     return best
 
 
-def _smaller(config: RunConfig, fixed: Set[str]) -> Iterator[RunConfig]:
+def _smaller(config: RunConfig, fixed: Set[str], ranks: int) -> Iterator[RunConfig]:
     """Yield ``config`` with settings that need less memory on the GPU, in the order of their cost in speed."""
     if "training.micro_batch_size" not in fixed and config.training.micro_batch_size > 1:
         config = replace(config, training=replace(config.training, micro_batch_size=1))
@@ -153,6 +155,8 @@ def _smaller(config: RunConfig, fixed: Set[str]) -> Iterator[RunConfig]:
             config = replace(config, parallel=replace(config.parallel, recompute=recompute))
             yield config
     if "parallel.cpu_offload" not in fixed and not config.parallel.cpu_offload:
+        if ranks == config.parallel.pipeline:
+            yield replace(config, parallel=replace(config.parallel, cpu_offload="optimizer"))
         yield replace(config, parallel=replace(config.parallel, cpu_offload=True))
 
 

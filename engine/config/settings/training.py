@@ -64,10 +64,19 @@ class TrainingConfig:
     """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
     keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
     model. 0: none."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
-    or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
-    fp32."""
+    or Arm BF16), else fp16 on a GPU (V100, T4) and fp32 on a CPU; the start summary shows the choice and its reason.
+    fp16: with dynamic loss scaling and fp32 weights. Gradients are reduced over ranks in fp32."""
+    initial_loss_scale: float = 65536.0
+    """Factor of the loss in the backward pass of the first step with ``precision`` fp16, a power of two. A step whose
+    gradients overflow is skipped and halves the factor; ``loss_scale_window`` steps without overflow double it. These
+    steps do not count towards ``max_skipped_steps``; the metrics have both numbers (``loss_scale``,
+    ``overflow_steps``)."""
+    loss_scale_window: int = 2000
+    """Number of steps without overflow after which the loss scale of ``precision`` fp16 is doubled."""
+    min_loss_scale: float = 1.0
+    """Smallest loss scale of ``precision`` fp16. If gradients overflow with it as well, the run ends."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
     computed in fp32 and written back with stochastic rounding, so that small updates are kept on average. A run can

@@ -299,6 +299,7 @@ _NESTED: dict[str, Check] = {
             "skipped_steps": _is_count,
             "in_a_row": _is_count,
             "losses": _list(_is_number),
+            "loss_scaling": _record({"scale": _is_number, "steps": _is_count, "overflows": _is_count}),
             "rewinds": _list(_record({"step": _is_count, "to_step": _is_count, "samples": _is_count})),
         },
     ),
