@@ -222,10 +222,10 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
     for key, option in _SET_BY_OPTIONS.items():
         if getattr(options, option) not in (None, ()) and _value(merged.tree, key) != chosen[key]:
             merged.found.add(f"--{key} and --{option} set the same; remove one of them")
-    option = "tokens" if options.tokens is not None else "epochs" if options.epochs is not None else None
-    for key in TRAIN if option else ():
-        if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
-            merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
+    for option in [name for name in ("tokens", "epochs") if getattr(options, name) is not None]:
+        for key in TRAIN:
+            if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
+                merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
     merged.found.raise_if_any()
     return merged
 
