@@ -125,7 +125,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
     Args:
         run: between two steps.
         evaluation: losses of the validation sets after this step.
-        final: whether the token budget is used up.
+        final: whether the run ends here, because its budget is used up or it stops early.
         emergency: the failure that caused the checkpoint.
     """
     return Manifest(
@@ -139,6 +139,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         evaluation=evaluation,
         start_evaluation=run.validation.at_start,
         best=run.progress.best,
+        early_stopping=run.progress.early_stopping,
         health=run.guards.step_guard.state_dict(),
         emergency=emergency,
         trackers=run.report.tracker_runs,

@@ -22,6 +22,8 @@ class Progress:
     tokens: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     """Record of the best evaluation; see :class:`~retemper.engine.evaluation.BestMetric`."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """State of :class:`~retemper.engine.early_stopping.EarlyStopping`."""
 
     def after_step(self, plan: BatchPlan) -> Progress:
         """Return the progress after one more step."""
@@ -117,7 +119,7 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
         return peak
     if optimizer.schedule == "inverse_sqrt":
         return max(minimum, peak * math.sqrt(decay_start / tokens)) if tokens else peak
-    shape = optimizer.schedule
+    shape: str = optimizer.schedule
     if shape == "wsd":
         shape = optimizer.decay_shape
         decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)

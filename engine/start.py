@@ -340,7 +340,7 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConf
         order = order.resumed(manifest.sample_order, manifest.consumed_samples, former_length)
         # The token count stays exact. The place in the data is rounded down to whole samples of the new length.
         samples = manifest.consumed_samples * former_length // plan.sequence_length
-        progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best)
+        progress = Progress(manifest.step, samples, manifest.consumed_tokens, manifest.best, manifest.early_stopping)
     begin = config.optimizer.schedule_start_tokens
     if begin > progress.tokens:
         raise UserError(

@@ -30,6 +30,7 @@ from .types_check import Problems, check
 _LARGEST = 10**15
 """Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
 
+_EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "adamw8bit", "paged_adamw_8bit")
 IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)+"
 """Pattern of the import path of a class."""
 
@@ -46,6 +47,9 @@ _FROM_1 = Range(f"at least 1 and at most {_LARGEST:.0e}", lambda value: 1 <= val
 _POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
 _POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
 _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+_POWER_OF_TWO = Range(
+    "a power of two between 2^-14 and 2^40", lambda value: 2**-14 <= value <= 2**40 and math.frexp(value)[0] == 0.5
+)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
@@ -67,6 +71,9 @@ RANGES = {
     "training.sequence_length": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
+    "training.initial_loss_scale": _POWER_OF_TWO,
+    "training.min_loss_scale": _POWER_OF_TWO,
+    "training.loss_scale_window": _FROM_1,
     "training.neftune_alpha": _POSITIVE_OR_NULL,
     "training.z_loss": _FROM_0,
     "training.gc_interval": _FROM_0,
@@ -76,6 +83,8 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.early_stopping.patience": _FROM_1,
+    "training.early_stopping.min_delta": _FROM_0,
     "training.ema_decay": Range("in (0, 1), or null", lambda value: 0 < value < 1),
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
@@ -182,6 +191,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     config = with_budget(config)  # as far as it is known before the data are open
     training = config.training
     yield from refused(config)
+    yield from _precision(training)
     yield from _pipeline(config.parallel)
     if training.trainable == []:
         yield "training.trainable is []; name patterns of parameters, or use all"
@@ -198,6 +208,26 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     rope = config.model.rope
     if rope.kind is not None and rope.factor == 1:
         yield f"model.rope.kind is {rope.kind}, but model.rope.factor is 1; set it to a larger number, such as 4"
+
+
+def _precision(training: TrainingConfig) -> Iterator[str]:
+    if training.precision != "fp16":
+        return
+    if training.weight_dtype != "fp32":
+        yield (
+            f"training.precision is fp16, but training.weight_dtype is {training.weight_dtype}; fp16 training needs "
+            "weights in fp32: set training.weight_dtype to fp32"
+        )
+    if training.float8:
+        yield (
+            "training.precision is fp16, but training.float8 is true; GPUs with float8 have bf16: set "
+            "training.precision to bf16"
+        )
+    if training.min_loss_scale > training.initial_loss_scale:
+        yield (
+            f"training.min_loss_scale {training.min_loss_scale:g} is above training.initial_loss_scale "
+            f"{training.initial_loss_scale:g}; lower the minimum"
+        )
 
 
 def _adapter(config: RunConfig) -> Iterator[str]:
@@ -273,7 +303,12 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
 def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     imported = "." in optimizer.name
-    if optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
+    if optimizer.name in _EIGHT_BIT:
+        yield (
+            f"optimizer.name is {optimizer.name}, which is not supported: checkpoints cannot store and reshard 8-bit "
+            "states; use adamw with optimizer.state_dtype bf16, or lion or muon, which have half of AdamW's states"
+        )
+    elif optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
         yield (
             f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
             "import path of a class, such as my_module.MyOptimizer"

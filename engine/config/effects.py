@@ -70,6 +70,12 @@ _MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_
 
 RULES = (
     Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision in ("fp16", "auto"),
+        "only training.precision fp16 scales the loss; remove it, or set training.precision to fp16",
+        refused=True,
+    ),
+    Rule(
         ("model.rope.factor",),
         lambda now: now.config.model.rope.kind is not None,
         "model.rope.kind is null, so positions are not scaled; set it to yarn, or remove factor",
@@ -131,6 +137,24 @@ RULES = (
         lambda now: now.config.training.loss_spike_zscore is not None,
         "training.loss_spike_zscore is null, so no step counts as a spike; set it to a number such as 10, or remove "
         "loss_spike_action",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.min_delta", "training.early_stopping.metric"),
+        lambda now: now.config.training.early_stopping.patience is not None,
+        "training.early_stopping.patience is null, so the run does not stop early; set it, or remove the other",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.evaluates,
+        "there is no validation set, so nothing is evaluated; set data.validation or data.validation_fraction",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.config.training.eval_interval != 0,
+        "training.eval_interval is 0, so the run evaluates only at its end; set it to a number of steps",
         refused=True,
     ),
     Rule(
@@ -244,6 +268,11 @@ RULES = (
     ),
     # The conditions below are known only when the run starts.
     Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision == "fp16",
+        "training.precision auto did not choose fp16, which alone scales the loss",
+    ),
+    Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
         "it matters only with several ranks, several micro-batches in a step and no pipeline",
@@ -252,7 +281,7 @@ RULES = (
         ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
         lambda now: (
             now.reduces
-            or now.config.parallel.cpu_offload
+            or now.config.parallel.cpu_offload is True
             or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
         ),
         "no other rank has a part of this rank's parameters, so nothing is gathered",
@@ -263,7 +292,7 @@ RULES = (
         "no two ranks hold the same weights",
     ),
     Rule(
-        ("parallel.cpu_offload",),
+        ("parallel.cpu_offload", "parallel.offload_activations"),
         lambda now: now.device != "cpu",
         "the run computes on the CPU, where everything is in host memory",
     ),

@@ -85,6 +85,11 @@ def _describe_notes(run: Run) -> list[str]:
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
     training, tokens = run.config.training, run.progress.tokens
+    if run.stopped_early:
+        return [
+            f"{run.early_stopping.describe(run.progress)}; to continue the run, raise "
+            "training.early_stopping.patience or set it to null"
+        ]
     if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [

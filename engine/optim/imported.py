@@ -91,23 +91,25 @@ def imported_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
 
 
 def require_storable(kind: type[torch.optim.Optimizer], config: OptimizerConfig) -> dict[str, Tensor]:
-    """Step two small matrices and a vector, and return the states of a matrix of [4, 6] by name.
+    """Step two matrices and a vector, and return the states of a matrix by name.
 
     Raises:
         UserError: the optimizer refuses its options, its step fails, or a state is neither a number in a tensor nor a
             tensor of the parameter's shape.
     """
-    shapes = {"matrix": (4, 6), "other": (6, 4), "vector": (6,)}
+    # Large enough for optimizers that compress the states of large parameters only.
+    shapes = {"matrix": (64, 128), "other": (6, 4), "vector": (6,)}
     parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
+    failed = f"optimizer.name {config.name} with optimizer.options {config.options or '{}'}"
     try:
         optimizer = kind([{"params": list(parameters.items())}], lr=config.learning_rate, **_options(config))  # type: ignore[call-arg]
-        optimizer.step()
+        with torch.compiler.set_stance("force_eager"):  # a compiled update would be compiled for each of these shapes
+            optimizer.step()
     except Exception as error:
         raise UserError(
-            f"optimizer.name {config.name} with optimizer.options {config.options or '{}'} failed on a small matrix: "
-            f"{described(error)}; it is created with the signature {_signature(kind)}"
+            f"{failed} failed on a small matrix: {described(error)}; its signature is {_signature(kind)}"
         ) from None
     for parameter in parameters.values():
         for state, value in optimizer.state[parameter].items():

@@ -128,6 +128,11 @@ STEPS = "has no effect: the run has fewer steps"
         ({"parallel__reshard_after_forward": False}, {}, "reshard_after_forward false has no effect: no other rank"),
         ({"parallel__prefetch_blocks": 2}, {}, "parallel.prefetch_blocks 2 has no effect: no other rank"),
         ({"parallel__cpu_offload": True}, {}, "parallel.cpu_offload true has no effect: the run computes on the CPU"),
+        (
+            {"training__precision": "auto", "training__initial_loss_scale": 4.0},
+            {},
+            "training.initial_loss_scale 4.0 has no effect: training.precision auto did not choose fp16",
+        ),
         ({"allow_changes": ["seed"]}, {}, "allow_changes ['seed'] has no effect: the run starts fresh"),
         (
             {"model__initialize_from": "new"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 import yaml
 
 from retemper.engine import pretrain
@@ -74,7 +75,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
         trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
-    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened = trainers
+    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, adapted = trainers
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
@@ -102,3 +103,10 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     assert annealed.order.cursors(annealed.progress.samples)["medicine"] > 0
     assert lengthened.plan.sequence_length == 128 and Path(lengthened.start.folder).parent == annealed.store.folder
     assert lengthened.progress.tokens >= 2_400
+
+    # 4: the base as it was.
+    base = tiny_run.tensors_of(Path("models/base"))
+    assert adapted.progress.tokens >= 500
+    for name, parameter in adapted.model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name or "norm" in name)
+        assert parameter.requires_grad or torch.equal(parameter, base[name])

@@ -110,8 +110,9 @@ def test_states_are_allocated_without_changing_weights():
         ("torch.optim.NAdam", {"betta": 1}, "failed on a small matrix: TypeError"),
         ("users_optimizers.Signed", {}, "keeps a state 'count' that is a int, not a tensor"),
         ("users_optimizers.Stateless", {}, "keeps no states"),
-        ("users_optimizers.Blocks", {}, "'blocks' that is of shape [3] for a parameter of [4, 6]"),
+        ("users_optimizers.Blocks", {}, "'blocks' that is of shape [3] for a parameter of [64, 128]"),
         ("torch.optim.LBFGS", {}, "LBFGS"),
+        ("torchao.optim.AdamW8bit", {}, "keeps a state 'exp_avg' that is a OptimState8bit, not a plain tensor"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(name, options, expected, importable):

@@ -81,6 +81,12 @@ def test_four_ranks_give_the_numbers_of_one(layout, four_ranks, reference):
     assert_same(parity_run.joined(four_ranks.run(parity_run.five_steps, path, options_of(DORA, layout))), expected)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_numbers_of_others(one_rank, reference):
+    path, expected = reference("dora")
+    assert_same(parity_run.five_steps(one_rank, path, options_of(DORA, "compile=on")), expected)
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_is_bitwise_the_same(recompute, one_rank, reference):
     """Also where dropout is: the mask is a function of the token."""

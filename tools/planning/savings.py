@@ -116,7 +116,11 @@ def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator
     if config.adapter.kind is None and training.trainable == "all" and config.model.initialize_from is not None:
         yield Change({"adapter.kind": "lora", "adapter.rank": 64}, _ADAPTER)
     if not parallel.cpu_offload:
+        if layout.world_size == layout.pipeline:
+            yield Change({"parallel.cpu_offload": "optimizer"}, _SLOW)
         yield Change({"parallel.cpu_offload": True}, _SLOW)
+    if not parallel.offload_activations and parallel.recompute != "selective":
+        yield Change({"parallel.offload_activations": True})
     if training.sequence_length > 1:
         yield Change({"training.sequence_length": training.sequence_length // 2}, _OTHER_SAMPLES)
 

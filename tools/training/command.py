@@ -17,6 +17,7 @@ from ...engine.config.settings import AdapterConfig, DataConfig, ModelConfig, Ru
 from ...engine.config.types_check import Problems, build
 from ...engine.config.yaml_loader import dump_yaml
 from ...engine.data.text_sources import cache_folder, is_text
+from ...engine.early_stopping import is_stopped
 from ...engine.errors import UserError
 from ...engine.files.atomic import replace_file
 from ...engine.files.outputs import write_report
@@ -143,7 +144,10 @@ def run_plan(plan: TrainingPlan) -> int:
     folder = Path(plan.config.run_folder)
     if _is_finished(folder, plan.config):
         _require_same_data(folder, plan)
-        _say(f"finished    {folder} has used its tokens; to continue it raise --tokens, else name another --output")
+        _say(
+            f"finished    {folder} has used its tokens, or has stopped early; to continue it raise --tokens or "
+            "training.early_stopping.patience, else name another --output"
+        )
         _report(folder)
         return 0
     try:
@@ -165,13 +169,14 @@ def run_plan(plan: TrainingPlan) -> int:
 
 
 def _is_finished(folder: Path, config: RunConfig) -> bool:
-    """Return whether a run has used its tokens, and has exported its last checkpoint if it is to."""
+    """Return whether a run has used its tokens or stopped early, and has exported its last checkpoint if it is to."""
     newest = _newest(folder)
     if newest is None:
         return False
     manifest = read_manifest(newest)
     budget = recorded_budget(asdict(as_written(config).training), manifest.config.get("training"))
-    if budget is None or manifest.consumed_tokens < budget:
+    used_up = budget is not None and manifest.consumed_tokens >= budget
+    if not used_up and not is_stopped(config.training.early_stopping, manifest.early_stopping):
         return False
     return all(export.is_dir() for export in export_folders(config, folder, step_of(newest)))
 

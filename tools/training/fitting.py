@@ -117,7 +117,8 @@ def fit(
         plan = dry_run(plain)
         best = plan if plan.fits else None
         if best is None:
-            best = next((other for each in _smaller(plain, smallest, fixed) if (other := dry_run(each)).fits), None)
+            smaller = _smaller(plain, smallest, fixed, machine.ranks)
+            best = next((other for each in smaller if (other := dry_run(each)).fits), None)
         elif auto and "training.micro_batch_size" not in fixed:
             best = _with_larger_micro_batch(plan, dry_run)
     if best is None:
@@ -150,7 +151,7 @@ def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], La
     return best
 
 
-def _smaller(config: RunConfig, adapted: RunConfig | None, fixed: Set[str]) -> Iterator[RunConfig]:
+def _smaller(config: RunConfig, adapted: RunConfig | None, fixed: Set[str], ranks: int) -> Iterator[RunConfig]:
     """Yield ``config`` with settings that need less memory on the GPU, in the order of their cost in speed.
 
     An adapter comes before offloading, which is many times slower.
@@ -161,10 +162,13 @@ def _smaller(config: RunConfig, adapted: RunConfig | None, fixed: Set[str]) -> I
         yield from _with_fewer_activations(adapted, fixed)
     if "parallel.cpu_offload" not in fixed and not config.parallel.cpu_offload:
         *_, smallest = config, *_with_fewer_activations(config, fixed)
+        if ranks == config.parallel.pipeline:
+            yield replace(smallest, parallel=replace(smallest.parallel, cpu_offload="optimizer"))
         yield replace(smallest, parallel=replace(smallest.parallel, cpu_offload=True))
 
 
 def _with_fewer_activations(config: RunConfig, fixed: Set[str]) -> Iterator[RunConfig]:
+    """Yield ``config`` with a smaller micro-batch, and with more recomputation."""
     if "training.micro_batch_size" not in fixed and config.training.micro_batch_size > 1:
         config = replace(config, training=replace(config.training, micro_batch_size=1))
         yield config

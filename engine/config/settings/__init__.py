@@ -17,7 +17,7 @@ from .optimizer import OPTIMIZERS, LionConfig, MuonConfig, OptimizerConfig, Para
 from .parallel import ParallelConfig
 from .resume_changes import ALLOWABLE_CHANGES, DATA_FILES, ORDER_KEYS
 from .run import RunConfig, to_dict, to_yaml
-from .training import TrainingConfig
+from .training import EarlyStoppingConfig, TrainingConfig
 
 __all__ = [
     "ALLOWABLE_CHANGES",
@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DataPath",
+    "EarlyStoppingConfig",
     "FilePath",
     "LionConfig",
     "LoggingConfig",
