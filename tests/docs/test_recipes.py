@@ -14,6 +14,7 @@ import yaml
 
 from retemper.engine import pretrain
 from retemper.engine.schedule import learning_rate
+from retemper.tools import checkpoint
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "continued_pretraining.md").read_text(encoding="utf-8")
 SMALL = {
@@ -53,6 +54,9 @@ def run(command, one_rank):
     """What a shell would do, but for a training run, which is made in this process."""
     expanded = subprocess.run(["bash", "-c", f"set -- {command}; printf '%s\\n' \"$@\""], stdout=-1, check=True).stdout
     words = expanded.decode().splitlines()
+    if words[:2] == ["python", "tools/checkpoint.py"]:
+        assert checkpoint.main(words[2:]) == 0
+        return None
     if words[:2] != ["python", "engine/pretrain.py"]:
         subprocess.run(["bash", "-c", command], check=True)
         return None
@@ -75,7 +79,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
         trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
-    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, adapted = trainers
+    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, constant, _, decay, adapted = trainers
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
@@ -104,7 +108,16 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     assert lengthened.plan.sequence_length == 128 and Path(lengthened.start.folder).parent == annealed.store.folder
     assert lengthened.progress.tokens >= 2_400
 
-    # 4: the base as it was.
+    # 4: the average of the checkpoints of the constant run, which the decay continues.
+    kept = [tiny_run.tensors_of(folder) for folder in constant.store.complete()]
+    average = tiny_run.tensors_of(Path("runs/average"))
+    name = "model.norm.weight"
+    torch.testing.assert_close(average[name], sum(tensors[name] for tensors in kept) / len(kept))
+    assert len(kept) == 4 and Path(decay.start.folder) == constant.store.complete()[-1]
+    assert learning_rate(decay.progress.tokens, decay.config.training, decay.config.optimizer) == 0
+    assert Path("runs/constant/final_model/model.safetensors").is_file()
+
+    # 5: the base as it was.
     base = tiny_run.tensors_of(Path("models/base"))
     assert adapted.progress.tokens >= 500
     for name, parameter in adapted.model.named_parameters():
