@@ -7,12 +7,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import yaml
 
 from retemper.engine import pretrain
 from retemper.engine.schedule import learning_rate
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "continued_pretraining.md").read_text(encoding="utf-8")
 SMALL = {
@@ -32,11 +34,24 @@ def folder(one_rank, tmp_path_factory):
     (folder / "data").mkdir()
     for seed, name in enumerate(("web", "web_validation", "medicine", "medicine_validation")):
         tiny_run.write_dataset(folder / "data" / name, seed, documents=400)
+    for seed, name in enumerate(("chats.train", "chats.valid"), 4):
+        write_chats(folder / "data" / name, seed)
     base = tiny_run.write_config(tmp_path_factory.mktemp("base"))
     tiny_run.train(one_rank, base, ["--run_folder", str(folder / "run"), "--training.train_tokens", "1024"])
     (folder / "models").mkdir()
     (folder / "run" / "checkpoints" / "step-00000004").rename(folder / "models" / "base")
     return folder
+
+
+def write_chats(prefix, seed):
+    """A dataset whose documents have a question, which is masked, and an answer."""
+    generator = np.random.default_rng(seed)
+    with IndexedDatasetWriter(str(prefix), np.uint16, mask=True) as writer:
+        for _ in range(400):
+            length = int(generator.integers(8, 30))
+            writer.add_documents(
+                generator.integers(0, tiny_run.EOD, length), [length], mask=np.arange(length) >= length // 2
+            )
 
 
 def scaled(text):
@@ -74,7 +89,7 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
         trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
-    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened = trainers
+    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, _, instructions = trainers
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
@@ -102,3 +117,9 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     assert annealed.order.cursors(annealed.progress.samples)["medicine"] > 0
     assert lengthened.plan.sequence_length == 128 and Path(lengthened.start.folder).parent == annealed.store.folder
     assert lengthened.progress.tokens >= 2_400
+
+    # 4: weights of the last domain, and three sets, of which the first counts answers alone.
+    assert Path(instructions.start.folder).parent == medicine.store.folder
+    first = [r for r in tiny_run.records(Path("runs/instructions")) if r.get("evaluation") and r["step"] == 0]
+    assert [record["evaluation"] for record in first] == ["chats", "medicine", "web"]
+    assert instructions.data.sources[0].dataset.has_loss_mask
