@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..kernels.linear_cross_entropy import IGNORE_INDEX
 from .batch import Batch
@@ -23,7 +22,7 @@ from .data.source import Source
 from .errors import UserError
 from .observe.loss_changes import LossChange
 from .observe.waiting import ProgressBar, Say
-from .optim import average_of
+from .optim import TrainingOptimizer, average_of
 from .parallel.forward_backward import ForwardBackward
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
@@ -130,8 +129,7 @@ class Validation:
                     f"validation set '{one.name}' has no target: its loss mask leaves out every token that is "
                     "evaluated, or every document is of one token; use another set, or raise training.eval_tokens"
                 )
-        first = next(iter(self._sets), None)
-        self.metric = None if first is None else BestMetric(first.name, first.fingerprint)
+        self.metric = next(iter(self.metrics), None)
         """None without validation sets."""
         self._extents = {
             name: describe_evaluated(sources, plan.sequence_length, tokens)
@@ -142,6 +140,11 @@ class Validation:
         self._newest: Mapping[str, float] = {}
         if resumed_from is not None:
             self.continue_from(resumed_from)
+
+    @property
+    def metrics(self) -> list[BestMetric]:
+        """The loss of every set as a metric."""
+        return [BestMetric(one.name, one.fingerprint) for one in self._sets]
 
     def continue_from(self, manifest: Manifest) -> None:
         """Take the losses of the start of the run, and the newest ones, from a checkpoint."""
@@ -233,7 +236,7 @@ def _record(one: EvaluatedSet, losses: Mapping[str, float]) -> dict[str, Any]:
 
 @contextmanager
 def evaluated_weights(
-    config: TrainingConfig, optimizer: torch.optim.Optimizer, hold_update: Callable[[], object]
+    config: TrainingConfig, optimizer: TrainingOptimizer, hold_update: Callable[[], object]
 ) -> Iterator[None]:
     """Inside, let the model have the weights to evaluate: with ``training.eval_ema`` the average, else its own.
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .errors import UserError
@@ -15,16 +14,15 @@ from .model import lora
 from .model.adapters import AdapterParameters
 from .model.architecture import Architecture
 from .model.implementations import meta_model
-from .optim import allocate_states
+from .optim import TrainingOptimizer, allocate_states
 from .parallel.data_parallel import copy_full_
 from .parallel.forward_backward import ModelParts
 from .weights.base_identity import BaseIdentity, content_hash
 from .weights.checkpoint.assets import HfAssets
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.tensors import (
-    OPTIMIZER_PREFIX,
+    STATE_PREFIXES,
     check_casts,
-    checkpoint_tensors,
     load_tensors,
     model_tensors,
     open_tensors,
@@ -49,7 +47,7 @@ class Start(ABC):
     """Manifest of the checkpoint from which the run continues; None for a new run."""
 
     @abstractmethod
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """Initialize or load the weights of ``model``, and return lines about casts. All ranks must call this.
 
         Args:
@@ -90,7 +88,7 @@ class RandomStart(Start):
     _: KW_ONLY
     seed: int
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         for decoder in model.decoders:
             decoder.initialize_(self.seed, copy_full_)
@@ -112,7 +110,7 @@ class HuggingFaceStart(Start):
     _: KW_ONLY
     weights: HfModel
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         return self._read(model_tensors(model))
 
@@ -141,7 +139,7 @@ class CheckpointStart(Start):
     parts: TensorParts
     """The tensors of the checkpoint."""
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         if self.resumed_from is None:
             return self._read(model_tensors(model))
@@ -155,7 +153,7 @@ class CheckpointStart(Start):
 
     def content_hash(self) -> str:
         """See :class:`Start`."""
-        names = [name for name in self.parts.tensors if not name.startswith(OPTIMIZER_PREFIX)]
+        names = [name for name in self.parts.tensors if not name.startswith(STATE_PREFIXES)]
         return content_hash(self.parts.only(names))
 
     def _read(self, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -181,7 +179,7 @@ class AdapterStart(Start):
     base_is_loaded: bool = False
     """Whether the model has the weights of the base, and only what learns is read."""
 
-    def load_into(self, model: ModelParts, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         if self.parts is None:
             lines = self.base.load_base(model, {*self.parameters.frozen, *self.parameters.saved})
@@ -194,11 +192,12 @@ class AdapterStart(Start):
         self._require_same_base()
         return lines
 
-    def _resume(self, parts: TensorParts, model: ModelParts, optimizer: torch.optim.Optimizer) -> list[str]:
+    def _resume(self, parts: TensorParts, model: ModelParts, optimizer: TrainingOptimizer) -> list[str]:
         assert self.folder is not None
         require_tensors(self.folder, parts.tensors, self.parameters.trained)
         allocate_states(optimizer)
-        wanted = checkpoint_tensors(model, optimizer)
+        tensors = training_tensors(model, optimizer)
+        wanted = {name: tensor for name, tensor in tensors.items() if name not in model.base_names}
         casts = check_casts(self.folder, parts.tensors, wanted, resuming=True)
         load_tensors(self.folder, wanted, opened=parts)
         return casts

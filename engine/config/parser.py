@@ -20,6 +20,7 @@ from .budget import TRAIN, as_written, conflicts_as_written, with_budget
 from .checks import problems
 from .command_line import CommandParser
 from .files import find_config
+from .import_paths import search_folders
 from .options import Settings
 from .settings import RunConfig, to_yaml
 from .spelling import known_keys
@@ -115,6 +116,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     if prints:
         print(to_yaml(as_written(run)), end="")
         raise SystemExit(0)
+    if "." in run.optimizer.name:  # a class, which every command that computes the memory of a run imports
+        search_folders([*config_folders(waiting), Path.cwd()])
     return run
 
 

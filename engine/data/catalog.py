@@ -49,8 +49,12 @@ class Catalog:
     """Remarks for the user about unusual but usable datasets."""
 
     @property
-    def epoch_tokens(self) -> int:
-        """Tokens in an epoch of the mixture: those of all chunks of all sources, whatever their weights."""
+    def epoch_tokens(self) -> int | None:
+        """Tokens in an epoch of the mixture: those of all chunks of all sources, whatever their weights. None: several
+        stages have no common epoch.
+        """
+        if len(self.stages) > 1:
+            return None
         return sum(source.num_chunks * source.sequence_length for source in self.train)
 
     def finish_checks(self) -> None:

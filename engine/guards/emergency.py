@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..optim.local import local_part
 from ..parallel.process_group import Ranks
 from ..weights.checkpoint.assets import HfAssets
@@ -58,6 +59,11 @@ class EmergencySave:
         self.state_consistent = True
         """False while a step changes weights and optimizer states."""
 
+    @property
+    def base_names(self) -> frozenset[str]:
+        """No names: the parameters are those that checkpoints contain."""
+        return frozenset()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return every parameter of this rank with its name."""
         return iter(self._parameters.items())
@@ -66,7 +72,7 @@ class EmergencySave:
         self,
         error: Exception,
         step: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: TrainingOptimizer,
         assets: HfAssets,
         manifest: Callable[[str], Manifest],
     ) -> None:
@@ -94,7 +100,7 @@ class EmergencySave:
         elif self._ranks.rank == self._first_here:
             print(f"[rank {self._ranks.rank}]{line}", flush=True)
 
-    def _save(self, manifest: Manifest, optimizer: torch.optim.Optimizer, assets: HfAssets) -> str:
+    def _save(self, manifest: Manifest, optimizer: TrainingOptimizer, assets: HfAssets) -> str:
         self._saver.settle()
         if saved := self._saver.at_step(manifest.step):
             return f"{saved} has that step"

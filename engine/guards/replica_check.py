@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..optim.local import local_part
 from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
-from ..weights.checkpoint.tensors import OPTIMIZER_PREFIX, checkpoint_tensors
+from ..weights.checkpoint.tensors import OPTIMIZER_PREFIX, checkpoint_tensors, model_tensors
 
 _CHUNK = 2**22
 """Number of elements hashed at a time: temporaries take about 32 bytes for each, 128 MiB."""
@@ -52,7 +53,7 @@ class ReplicaCheck:
         """Return whether replicas are compared after ``step``."""
         return self._interval > 0 and step % self._interval == 0
 
-    def __call__(self, step: int, model: ModelParts, optimizer: torch.optim.Optimizer) -> None:
+    def __call__(self, step: int, model: ModelParts, optimizer: TrainingOptimizer) -> None:
         """Compare replicas. All ranks must call this; it waits for the device.
 
         Args:
@@ -63,7 +64,7 @@ class ReplicaCheck:
         Raises:
             UserError: on all ranks, naming the ranks with different bits and the first tensor that differs.
         """
-        tensors = checkpoint_tensors(model, optimizer)
+        tensors = {**model_tensors(model), **checkpoint_tensors(model, optimizer)}  # also the base of an adapter
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
             if name in model.constants:

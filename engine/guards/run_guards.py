@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from ..config.settings import RunConfig
 from ..errors import UserError
+from ..optim import TrainingOptimizer
 from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
 from ..step import StepResult
@@ -98,6 +98,12 @@ class RunGuards:
         """Return the newest step and the phase that has begun, for messages."""
         return f"step {self._step}, {self._phase}"
 
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        scaler = self.step_guard.loss_scaler
+        return None if scaler is None else scaler.scale
+
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`~retemper.engine.step.StepGuards`."""
         return self.step_guard.should_skip(self._step, loss, grad_norm)
@@ -149,7 +155,7 @@ class RunGuards:
         """Refuse to continue after too many skipped steps; see :meth:`StepGuard.check`."""
         self.step_guard.check(step, numbers, counts, self._model.parameters())
 
-    def check_replicas(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def check_replicas(self, step: int, optimizer: TrainingOptimizer) -> None:
         """Compare replicas if that is due after ``step``; see :class:`ReplicaCheck`."""
         if self.replica_check.due(step):
             self.replica_check(step, self._model, optimizer)
@@ -160,7 +166,7 @@ class RunGuards:
         All ranks must call this.
         """
         numbers = {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
-        self.check_skipped(step, numbers, self.step_guard.counts.tolist())
+        self.check_skipped(step, numbers, self.step_guard.numbers.tolist())
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     def _newest_checkpoint(self) -> str:

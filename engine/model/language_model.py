@@ -150,6 +150,18 @@ class LanguageModel(nn.Module, ABC):
         """Return the parameters of this part that are in :attr:`Architecture.tables`."""
         return [parameter for name, parameter in self.named_parameters() if name in self.architecture.tables]
 
+    def table_names(self) -> set[str]:
+        """Return the names of the parameters of this part that are looked up or make logits: those in
+        :attr:`Architecture.tables`, and other embeddings, such as of positions.
+        """
+        embeddings = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, nn.Embedding)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        return embeddings.union(self.architecture.tables)
+
     def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
         """Allocate the parameters, which are on the meta device, and return this model. They are not initialized.
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Iterable
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config import budget
@@ -19,10 +17,12 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
-from ..model.dtypes import DTYPES
 from ..model.wrappers import text_config_of
+from ..optim import groups
 from ..optim.local import local_part
+from ..optim.state_sizes import state_itemsizes
 from ..parallel import trainable
+from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
 from ..start_kinds import AdapterStart
@@ -51,10 +51,11 @@ def describe_start(run: Run) -> list[str]:
     sections = {
         "Model": describe_model(run),
         "Data": [*describe_data(config.data, catalog, run.order, last_sample), *run.validation.describe()],
+        "Optimizer": _describe_optimizer(run),
         "Budget": _describe_budget(run),
         "Ranks and memory": _describe_ranks(run),
         "Checkpoints": [
-            describe_saving(config, run.model.parameters()),
+            describe_saving(config, run.model),
             describe_rule(config.checkpoint, config.training.eval_interval, validation, run.store.rewind_steps),
         ],
         "Outputs": describe_outputs(config),
@@ -84,6 +85,11 @@ def _describe_notes(run: Run) -> list[str]:
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
     training, tokens = run.config.training, run.progress.tokens
+    if run.stopped_early:
+        return [
+            f"{run.early_stopping.describe(run.progress)}; to continue the run, raise "
+            "training.early_stopping.patience or set it to null"
+        ]
     if tokens - training.budget < run.plan.tokens_per_step:  # the last step is complete
         return []
     return [
@@ -102,6 +108,7 @@ def _situation(run: Run) -> Situation:
         device=run.ranks.device.type,
         resumed=resumed.config if resumed else None,
         step=run.progress.step,
+        epoch_tokens=run.catalog.epoch_tokens,
         source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
     )
 
@@ -130,6 +137,13 @@ def describe_model(run: Run) -> list[str]:
     ]
 
 
+def _describe_optimizer(run: Run) -> list[str]:
+    architecture, config = run.start.architecture, run.config
+    return groups.describe(
+        config.optimizer, trainable.learned(architecture, config), trainable.table_names_of(architecture)
+    )
+
+
 def _describe_adapter(run: Run) -> list[str]:
     """Return a line about the adapter and its base, if there is one."""
     config, start = run.config.adapter, run.start
@@ -153,6 +167,7 @@ def _describe_budget(run: Run) -> list[str]:
     # A lower bound by arithmetic. The line of every step has the measured remaining time.
     peak = device_peak_flops(ranks.device)
     _, causal_pairs = _flops_per_token(run)
+    epoch = run.catalog.epoch_tokens
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
@@ -160,6 +175,7 @@ def _describe_budget(run: Run) -> list[str]:
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
         f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
         f"{remaining_steps:,} steps to go{shortest}",
+        *([f"epoch       {epoch:,} tokens = {epoch / plan.tokens_per_step:,.1f} steps"] if epoch else []),
     ]
 
 
@@ -219,25 +235,29 @@ def _describe_recompute(config: RunConfig) -> str:
     return config.parallel.recompute + (f" in every {every}th block" if every > 1 else "")
 
 
-def describe_saving(config: RunConfig, parameters: Iterable[Tensor]) -> str:
+def describe_saving(config: RunConfig, model: ModelParts) -> str:
     """Return when checkpoints are written, and the host memory that this takes.
 
     Args:
         config: of the run.
-        parameters: of this rank.
+        model: this rank's part.
     """
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     sizes: list[int] = []
-    for held, learns in ((local_part(parameter), parameter.requires_grad) for parameter in parameters):
-        of_trained = (state_bytes, state_bytes, *(bytes_ for bytes_ in (config.training.average_bytes,) if bytes_))
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *learns * of_trained)]
+    average, tables = config.training.average_bytes, model.table_names
+    for name, parameter in model.named_parameters():
+        held, of_trained = local_part(parameter), [average] * bool(average)
+        if parameter.requires_grad:
+            of_trained += state_itemsizes(name, parameter.ndim, config.optimizer, tables)
+        sizes += [held.numel() * size for size in (held.dtype.itemsize, *of_trained * parameter.requires_grad)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free = free_memory()
         has = f"{_size(total_memory())} in all" if free is None else f"{_size(free)} free"
         how = f"copied to {_size(on_node)} of host memory on this node, which has {has}"
-    return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"
+    interval = config.checkpoint.save_interval
+    every = "every epoch" if isinstance(interval, str) else f"every {interval:,} steps"
+    return f"checkpoints {every}, {_size(sum(sizes))} of this rank; {how}"
 
 
 def _size(num_bytes: int) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .average import WeightAverage
+from .base import TrainingOptimizer
 from .local import local_part
 
 
-class FusedAdamW(torch.optim.AdamW):
+class FusedAdamW(torch.optim.AdamW, TrainingOptimizer):
     """``torch.optim.AdamW`` with ``fused=True`` for fp32 parameters, which may be DTensors, and without its options.
 
     States have the same names, shapes and values.
@@ -25,12 +25,6 @@ class FusedAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any):
         super().__init__(groups, fused=True, **settings)
-        self.grad_scale: Tensor | None = None
-        """[] fp32 on the parameters' device; gradients are divided by it."""
-        self.found_inf: Tensor | None = None
-        """[] fp32 on the parameters' device; 1 makes the next step change nothing."""
-        self.average: WeightAverage | None = None
-        """Follows the weights."""
         self._parts: dict[Tensor, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
@@ -74,15 +68,20 @@ class FusedAdamW(torch.optim.AdamW):
         if self.found_inf is not None:  # a step that is skipped does not count
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """See the base class."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
     def _parts_of(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """Return this rank's part of a parameter and of its states, which are allocated before the first step."""
         parts = self._parts.get(parameter)
         if parts is None:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state = self.state_of(parameter)
             tensors = (parameter, state["exp_avg"], state["exp_avg_sq"], state["step"])
             parts = self._parts[parameter] = tuple(map(local_part, tensors))
         return parts

@@ -41,6 +41,11 @@ def check(architecture: Architecture, config: RunConfig) -> None:
         )
     if parallel.pipeline == 1:
         return
+    if parallel.pipeline_schedule.endswith("zero_bubble"):
+        raise UserError(
+            f"adapter.kind is lora, but parallel.pipeline_schedule {parallel.pipeline_schedule} computes the gradients "
+            "of all weights, and those of the base are frozen; use 1f1b or interleaved_1f1b"
+        )
     stages = pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
     for number, layers in enumerate(stages):
         here = {name for name, _ in meta_model(architecture, layers).named_parameters()}

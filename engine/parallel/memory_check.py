@@ -31,20 +31,20 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     """
     layout = plan_layout(config.parallel, world_size)
     sharing = layout.world_size // layout.replicate
-    state_bytes = DTYPES[config.optimizer.state_dtype].itemsize
     training, adapter = config.training, config.adapter
     total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
     weight_bytes = DTYPES[training.weight_dtype].itemsize
     per_weight = weight_bytes
-    per_trained = weight_bytes + 2 * state_bytes + training.average_bytes  # gradient and both moments
+    per_trained = weight_bytes + trainable.state_bytes(architecture, config) / trained + training.average_bytes
     if adapter.kind is not None:  # weights of the base have the dtype of the computation
         per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
-    needed = (total * per_weight + trained * per_trained) // sharing
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
-    available = device_memory(device) // ranks_here
+    needed = int(total * per_weight + trained * per_trained) // sharing
+    on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
+    available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
     if needed > available:
         raise UserError(
-            f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained} bytes "
+            f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained:.4g} bytes "
             f"of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
             "rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"

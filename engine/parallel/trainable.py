@@ -21,6 +21,7 @@ from ..model.adapters import AdapterParameters, adapter_parameters
 from ..model.architecture import Architecture
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel, SameInput
+from ..optim.state_sizes import state_itemsizes
 from . import pipeline
 
 Selection = str | list[str]
@@ -245,6 +246,34 @@ def is_same_in_every_block(
     else:
         apply(model, config)
     return len({tuple(p.requires_grad for p in block.parameters()) for block in model.blocks}) == 1
+
+
+def learned(architecture: Architecture, config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters that learn, by name."""
+    if config.adapter.kind is not None:
+        return dict(adapter_parameters(architecture, config.adapter).trained)
+    every = parameters_of(architecture)
+    names = selected(config.training.trainable, every, architecture.tables)
+    return {name: facts.shape for name, facts in every.items() if name in names}
+
+
+@functools.lru_cache(maxsize=8)
+def table_names_of(architecture: Architecture) -> frozenset[str]:
+    """Return the names of the embeddings and of the head of the whole model."""
+    return frozenset(meta_model(architecture).table_names())
+
+
+def state_bytes(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes of the optimizer's states of the whole model, without counts of steps.
+
+    Raises:
+        UserError: the class that ``optimizer.name`` imports cannot be used.
+    """
+    tables = table_names_of(architecture)
+    return sum(
+        math.prod(shape) * sum(state_itemsizes(name, len(shape), config.optimizer, tables))
+        for name, shape in learned(architecture, config).items()
+    )
 
 
 def require_same(

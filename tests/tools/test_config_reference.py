@@ -13,7 +13,14 @@ import pytest
 
 import retemper
 from retemper.engine.config.checks import RANGES, problems
-from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, StageConfig, TrainingConfig
+from retemper.engine.config.settings import (
+    DataConfig,
+    ParameterGroupConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from retemper.engine.config.spelling import known_keys
 from retemper.engine.config.types_check import accepts, hints_of
 from retemper.tools import config_reference
@@ -32,6 +39,7 @@ CHECKED_WITH_OTHER_SETTINGS = {
 def every_key() -> dict[str, Any]:
     keys = {name: hint for name, hint in known_keys() if not is_dataclass(hint)}
     keys |= {f"data.train[].{name}": hint for name, hint in hints_of(SourceConfig).items()}
+    keys |= {f"optimizer.groups[].{name}": hint for name, hint in hints_of(ParameterGroupConfig).items()}
     return keys | {f"data.stages[].{name}": hint for name, hint in hints_of(StageConfig).items()}
 
 
@@ -52,7 +60,7 @@ def test_every_key_has_an_entry_with_a_default_and_a_text():
     ("key", "facts"),
     [
         ("training.train_tokens", "int or null; default `null`; at least 1 and at most 1e+15"),
-        ("training.precision", "`auto` or `bf16` or `fp32`; default `auto`"),
+        ("training.precision", "`auto` or `bf16` or `fp16` or `fp32`; default `auto`"),
         ("training.compile", "`auto` or `on` or `off`; default `auto`; `true` means `on`, `false` means `off`"),
         ("model.tokenizer", "text or null (a path); default `null`"),
         ("optimizer.eps", "float; default `1e-08`; positive and finite"),

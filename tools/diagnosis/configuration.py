@@ -85,7 +85,7 @@ def _model(config: RunConfig, world_size: int | None, network: bool) -> list[Fin
     findings.append(ok(GROUP, "model", f"{architecture.num_parameters:,} parameters"))
     if world_size is not None:
         findings += checked(GROUP, "memory", lambda: _memory(config, architecture, world_size))
-    return [*findings, _checkpoints(config, architecture.num_parameters)]
+    return [*findings, _checkpoints(config, architecture)]
 
 
 def _memory(config: RunConfig, architecture: Architecture, world_size: int) -> list[Finding]:
@@ -99,11 +99,10 @@ def _memory(config: RunConfig, architecture: Architecture, world_size: int) -> l
     return [note(GROUP, "memory", text, "`retemper plan` estimates activations as well")]
 
 
-def _checkpoints(config: RunConfig, parameters: int) -> Finding:
-    from ...engine.model.dtypes import DTYPES
+def _checkpoints(config: RunConfig, architecture: Architecture) -> Finding:
+    from ...engine.weights.checkpoint.destination import checkpoint_bytes
 
-    each = DTYPES[config.training.weight_dtype].itemsize + 2 * DTYPES[config.optimizer.state_dtype].itemsize
-    size, kept = parameters * each, config.checkpoint.keep_last
+    size, kept = checkpoint_bytes(config, architecture), config.checkpoint.keep_last
     free = free_bytes(Path(config.run_folder))
     text = f"{format_bytes(free)} free for {kept} checkpoints of up to {format_bytes(size)} in {config.run_folder}"
     if free < size:

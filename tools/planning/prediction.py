@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.parallel.layout import Layout
 from .gpus import Gpu
+from .offload import offload_seconds
 from .options import Assumptions
 from .work import Collective, CollectiveTotal
 
@@ -29,10 +30,11 @@ class StepPrediction:
     waiting: float
     """Waiting for activations of other ranks."""
     weights: float
-    """Gathering parameters and reducing gradients, concurrent with computing."""
+    """Gathering parameters, reducing gradients and transfers to host memory, concurrent with computing."""
     idle: float
     """Idle time in the pipeline."""
     optimizer: float
+    """The update; with ``parallel.cpu_offload`` on the host, and transfers for which it waits."""
 
     @property
     def exposed(self) -> float:
@@ -54,8 +56,14 @@ def predict(
     flops: float,
     collectives: dict[Collective, CollectiveTotal],
     trained: float,
+    parameters: float | None = None,
+    sent_activations: float = 0.0,
 ) -> StepPrediction:
-    """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters."""
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters.
+
+    ``parameters`` are all of them, if some are frozen; ``sent_activations`` are the bytes of activations that go to
+    host memory in a step.
+    """
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
@@ -64,12 +72,24 @@ def predict(
             waiting += seconds
         else:
             weights += seconds
+    update_bytes = optimizer_bytes(config, num_micro_batches)
+    optimizer = trained * update_bytes / (gpu.memory_bandwidth * assumptions.link_efficiency)
+    moved = offload_seconds(
+        config,
+        gpu,
+        assumptions,
+        num_micro_batches,
+        trained if parameters is None else parameters,
+        trained,
+        sent_activations,
+        update_bytes,
+    )
     return StepPrediction(
         computing,
         waiting,
-        weights,
+        weights + moved.transfers,
         (computing + waiting) * idle_share(config, layout, num_micro_batches),
-        trained * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
+        moved.waiting if config.parallel.cpu_offload else optimizer,
     )
 
 
@@ -100,14 +120,16 @@ def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> flo
 def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
-    Clipping reads the gradient. AdamW reads it, and reads and writes the weight and both moments. PyTorch's fused one,
-    for fp32, also writes the clipped gradient. An average reads the weight, and is read and written.
+    Clipping reads the gradient. The optimizer reads it, and reads and writes the weight and the states: two moments of
+    AdamW, the momentum of Lion and Muon. PyTorch's fused AdamW, for fp32, also writes the clipped gradient. The
+    products of Muon are not included. An average reads the weight, and is read and written.
     """
     weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
-    passes = 3 if weight == state == 4 else 2
+    passes = 3 if weight == state == 4 and config.optimizer.name == "adamw" else 2
+    num_states = 1 if config.optimizer.name in ("lion", "muon") else 2
     average = config.training.average_bytes
     averaging = weight + 2 * average if average else 0
-    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + 2 * state) + averaging
+    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + num_states * state) + averaging
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
@@ -116,5 +138,5 @@ def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
 
 
 def bytes_of(dtype: str) -> int:
-    """Bytes of a number: fp32 or bf16."""
-    return {"fp32": 4, "bf16": 2}[dtype]
+    """Bytes of a number: fp32, bf16 or fp16."""
+    return {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]

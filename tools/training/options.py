@@ -44,7 +44,11 @@ class TrainOptions:
     ranks: int | None = None
     """None: one for each GPU, or one on a CPU."""
     auto: bool = False
-    """Choose layout, micro-batch, recomputation and offload so that the model fits."""
+    """Choose layout, micro-batch, recomputation, an adapter and offload so that the model fits."""
+    lora: bool = False
+    """Train an adapter."""
+    lora_rank: int | None = None
+    """Of the adapter. None: the usual one."""
 
     @property
     def replay_share(self) -> float:
@@ -66,6 +70,8 @@ class TrainOptions:
             if names.count(name) > 1:
                 path = entry["path"] if isinstance(entry, dict) else entry
                 raise UserError(f"--evaluate: two texts are named '{name}'; name them, as in --evaluate other={path}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(f"--lora-rank {self.lora_rank}: must be at least 1, such as 64")
         if self.ranks is not None and self.ranks < 1:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         if self.replay_share >= 1:

@@ -13,15 +13,16 @@ from .data import DataConfig, SourceConfig, StageConfig, ValidationConfig
 from .logging import LoggingConfig
 from .marks import PATH_MARK, URL_MARK, DataPath, FilePath, Switch
 from .model import ModelConfig, RopeConfig
-from .optimizer import OptimizerConfig
+from .optimizer import OPTIMIZERS, LionConfig, MuonConfig, OptimizerConfig, ParameterGroupConfig
 from .parallel import ParallelConfig
 from .resume_changes import ALLOWABLE_CHANGES, DATA_FILES, ORDER_KEYS
 from .run import RunConfig, to_dict, to_yaml
-from .training import TrainingConfig
+from .training import EarlyStoppingConfig, TrainingConfig
 
 __all__ = [
     "ALLOWABLE_CHANGES",
     "DATA_FILES",
+    "OPTIMIZERS",
     "ORDER_KEYS",
     "PATH_MARK",
     "URL_MARK",
@@ -29,11 +30,15 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DataPath",
+    "EarlyStoppingConfig",
     "FilePath",
+    "LionConfig",
     "LoggingConfig",
     "ModelConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterGroupConfig",
     "RopeConfig",
     "RunConfig",
     "SourceConfig",

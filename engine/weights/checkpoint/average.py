@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from ...optim import average_of
+from ...optim import TrainingOptimizer, average_of
 from .tensors import AVERAGE_PREFIX, average_tensors, check_casts, load_tensors, open_tensors
 
 
-def load_average(checkpoint: str | None, optimizer: torch.optim.Optimizer) -> list[str]:
+def load_average(checkpoint: str | None, optimizer: TrainingOptimizer) -> list[str]:
     """Load the average of ``checkpoint``, or let it begin with the weights, which are loaded. All ranks must call this.
 
     Args:

@@ -6,6 +6,7 @@ first save, hours after the start.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -74,17 +75,17 @@ def _reason(link: Path) -> str:
 
 
 def checkpoint_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Return the size of a checkpoint without small files: weights; moments and averages of trainable parameters.
+    """Return the size of a checkpoint without small files: weights; states and averages of trainable parameters.
 
     With an adapter, these are only those of the parameters that learn.
     """
-    weight, state = DTYPES[config.training.weight_dtype].itemsize, DTYPES[config.optimizer.state_dtype].itemsize
-    trained = 2 * state + config.training.average_bytes
-    if config.adapter.kind is not None:
-        return trainable.count(architecture, config.training, config.adapter) * (weight + trained)
-    decoder = meta_model(architecture)
-    trainable.apply(decoder, config.training)
-    return sum(p.numel() * (weight + trained * p.requires_grad) for p in decoder.parameters())
+    weight, trained = DTYPES[config.training.weight_dtype].itemsize, trainable.learned(architecture, config)
+    num_trained = sum(math.prod(shape) for shape in trained.values())
+    stored = num_trained
+    if config.adapter.kind is None:
+        stored = sum(parameter.numel() for parameter in meta_model(architecture).parameters())
+    of_trained = trainable.state_bytes(architecture, config) + num_trained * config.training.average_bytes
+    return stored * weight + of_trained
 
 
 def require_destination(
@@ -124,10 +125,15 @@ def _note_on_space(config: RunConfig, store: CheckpointStore, steps: int, size: 
     present, free = len(store.complete()), free_bytes(store.folder)
     every = steps // keep.keep_every if keep.keep_every else 0
     kept = keep.keep_last + 1 + bool(keep.keep_best) + every  # one more while it is written
-    more = min(kept - min(present, kept), -(-steps // keep.save_interval))
+    more = min(kept - min(present, kept), _most_saves(keep.save_interval, steps))
     if free >= more * size:
         return []
     return [
         f"note: {store.folder} will hold {more} more checkpoints of about {format_bytes(size)} at a time, but only "
         f"{format_bytes(free)} are free there; lower checkpoint.keep_last or free some space"
     ]
+
+
+def _most_saves(interval: int | str, steps: int) -> int:
+    """Return how many checkpoints ``steps`` steps write at most; that of every epoch is not known here."""
+    return steps if isinstance(interval, str) else -(-steps // interval)

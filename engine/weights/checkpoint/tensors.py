@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...optim import average_of
+from ...optim import TrainingOptimizer, average_of
 from ..damage import METADATA_FILE, TABLE_FILE
 from ..parts import TensorParts, all_ranks, load_parts
 from ..table import read_table
@@ -40,7 +40,7 @@ def model_tensors(model: ParameterOwner) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: ParameterOwner, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return the state tensors of ``optimizer``, named by state and parameter; frozen parameters have no states."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -53,7 +53,7 @@ def optimizer_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -
     return tensors
 
 
-def training_tensors(model: ParameterOwner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_tensors(model: ParameterOwner, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return all tensors of training by name. The optimizer has its states after the first step."""
     return {**model_tensors(model), **optimizer_tensors(model, optimizer)}
 
@@ -66,14 +66,14 @@ class AdaptedParameters(ParameterOwner, Protocol):
         """Names of the parameters that checkpoints do not contain."""
 
 
-def average_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def average_tensors(optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return the moving averages of the weights by name; empty without ``training.ema_decay``."""
     average = average_of(optimizer)
     tensors = {} if average is None else average.tensors()
     return {f"{AVERAGE_PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
-def checkpoint_tensors(model: AdaptedParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def checkpoint_tensors(model: AdaptedParameters, optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     """Return the tensors that a checkpoint of training contains: those of training, and averages of the weights.
 
     Those of the base of an adapter are left out.

@@ -1,0 +1,171 @@
+"""Optimizers that update every element on its own, with states or weights in bf16: they compute in fp32, and store with
+stochastic rounding.
+
+bf16 has 8 bits of precision: rounding to nearest would lose every change below 2^-9 of a number, at every step again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ...kernels.random_bits import stream_key
+from .base import TrainingOptimizer
+from .local import local_part
+from .stochastic_rounding import round_stochastically
+
+CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
+"""Elements updated at a time, by device. The temporaries of an uncompiled update take some 80 bytes for each (5 MB, 1.3
+GB); a compiled one needs none."""
+
+
+class ElementwiseOptimizer(TrainingOptimizer):
+    """An optimizer whose update of an element depends on its own weight, gradient and states, in fp32 or bf16.
+
+    ``step`` is [] fp32 on the CPU, so that reading it never waits for the device. The other states have the shape of
+    the parameter. Parameters may be DTensors that are sharded along their first dimension, matrices also along their
+    second; every rank updates its own shard, and copies stay equal.
+
+    Args:
+        groups: parameter groups of named parameters: ``{"params": [(name, parameter)]}``.
+        state_dtype: of the states: fp32 or bf16.
+        seed: of the random rounding.
+        compiled: fuse the update into one kernel with ``torch.compile``. None: on CUDA only.
+        defaults: settings of groups that do not set them.
+    """
+
+    state_names: tuple[str, ...]
+    """Of the states with the parameter's shape, in the order of the arguments of :meth:`update_chunk`."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state_dtype: torch.dtype,
+        seed: int,
+        compiled: bool | None = None,
+        **defaults: Any,
+    ):
+        super().__init__(groups, {"weight_decay": 0.0, **defaults})
+        self._state_dtype, self._seed, self._compiled = state_dtype, seed, compiled
+        self._places: dict[Tensor, Tensor] = {}
+
+    @staticmethod
+    @abstractmethod
+    def update_chunk(weight: Tensor, gradient: Tensor, *arguments: Tensor) -> None:
+        """Update one chunk in place. All arithmetic is fp32; bf16 tensors are written with stochastic rounding.
+
+        Args:
+            weight, gradient: [rows, columns], each fp32 or bf16.
+            arguments: the states, like the weight, in the order of :attr:`state_names`; then
+                first: [] int64, position of the first element in the whole parameter;
+                width: [] int64, distance between rows in the whole parameter;
+                numbers: [N] fp32, see :meth:`numbers`;
+                keys: [2] int32, see :func:`~retemper.kernels.random_bits.stream_key`;
+                skip: [] fp32, non-zero to change nothing;
+                divisor: [] fp32, of the gradient.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def numbers(group: dict[str, Any], step: int) -> list[float]:
+        """Return the numbers that :meth:`update_chunk` uses of a group's settings."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. No host sync.
+
+        ``step`` is on the host, which does not know ``found_inf``: it also counts skipped steps.
+        """
+        assert closure is None
+        updated, numbers, keys = [], [], []
+        for name, group, parameter in self.named():
+            if parameter.grad is None:
+                continue
+            state = self.state_of(parameter)
+            state["step"] += 1
+            step = int(state["step"].item())
+            updated.append((parameter, state))
+            numbers.append(self.numbers(group, step))
+            keys.append(stream_key(self._seed, step, name))
+        if not updated:
+            return
+        # One transfer each for all parameters. Numbers passed as tensors never cause torch.compile to recompile.
+        device = local_part(updated[0][0]).device
+        numbers_PN = sent(torch.tensor(numbers, dtype=torch.float32), device)
+        keys_P2 = sent(torch.tensor(keys, dtype=torch.int32), device)
+        skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf.to(device)
+        divisor = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale.to(device)
+        for position, (parameter, state) in enumerate(updated):
+            self._update(parameter, state, numbers_PN[position], keys_P2[position], skip, divisor)
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """See the base class."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in self.state_names:
+                state[name] = torch.zeros_like(parameter, dtype=self._state_dtype)
+        return state
+
+    def _update(self, parameter: Tensor, state: dict[str, Tensor], *settings: Tensor) -> None:
+        """Update this rank's shard, a chunk at a time.
+
+        Args:
+            settings: numbers, keys, skip and divisor of :meth:`update_chunk`.
+        """
+        assert parameter.grad is not None
+        tensors = [local_part(t) for t in (parameter, parameter.grad, *(state[name] for name in self.state_names))]
+        weight = tensors[0]
+        if weight.numel() == 0:
+            return
+        if parameter not in self._places:
+            self._places[parameter] = torch.tensor(shard_place(parameter), device=weight.device)
+        first, width = self._places[parameter]
+        size = CHUNK_ELEMENTS.get(weight.device.type, 2**16)
+        consecutive = weight.shape[1:] == parameter.shape[1:]  # in the whole parameter; a chunk is then one long row
+        row = size if consecutive else weight.shape[1]
+        size = max(1, size // row) * row
+        flat, count = [tensor.view(-1) for tensor in tensors], weight.numel()
+        compiled = weight.is_cuda if self._compiled is None else self._compiled
+        update: Callable[..., None] = _compiled(self.update_chunk) if compiled else self.update_chunk
+        for start in range(0, count, size):
+            # The data of a view is not a view: torch.compile would compile one variant for each kind of base of a view.
+            chunk = [tensor[start : start + size].view(-1, min(row, count - start)).data for tensor in flat]
+            update(*chunk, first + (start if consecutive else start // row * width), width, *settings)
+
+
+def write(target: Tensor, values: Tensor, bits: Tensor, skipped: Tensor) -> None:
+    """Write fp32 ``values`` into ``target``, with stochastic rounding by ``bits`` if it is bf16; unless ``skipped``."""
+    written = round_stochastically(values, bits) if target.dtype == torch.bfloat16 else values
+    target.copy_(torch.where(skipped, target, written))
+
+
+@functools.cache
+def _compiled(update: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(update, dynamic=True)
+
+
+def shard_place(parameter: Tensor) -> tuple[int, int]:
+    """Return the position of the first element of this rank's shard in the whole parameter, and the distance of its
+    rows there.
+    """
+    width = math.prod(parameter.shape[1:])
+    if not isinstance(parameter, DTensor):
+        return 0, width
+    sharded = [dim for dim in range(1, parameter.ndim) if any(place.is_shard(dim) for place in parameter.placements)]
+    assert not sharded or parameter.ndim == 2, f"{parameter.placements} of {tuple(parameter.shape)}"
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0] * width + (offset[1] if sharded else 0), width
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor``, of the host, on ``device``, without a host sync."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
