@@ -77,7 +77,8 @@ def _add_request(parser: CommandParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=TEXT",
-        help="more texts, or dataset prefixes, to evaluate before, during and after the training",
+        help="more texts, or dataset prefixes, to evaluate before, during and after the training; "
+        "'NAME={path: chats.jsonl, preprocess: {chat: true}}' gives a text options",
     )
 
 

@@ -92,7 +92,8 @@ def plan_training(
         UserError: the texts or settings are unusable, or the model does not fit.
     """
     options.check()
-    for name, path in options.evaluate:
+    for name, entry in options.evaluate:
+        path = entry["path"] if isinstance(entry, dict) else entry
         if not is_text(path) and not os.path.exists(f"{path}.idx"):
             raise UserError(f"--evaluate {name}={path}: no such file, folder or dataset")
     _require_outside(options)
