@@ -202,7 +202,7 @@ class _StatesOnly:
         """Allocate the states of the parameters that have a gradient."""
         for _, _, parameter in self.named():  # type: ignore[attr-defined]
             if parameter.grad is not None:
-                self.state_of(parameter)
+                self.state_of(parameter)  # type: ignore[attr-defined]
 
 
 def read_no_values(pipelined: Pipelined) -> None:
