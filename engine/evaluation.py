@@ -129,8 +129,7 @@ class Validation:
                     f"validation set '{one.name}' has no target: its loss mask leaves out every token that is "
                     "evaluated, or every document is of one token; use another set, or raise training.eval_tokens"
                 )
-        first = next(iter(self._sets), None)
-        self.metric = None if first is None else BestMetric(first.name, first.fingerprint)
+        self.metric = next(iter(self.metrics), None)
         """None without validation sets."""
         self._extents = {
             name: describe_evaluated(sources, plan.sequence_length, tokens)
@@ -141,6 +140,11 @@ class Validation:
         self._newest: Mapping[str, float] = {}
         if resumed_from is not None:
             self.continue_from(resumed_from)
+
+    @property
+    def metrics(self) -> list[BestMetric]:
+        """The loss of every set as a metric."""
+        return [BestMetric(one.name, one.fingerprint) for one in self._sets]
 
     def continue_from(self, manifest: Manifest) -> None:
         """Take the losses of the start of the run, and the newest ones, from a checkpoint."""

@@ -132,7 +132,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     saver = Saver(store, ranks, config.checkpoint, say)
     profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers, catalog.epoch_tokens)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
@@ -142,12 +142,13 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
 
 
 def train(run: Run, console: Console | None = None) -> None:
-    """Train until the token budget is used up or the run is asked to stop. All ranks must call this."""
+    """Train until the token budget is used up, or the run stops early or is asked to stop. All ranks must call this."""
     from retemper.engine.guards.rollback import roll_back
     from retemper.engine.observe.end_summary import describe_end
     from retemper.engine.observe.start_summary import describe_start
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
+    from retemper.engine.weights.conversion.model_folders import write_model_folders
 
     with run.memory.explained(run.guards.where), open_run_folder(run, console):
         run.say(*describe_start(run))
@@ -156,8 +157,9 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                step = run.progress.step
-                export_run(run.config, run.store, step, run.start.folder, run.stop.agreed, run.say)
+                step, start = run.progress.step, run.start.folder
+                for write in (export_run, write_model_folders):
+                    write(run.config, run.store, step, start, run.stop.agreed, run.say)
         run.say(*describe_end(run))
 
 
@@ -199,11 +201,15 @@ def make_steps(run: Run, after: Rollback | None = None) -> Rollback | None:
             with run.report.stopwatch.paused():
                 stopping = evaluate_and_save(run, result, last, stopping)
                 run.profiler.step_done(run.progress.step)
-            if stopping and not last:
+            if run.remaining_steps == 0:
+                break
+            if stopping:
                 run.saver.wait(raise_on_failure=True)
                 run.say(f"stopped at step {run.progress.step} as requested; resume: auto continues")
                 return None
     run.saver.wait(raise_on_failure=True)
+    if run.stopped_early:
+        run.say(run.early_stopping.describe(run.progress))
     run.say(f"finished: {run.progress.tokens:,} tokens in {run.progress.step:,} steps")
     return None
 
@@ -243,7 +249,7 @@ def one_step(run: Run, batches: list[Batch], num_targets: float) -> StepResult:
 def note_step(run: Run, result: StepResult) -> None:
     """Report the last step: now, or on a GPU with :func:`report_pending` while the next one runs."""
     guard = run.guards.step_guard
-    run.report.step(run.progress, run.remaining_steps, result, guard.counts, guard.steps_without_targets)
+    run.report.step(run.progress, run.remaining_steps, result, guard.numbers, guard.steps_without_targets)
     if not run.report.reports_late:
         report_pending(run)
 
@@ -262,11 +268,12 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     step, checkpoint = run.progress.step, run.config.checkpoint
     run.guards.check_replicas(step, run.optimizer)
     losses: dict[str, float] = {}
-    improved, due = False, step % checkpoint.save_interval == 0
+    improved, due = False, run.is_due(checkpoint.save_interval)
     # Launchers wait some seconds for a run to stop: they are for saving. The resumed run evaluates.
     if run.validation and run.evaluation_due() and (last or not stopping):
         # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.
         losses, improved = evaluate(run, may_be_best=last or due or checkpoint.keep_best is not True)
+        last = run.remaining_steps == 0  # also if it stops early because of these losses
         stopping = stopping or run.stop.agreed()  # asked during the evaluation, which may be interrupted
     if last or stopping or due or (improved and checkpoint.keep_best == "improved"):
         report_pending(run)
@@ -290,7 +297,8 @@ def evaluate(run: Run, may_be_best: bool = True) -> tuple[dict[str, float], bool
         if losses and run.samples:
             texts = run.samples.generate(run.model, run.forward_backward, step, run.stop.agreed, run.say)
             run.report.samples(run.progress, texts)
-    best = run.validation.best(losses, run.progress) if may_be_best else None
+    run.progress = run.early_stopping.after(run.progress, losses)
+    best = run.validation.best(losses, run.progress) if may_be_best or run.remaining_steps == 0 else None
     if best is not None:
         run.progress = replace(run.progress, best=best)
     return run.validation.of_sets(losses), best is not None

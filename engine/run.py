@@ -9,6 +9,7 @@ from .config.settings import RunConfig
 from .data.catalog import Catalog
 from .data.loader import TrainingData
 from .data.sample_order import SampleOrder
+from .early_stopping import EarlyStopping
 from .evaluation import Validation
 from .guards.run_guards import RunGuards
 from .guards.stop_request import StopRequest
@@ -21,7 +22,7 @@ from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
 from .prompt_samples import PromptSamples
-from .schedule import BatchPlan, Progress
+from .schedule import BatchPlan, Progress, is_due
 from .start import Start
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.saver import Saver
@@ -30,7 +31,7 @@ from .weights.checkpoint.store import CheckpointStore
 
 @dataclass
 class Run:
-    """The parts of a run on this rank. Only the last two fields change from step to step."""
+    """The parts of a run on this rank. Only ``progress`` and ``evaluation_pending`` change from step to step."""
 
     config: RunConfig
     ranks: Ranks
@@ -59,8 +60,10 @@ class Run:
     progress: Progress
     evaluation_pending: bool = field(init=False)
     """True if the run evaluates before its next step."""
+    early_stopping: EarlyStopping = field(init=False)
 
     def __post_init__(self) -> None:
+        self.early_stopping = EarlyStopping(self.config.training.early_stopping, self.validation)
         resumed_from = self.start.resumed_from
         requested = self.config.training.eval_at_start
         self.evaluation_pending = requested if resumed_from is None else self.must_evaluate_at(resumed_from)
@@ -77,7 +80,16 @@ class Run:
 
     @property
     def remaining_steps(self) -> int:
-        """Number of steps until the token budget is used up."""
+        """Number of steps until the token budget is used up; 0 if the run has stopped early."""
+        return 0 if self.stopped_early else self._steps_of_budget
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ends here, although its token budget is not used up."""
+        return self._steps_of_budget > 0 and self.early_stopping.stopped(self.progress)
+
+    @property
+    def _steps_of_budget(self) -> int:
         return self.plan.steps_left(self.config.training.budget, self.progress.tokens)
 
     @property
@@ -87,8 +99,11 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Return whether the run evaluates after the current step."""
-        interval = self.config.training.eval_interval
-        return self.remaining_steps == 0 or (interval > 0 and self.progress.step % interval == 0)
+        return self.remaining_steps == 0 or self.is_due(self.config.training.eval_interval)
+
+    def is_due(self, interval: int | str) -> bool:
+        """Return whether the current step is one of ``interval``; see :func:`~retemper.engine.schedule.is_due`."""
+        return is_due(interval, self.progress, self.plan, self.catalog.epoch_tokens)
 
     def must_evaluate_at(self, manifest: Manifest) -> bool:
         """Return whether the run, at the checkpoint of ``manifest``, evaluates before its next step."""

@@ -22,6 +22,8 @@ class Progress:
     tokens: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     """Record of the best evaluation; see :class:`~retemper.engine.evaluation.BestMetric`."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """State of :class:`~retemper.engine.early_stopping.EarlyStopping`."""
 
     def after_step(self, plan: BatchPlan) -> Progress:
         """Return the progress after one more step."""
@@ -31,6 +33,21 @@ class Progress:
             samples=self.samples + plan.global_batch_size,
             tokens=self.tokens + plan.tokens_per_step,
         )
+
+
+def is_due(interval: int | str, progress: Progress, plan: BatchPlan, epoch_tokens: int | None) -> bool:
+    """Return whether something that happens at every ``interval`` happens after the step that led to ``progress``.
+
+    Args:
+        interval: number of steps, 0: never; or epoch: at the first step with which all tokens of an epoch are used.
+        progress: of the run.
+        plan: its batch sizes.
+        epoch_tokens: tokens in an epoch; None if the data has none.
+    """
+    if isinstance(interval, str):
+        before = progress.tokens - plan.tokens_per_step
+        return epoch_tokens is not None and before >= 0 and progress.tokens // epoch_tokens > before // epoch_tokens
+    return interval > 0 and progress.step % interval == 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,7 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
         return peak
     if optimizer.schedule == "inverse_sqrt":
         return max(minimum, peak * math.sqrt(decay_start / tokens)) if tokens else peak
-    shape = optimizer.schedule
+    shape: str = optimizer.schedule
     if shape == "wsd":
         shape = optimizer.decay_shape
         decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .optim import TrainingOptimizer, allocate_states, clip_divisor, global_norm, set_learning_rate, step_unless
+from .optim.loss_scaling import LossScaler, total_divisor, unscaled
 from .parallel.forward_backward import ForwardBackward, ModelParts
 
 
@@ -33,6 +34,10 @@ class StepResult:
 
 class StepGuards(Protocol):
     """Callbacks of a step. Every rank calls the same methods in the same order."""
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """Return the factor of the loss in the backward pass of the next step, [] fp32 on the device; None: one."""
 
     def begin_phase(self, phase: str) -> None:
         """Note that a part of the step begins: data, forward, backward, optimizer or other."""
@@ -53,14 +58,29 @@ class StepGuards(Protocol):
 
 
 class SkipNonFinite:
-    """The minimal guard: skips updates whose gradient norm is not finite."""
+    """The minimal guard: skips updates whose gradient norm is not finite.
+
+    Args:
+        loss_scaler: of fp16 training.
+    """
+
+    def __init__(self, loss_scaler: LossScaler | None = None):
+        self._loss_scaler = loss_scaler
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """See :class:`StepGuards`."""
+        return None if self._loss_scaler is None else self._loss_scaler.scale
 
     def begin_phase(self, phase: str) -> None:
         """See :class:`StepGuards`."""
 
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`StepGuards`."""
-        return (~grad_norm.isfinite()).float()
+        skip = (~grad_norm.isfinite()).float()
+        if self._loss_scaler is not None:
+            self._loss_scaler.update(loss, skip)
+        return skip
 
     def before_update(self) -> None:
         """See :class:`StepGuards`."""
@@ -96,13 +116,16 @@ def train_step(
         step: its number in the run, of which random masks are a function.
     """
     if num_targets > 0:
-        loss = forward_backward.accumulate_gradients(micro_batches, num_targets, guards.begin_phase)
+        scale = guards.loss_scale
+        targets = num_targets if scale is None else num_targets / scale
+        loss = unscaled(forward_backward.accumulate_gradients(micro_batches, targets, guards.begin_phase), scale)
         guards.begin_phase("optimizer")
         # With the loss, so that one that is not finite shows in the norm of all ranks.
-        grad_norm = global_norm(model.parameters(), model.unique_parameters(), loss)
+        grad_norm = unscaled(global_norm(model.parameters(), model.unique_parameters(), loss), scale)
         set_learning_rate(optimizer, learning_rate)
         guards.before_update()
-        step_unless(optimizer, guards.should_skip(loss, grad_norm), clip_divisor(grad_norm, clip), step)
+        divisor = total_divisor(clip_divisor(grad_norm, clip), scale)
+        step_unless(optimizer, guards.should_skip(loss, grad_norm), divisor, step)
         optimizer.zero_grad(set_to_none=True)
     else:
         loss = grad_norm = torch.full((), math.nan)

@@ -60,7 +60,10 @@ def test_the_counter_sees_what_waits():
     assert waits.counts["aten::nonzero"] + waits.counts["aten::index.Tensor"] >= 2
 
 
-@pytest.mark.parametrize("overrides", [[], ["--parallel.recompute", "selective"], ["--optimizer.state_dtype", "bf16"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["--parallel.recompute", "selective"], ["--optimizer.state_dtype", "bf16"], ["--training.precision", "fp16"]],
+)
 def test_a_step_reads_nothing_back(overrides, one_rank, run_file, tmp_path):
     run = pretrain.build(tiny_run.configure(run_file, "--run_folder", str(tmp_path), *overrides), one_rank)
     steps = [run.data.micro_batches(first) for first in (0, 8)]

@@ -21,7 +21,7 @@ from retemper.engine.files.outputs import Use, require_report, write_json_report
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.system import end_with_parent
 from retemper.tools.planning.gpus import GPUS
-from retemper.tools.planning.options import EFFICIENCY, RESERVE, PlanOptions, read_architecture
+from retemper.tools.planning.options import EFFICIENCY, HOST_BANDWIDTH, RESERVE, PlanOptions, read_architecture
 
 
 def build_parser() -> CommandParser:
@@ -98,6 +98,13 @@ def _add_assumptions(group: argparse._ArgumentGroup) -> None:
         help="network between nodes, per GPU, in Gbit/s (default: that of the GPU's usual server)",
     )
     group.add_argument(
+        "--host-bandwidth",
+        type=float,
+        default=HOST_BANDWIDTH / 1e9,
+        metavar="GB/S",
+        help="bandwidth of host memory per GPU, for parallel.cpu_offload (default: two channels of DDR5, %(default)g)",
+    )
+    group.add_argument(
         "--reserve",
         type=float,
         default=RESERVE / 2**30,
@@ -124,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_tflops,
         options.gpu_bandwidth,
         options.gpu_link,
+        options.host_bandwidth,
     )
     cluster = plan_options.cluster(read_architecture(config.model))
     with without_gc():

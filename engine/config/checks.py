@@ -47,6 +47,9 @@ _FROM_1 = Range(f"at least 1 and at most {_LARGEST:.0e}", lambda value: 1 <= val
 _POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
 _POSITIVE_OR_NULL = Range(f"{_POSITIVE.words}, or null", _POSITIVE.holds)
 _SHARE = Range("in [0, 1)", lambda value: 0 <= value < 1)
+_POWER_OF_TWO = Range(
+    "a power of two between 2^-14 and 2^40", lambda value: 2**-14 <= value <= 2**40 and math.frexp(value)[0] == 0.5
+)
 RANGES = {
     "data.train[].weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
     "data.train[].loss_weight": Range(_POSITIVE.words, lambda value: 0 < value <= _LARGEST),
@@ -68,6 +71,9 @@ RANGES = {
     "training.sequence_length": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
+    "training.initial_loss_scale": _POWER_OF_TWO,
+    "training.min_loss_scale": _POWER_OF_TWO,
+    "training.loss_scale_window": _FROM_1,
     "training.neftune_alpha": _POSITIVE_OR_NULL,
     "training.z_loss": _FROM_0,
     "training.gc_interval": _FROM_0,
@@ -77,6 +83,8 @@ RANGES = {
     "training.max_rewinds": _FROM_0,
     "training.check_replicas_interval": _FROM_0,
     "training.stop_after_minutes": _POSITIVE_OR_NULL,
+    "training.early_stopping.patience": _FROM_1,
+    "training.early_stopping.min_delta": _FROM_0,
     "training.ema_decay": Range("in (0, 1), or null", lambda value: 0 < value < 1),
     "training.eval_interval": _FROM_0,
     "training.eval_tokens": _FROM_1,
@@ -130,7 +138,7 @@ def validate(config: RunConfig) -> None:
     found.raise_if_any()
 
 
-def with_known_budget(config: RunConfig, epoch_tokens: int) -> RunConfig:
+def with_known_budget(config: RunConfig, epoch_tokens: int | None) -> RunConfig:
     """Return ``config`` with its budget in tokens, now that the data are open.
 
     Raises:
@@ -161,7 +169,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     written = as_written(config)
     for key, allowed in RANGES.items():
         value = None if "[]" in key else operator.attrgetter(key)(written)
-        if value is not None and not allowed.holds(value):
+        if value is not None and value != "epoch" and not allowed.holds(value):
             yield f"{key} is {value}; it must be {allowed.words}"
     yield from _upload(config.checkpoint)
     parallel = config.parallel
@@ -183,12 +191,13 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     config = with_budget(config)  # as far as it is known before the data are open
     training = config.training
     yield from refused(config)
+    yield from _precision(training)
     yield from _pipeline(config.parallel)
     if training.trainable == []:
         yield "training.trainable is []; name patterns of parameters, or use all"
     yield from schedule_problems(training, config.optimizer)
     yield from _optimizer(config)
-    yield from _data(config.data, training)
+    yield from _data(config.data, training, config.checkpoint.save_interval)
     yield from _profile(config.logging)
     yield from _adapter(config)
     if config.model.initialize_from is None and config.model.architecture is None:
@@ -199,6 +208,26 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     rope = config.model.rope
     if rope.kind is not None and rope.factor == 1:
         yield f"model.rope.kind is {rope.kind}, but model.rope.factor is 1; set it to a larger number, such as 4"
+
+
+def _precision(training: TrainingConfig) -> Iterator[str]:
+    if training.precision != "fp16":
+        return
+    if training.weight_dtype != "fp32":
+        yield (
+            f"training.precision is fp16, but training.weight_dtype is {training.weight_dtype}; fp16 training needs "
+            "weights in fp32: set training.weight_dtype to fp32"
+        )
+    if training.float8:
+        yield (
+            "training.precision is fp16, but training.float8 is true; GPUs with float8 have bf16: set "
+            "training.precision to bf16"
+        )
+    if training.min_loss_scale > training.initial_loss_scale:
+        yield (
+            f"training.min_loss_scale {training.min_loss_scale:g} is above training.initial_loss_scale "
+            f"{training.initial_loss_scale:g}; lower the minimum"
+        )
 
 
 def _adapter(config: RunConfig) -> Iterator[str]:
@@ -317,7 +346,7 @@ def _pipeline(parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
-def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+def _data(data: DataConfig, training: TrainingConfig, save_interval: int | str) -> Iterator[str]:
     if data.train and data.stages:
         yield ("data.train and data.stages are both set; put the mixture of data.train into a stage, or remove one")
     if not data.train and not data.stages:
@@ -328,6 +357,11 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.train_epochs is {training.train_epochs:g}, but data.stages have different sources, so their "
             "epochs have no common length; use training.train_tokens or training.train_steps"
+        )
+    if data.stages and "epoch" in (training.eval_interval, save_interval):
+        yield (
+            "training.eval_interval and checkpoint.save_interval cannot be epoch with data.stages: sources differ, "
+            "so their epochs have no common length; use a number of steps"
         )
     total, budget = sum(stage.train_tokens or 0 for stage in data.stages), training.train_tokens or 0
     if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < budget:

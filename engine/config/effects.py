@@ -33,6 +33,8 @@ class Situation:
     """Configuration of the checkpoint that the run continues from."""
     step: int = 0
     """From which the run continues."""
+    epoch_tokens: int | None = None
+    """Tokens in one epoch of the mixture; None if they are not known."""
     source_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Tokens in one epoch of each source."""
 
@@ -63,12 +65,18 @@ class Rule:
 
 def _fits(key: str) -> Callable[[Situation], bool]:
     """Return a condition: the run has enough steps to reach the interval ``training.key``."""
-    return lambda now: getattr(now.config.training, key) <= now.steps
+    return lambda now: _reached(getattr(now.config.training, key), now)
 
 
 _MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
 
 RULES = (
+    Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision in ("fp16", "auto"),
+        "only training.precision fp16 scales the loss; remove it, or set training.precision to fp16",
+        refused=True,
+    ),
     Rule(
         ("model.rope.factor",),
         lambda now: now.config.model.rope.kind is not None,
@@ -134,6 +142,24 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("training.early_stopping.min_delta", "training.early_stopping.metric"),
+        lambda now: now.config.training.early_stopping.patience is not None,
+        "training.early_stopping.patience is null, so the run does not stop early; set it, or remove the other",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.evaluates,
+        "there is no validation set, so nothing is evaluated; set data.validation or data.validation_fraction",
+        refused=True,
+    ),
+    Rule(
+        ("training.early_stopping.patience",),
+        lambda now: now.config.training.eval_interval != 0,
+        "training.eval_interval is 0, so the run evaluates only at its end; set it to a number of steps",
+        refused=True,
+    ),
+    Rule(
         ("checkpoint.push_to_hub",),
         lambda now: now.config.checkpoint.export_hf,
         "checkpoint.export_hf is false, so there is no export to upload; set it to true, or remove "
@@ -148,8 +174,19 @@ RULES = (
     ),
     Rule(
         ("checkpoint.export_ema",),
-        lambda now: now.config.checkpoint.export_hf,
-        "nothing is exported; set checkpoint.export_hf",
+        lambda now: (
+            now.config.checkpoint.export_hf
+            or now.config.checkpoint.export_best
+            or now.config.checkpoint.model_folders != "off"
+        ),
+        "nothing is exported; set checkpoint.model_folders or checkpoint.export_hf",
+    ),
+    Rule(
+        ("checkpoint.export_best",),
+        lambda now: bool(now.config.checkpoint.keep_best),
+        "checkpoint.keep_best is false, so the best checkpoint is not kept; set it to true, or remove "
+        "checkpoint.export_best",
+        refused=True,
     ),
     Rule(
         ("checkpoint.hub_private", "checkpoint.hub_message"),
@@ -180,7 +217,7 @@ RULES = (
     Rule(
         (
             *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
-            *("logging.sample_prompts", "training.eval_ema"),
+            *("logging.sample_prompts", "training.eval_ema", "checkpoint.export_best"),
         ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
@@ -199,7 +236,7 @@ RULES = (
     ),
     Rule(
         ("checkpoint.save_interval",),
-        lambda now: now.config.checkpoint.save_interval <= now.steps,
+        lambda now: _reached(now.config.checkpoint.save_interval, now),
         "the run has fewer steps; it saves only at the end",
     ),
     Rule(
@@ -244,6 +281,11 @@ RULES = (
     ),
     # The conditions below are known only when the run starts.
     Rule(
+        ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
+        lambda now: now.config.training.precision == "fp16",
+        "training.precision auto did not choose fp16, which alone scales the loss",
+    ),
+    Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
         "it matters only with several ranks, several micro-batches in a step and no pipeline",
@@ -252,7 +294,7 @@ RULES = (
         ("parallel.reshard_after_forward", "parallel.prefetch_blocks"),
         lambda now: (
             now.reduces
-            or now.config.parallel.cpu_offload
+            or now.config.parallel.cpu_offload is True
             or now.config.parallel.pipeline_schedule.endswith("zero_bubble")
         ),
         "no other rank has a part of this rank's parameters, so nothing is gathered",
@@ -263,7 +305,7 @@ RULES = (
         "no two ranks hold the same weights",
     ),
     Rule(
-        ("parallel.cpu_offload",),
+        ("parallel.cpu_offload", "parallel.offload_activations"),
         lambda now: now.device != "cpu",
         "the run computes on the CPU, where everything is in host memory",
     ),
@@ -306,6 +348,7 @@ ALWAYS = {
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
+    "checkpoint.model_folders",
     *("logging.log_interval", "logging.stragglers", "logging.tensorboard", "logging.trackers", "logging.progress_bar"),
     *("logging.metrics_port", "callbacks"),
 }
@@ -395,8 +438,16 @@ def _decays(now: Situation) -> bool:
     return training.warmup < training.budget - now.config.optimizer.schedule_start_tokens
 
 
+def _reached(interval: int | str, now: Situation) -> bool:
+    """Return whether the run is as long as ``interval``: a number of steps, or epoch."""
+    if isinstance(interval, str):
+        return now.epoch_tokens is None or now.config.training.budget >= now.epoch_tokens
+    return interval <= now.steps
+
+
 def _saves_a_multiple(checkpoint: CheckpointConfig, steps: int) -> bool:
-    return math.lcm(max(1, checkpoint.keep_every), checkpoint.save_interval) <= steps
+    interval = checkpoint.save_interval
+    return interval == "epoch" or math.lcm(max(1, checkpoint.keep_every), interval) <= steps
 
 
 def _same_start(now: Situation) -> tuple[Any, ...]:

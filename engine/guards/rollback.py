@@ -69,7 +69,7 @@ def rollback_if_spiking(run: Run) -> Rollback | None:
     return Rollback(
         target,
         manifest,
-        Progress(manifest.step, progress.samples, manifest.consumed_tokens, manifest.best),
+        Progress(manifest.step, progress.samples, manifest.consumed_tokens, manifest.best, manifest.early_stopping),
         {**manifest.health, "rewinds": rewinds},
         f"  rewound to step {manifest.step} ({target}): the {skipped:,} samples from there to the spike in step "
         f"{progress.step} are skipped; rewind {len(rewinds)} of training.max_rewinds {training.max_rewinds}",

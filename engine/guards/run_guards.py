@@ -98,6 +98,12 @@ class RunGuards:
         """Return the newest step and the phase that has begun, for messages."""
         return f"step {self._step}, {self._phase}"
 
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """See :class:`~retemper.engine.step.StepGuards`."""
+        scaler = self.step_guard.loss_scaler
+        return None if scaler is None else scaler.scale
+
     def should_skip(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """See :class:`~retemper.engine.step.StepGuards`."""
         return self.step_guard.should_skip(self._step, loss, grad_norm)
@@ -160,7 +166,7 @@ class RunGuards:
         All ranks must call this.
         """
         numbers = {"loss": self._ranks.all_reduce(result.loss.item()), "gradient norm": result.grad_norm.item()}
-        self.check_skipped(step, numbers, self.step_guard.counts.tolist())
+        self.check_skipped(step, numbers, self.step_guard.numbers.tolist())
         self.step_guard.require_finite_weights(step, self._model.parameters())
 
     def _newest_checkpoint(self) -> str:

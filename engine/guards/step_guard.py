@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config.settings import TrainingConfig
 from ..errors import UserError
 from ..optim.local import local_part
+from ..optim.loss_scaling import LossScaler
 from ..parallel.process_group import Ranks
 
 WINDOW = 64
@@ -44,8 +45,11 @@ class StepGuard:
     def __init__(self, config: TrainingConfig, ranks: Ranks, newest: Callable[[], str], say: Callable[[str], None]):
         self._config, self._ranks, self._newest, self._say = config, ranks, newest, say
         self.counts = torch.zeros(3, device=ranks.device)
-        """[3] fp32 on the device: number of skipped steps, in a row up to now, and in a row at most. Each step makes a
-        new tensor."""
+        """[3] fp32 on the device: number of skipped steps, in a row up to now, and in a row at most. Steps whose fp16
+        gradients overflow are not among them. Each step makes a new tensor."""
+        self.loss_scaler = LossScaler(config, ranks.device) if config.precision == "fp16" else None
+        """In fp16 training: counts and skips steps whose gradients overflow."""
+        self._overflows = 0
         self._skipped = 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self.spiked = False
@@ -68,13 +72,21 @@ class StepGuard:
         """
         self._without_targets_in_a_row = 0
         skip = (~grad_norm.isfinite()).to(self.counts)
+        overflow = None if self.loss_scaler is None else self.loss_scaler.update(loss, skip)
         if self._config.loss_spike_zscore is not None:
             self.spiked = self._is_spike(step, self._ranks.all_reduce(loss.item()))
             skip = torch.ones_like(skip) if self.spiked else skip
         total, in_a_row, most = self.counts.unbind()
-        in_a_row = (in_a_row + skip) * skip
-        self.counts = torch.stack([total + skip, in_a_row, torch.maximum(most, in_a_row)])
+        counted, now_in_a_row = skip, (in_a_row + skip) * skip
+        if overflow is not None:
+            counted, now_in_a_row = skip * (1 - overflow), torch.where(overflow > 0, in_a_row, now_in_a_row)
+        self.counts = torch.stack([total + counted, now_in_a_row, torch.maximum(most, now_in_a_row)])
         return skip
+
+    @property
+    def numbers(self) -> Tensor:
+        """Return :attr:`counts`, and in fp16 training :attr:`LossScaler.state` after them; on the device."""
+        return self.counts if self.loss_scaler is None else torch.cat([self.counts, self.loss_scaler.state])
 
     def count_without_targets(self, step: int) -> None:
         """Count ``step``, in which no rank has a target.
@@ -110,18 +122,19 @@ class StepGuard:
     def check(
         self, step: int, numbers: Mapping[str, float], counts: Sequence[float], parameters: Iterable[Tensor]
     ) -> None:
-        """End the run after too many skipped steps. All ranks must call this.
+        """End the run after too many skipped steps, or without a loss scale. All ranks must call this.
 
         Args:
             step: number of a step, not necessarily the last one.
             numbers: its loss and gradient norm, for the message.
-            counts: :attr:`counts` after it.
+            counts: :attr:`numbers` after it.
             parameters: of this rank at present; if steps were skipped, they are checked, which waits for the device.
 
         Raises:
-            UserError: more steps in a row were skipped than allowed, or a weight is not finite.
+            UserError: more steps in a row were skipped than allowed, a weight is not finite, or gradients overflow
+                with every scale of the loss.
         """
-        total, _, most = map(int, counts)
+        total, _, most = map(int, counts[:3])
         bound, new = self._config.max_skipped_steps, total - self._skipped
         if most > bound:
             found = ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -132,11 +145,26 @@ class StepGuard:
                     "gradients were not finite, or the loss was a spike"
                 )
             raise self._error(step, f"{found}: {reason}")
+        if self.loss_scaler is not None:
+            self._check_loss_scale(step, counts[3:])
         if new:
             self.require_finite_weights(step, parameters)
             plural = "s" if new > 1 else ""
             self._say(f"  skipped {new} update{plural} by step {step}, {total} in all: not finite, or a spike")
             self._skipped = total
+
+    def _check_loss_scale(self, step: int, state: Sequence[float]) -> None:
+        assert self.loss_scaler is not None
+        scale, overflows = state[0], int(state[2])
+        if problem := self.loss_scaler.problem(scale):
+            raise UserError(f"step {step}: {problem}; {self._newest()}")
+        if new := overflows - self._overflows:
+            plural = "s" if new > 1 else ""
+            self._say(
+                f"  skipped {new} update{plural} by step {step}, {overflows} in all: fp16 gradients overflowed; the "
+                f"loss scale is now {scale:g}"
+            )
+            self._overflows = overflows
 
     def require_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         """Raise UserError if any of ``numbers``, the same on all ranks, is not finite."""
@@ -172,6 +200,8 @@ class StepGuard:
         state: dict[str, Any] = {"skipped_steps": total, "in_a_row": in_a_row, "losses": list(self._losses)}
         if self.steps_without_targets:
             state["without_targets"] = [self.steps_without_targets, self._without_targets_in_a_row]
+        if self.loss_scaler is not None:
+            state["loss_scaling"] = self.loss_scaler.state_dict()
         return state | ({"rewinds": self.rewinds} if self.rewinds else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,6 +209,9 @@ class StepGuard:
         total, in_a_row = state.get("skipped_steps", 0), state.get("in_a_row", 0)
         self._skipped = total
         self.counts = torch.tensor([total, in_a_row, in_a_row], dtype=torch.float32, device=self._ranks.device)
+        if self.loss_scaler is not None and "loss_scaling" in state:
+            self.loss_scaler.load_state_dict(state["loss_scaling"])
+            self._overflows = state["loss_scaling"]["overflows"]
         self._losses = deque(state.get("losses", ()), maxlen=WINDOW)
         self.steps_without_targets, self._without_targets_in_a_row = state.get("without_targets", (0, 0))
         self.spiked, self.rewinds = False, list(state.get("rewinds", ()))

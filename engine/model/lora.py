@@ -51,10 +51,10 @@ class LoraLinear(nn.Linear):
         assert type(linear) is nn.Linear
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        options = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
-        linear.lora_A = nn.Linear(linear.in_features, rank, **options)
-        linear.lora_B = nn.Linear(rank, linear.out_features, **options)
-        empty = torch.empty(linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+        device, dtype = linear.weight.device, linear.weight.dtype
+        linear.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device, dtype=dtype)
+        linear.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device, dtype=dtype)
+        empty = torch.empty(linear.out_features, device=device, dtype=dtype)
         vector = nn.Parameter(empty) if dora else None
         linear.register_parameter(MAGNITUDE, vector)
         linear.scaling, linear.dropout = scaling, dropout
@@ -187,4 +187,6 @@ def _whole(weight: Tensor) -> Tensor:
     """Return all of ``weight``. All ranks that share it must call this."""
     if not isinstance(weight, DTensor):
         return weight
-    return weight.to(weight.device_mesh.device_type).full_tensor()  # NCCL has no collectives of host memory
+    here = weight.to(weight.device_mesh.device_type)  # NCCL has no collectives of host memory
+    assert isinstance(here, DTensor)
+    return here.full_tensor()

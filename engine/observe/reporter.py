@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.settings import RunConfig
 from ..model.architecture import Architecture
+from ..optim import loss_scaling
 from ..parallel import trainable
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
@@ -68,7 +69,7 @@ class ReportedStep(NamedTuple):
     numbers: dict[str, float]
     """Loss of all ranks and gradient norm, by name."""
     skips: list[float]
-    """See :attr:`~retemper.engine.guards.step_guard.StepGuard.counts`."""
+    """See :attr:`~retemper.engine.guards.step_guard.StepGuard.numbers`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _PendingStep:
     remaining_steps: int
     result: StepResult
     numbers: HostCopy
-    """The guard's three counts and, with targets, loss and gradient norm."""
+    """Without targets only the guard's numbers; else loss and gradient norm before them."""
     steps_without_targets: int
     steps: int
     """Number of steps since the last report."""
@@ -100,6 +101,7 @@ class Reporter:
         progress: at the start.
         say: prints a line for people, on the main rank.
         early: observers from :func:`create_early_observers`, on the main rank.
+        epoch_tokens: tokens in an epoch; None: the data has none, and records have no epoch.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class Reporter:
         progress: Progress,
         say: Say,
         early: Sequence[Observer] = (),
+        epoch_tokens: int | None = None,
     ):
-        self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
+        self._ranks, self._tokens_per_step, self._epoch_tokens = ranks, plan.tokens_per_step, epoch_tokens
         learning = trainable.learning(architecture, config.training, config.adapter)
         self._flops = flops_per_token(architecture, plan.sequence_length, False, learning)
         self.observers = create_observers(config, say) if ranks.is_main else []
@@ -159,13 +162,13 @@ class Reporter:
             progress: after it.
             remaining_steps: of the run.
             result: of the step.
-            skips: [3] fp32 on the device: see :attr:`~retemper.engine.guards.step_guard.StepGuard.counts`.
+            skips: [n] fp32 on the device: see :attr:`~retemper.engine.guards.step_guard.StepGuard.numbers`.
             steps_without_targets: number of them so far.
         """
         assert self._pending is None, "a step was not reported"
         # Without targets loss and norm are NaN, and on the host.
         of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
-        numbers, (steps, profiled) = HostCopy(torch.cat([skips, *of_step])), self.stopwatch.take_steps()
+        numbers, (steps, profiled) = HostCopy(torch.cat([*of_step, skips])), self.stopwatch.take_steps()
         self._pending = _PendingStep(
             progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, self.stragglers.lap()
         )
@@ -177,7 +180,7 @@ class Reporter:
             return None
         progress, result = pending.progress, pending.result
         numbers = pending.numbers.wait()
-        skips, (loss, grad_norm) = numbers[:3], numbers[3:] or (math.nan, math.nan)
+        (loss, grad_norm), skips = (numbers[:2], numbers[2:]) if result.has_targets else ((math.nan, math.nan), numbers)
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
         seconds = self.stopwatch.lap()
@@ -190,6 +193,8 @@ class Reporter:
             "grad_norm": grad_norm if result.has_targets else None,
             "skipped_steps": int(skips[0]),
             "steps_without_targets": pending.steps_without_targets,
+            **({"epoch": progress.tokens / self._epoch_tokens} if self._epoch_tokens else {}),
+            **loss_scaling.metrics(skips[3:]),
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
             **({"profiled": True} if pending.profiled else {}),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.attention import Choice as AttentionChoice
-from ..config.settings import RunConfig
+from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture, LayerRange
 from ..model.decoder import Decoder
@@ -17,6 +17,7 @@ from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from ..optim import groups
 from . import (
+    activation_offload,
     adapter,
     context,
     data_parallel,
@@ -73,6 +74,8 @@ def check(
     trainable.check(config, architecture)
     adapter.check(architecture, config)
     groups.check(config.optimizer, trainable.learned(architecture, config))
+    _check_offload(parallel, world_size)
+    activation_offload.check(config)
     tokens, ranks = training.micro_batch_size * training.sequence_length, parallel.context * parallel.tensor
     if tokens % ranks:
         raise UserError(
@@ -84,6 +87,15 @@ def check(
         raise UserError(
             "parallel.async_tensor is true, but it needs parallel.tensor > 1, a GPU and compiled blocks "
             "(training.compile); set it to false"
+        )
+
+
+def _check_offload(parallel: ParallelConfig, world_size: int) -> None:
+    if parallel.cpu_offload == "optimizer" and world_size != parallel.pipeline:
+        sharing = world_size // parallel.pipeline
+        raise UserError(
+            f"parallel.cpu_offload is optimizer, which is for ranks that hold all parameters of their layers, but "
+            f"{sharing} ranks share them; set it to true, which offloads each rank's part, or use one rank"
         )
 
 
@@ -122,8 +134,8 @@ def build_model(
     stages: list[LayerRange] | None = None,
     materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
-    """Build the model: meta device -> tensor -> adapter -> context -> float8 -> recompute -> compile -> freeze ->
-    shard -> materialize.
+    """Build the model: meta device -> tensor -> adapter -> context -> float8 -> recompute -> compile -> offload ->
+    freeze -> shard -> materialize.
 
     Weights are loaded afterwards.
 
@@ -159,6 +171,8 @@ def build_model(
         recompute.apply(model, parallel, training.fuse_projections)
         if choices.compiled:
             block_compile.apply(model)
+        if parallel.offload_activations:
+            activation_offload.apply(model, ranks.device)
         trainable.apply(model, training, config.adapter)
         wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)

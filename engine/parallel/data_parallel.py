@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ..config.settings import ParallelConfig
 from ..model.language_model import LanguageModel
 from .fsdp import FullySharded
+from .host_transfers import HostTransfers
 from .unsharded import Unsharded
 
 
@@ -62,13 +63,16 @@ def wrap(
         fuse_projections: see :mod:`.fused_projections`; only on one rank.
     """
     if is_alone(mesh, config):
-        return Unsharded(model, compute_dtype, fuse_projections)
+        transfers = HostTransfers(torch.device(mesh.device_type)) if config.cpu_offload == "optimizer" else None
+        return Unsharded(model, compute_dtype, fuse_projections, transfers)
     return FullySharded(model, mesh, config, compute_dtype)
 
 
 def is_alone(mesh: DeviceMesh, config: ParallelConfig) -> bool:
-    """Return whether this rank shares parameters with no other, and they are on its device."""
-    return mesh.size() == 1 and not config.cpu_offload
+    """Return whether this rank shares parameters with no other, and computes with parameters that stay on its
+    device.
+    """
+    return mesh.size() == 1 and config.cpu_offload is not True
 
 
 def copy_full_(parameter: Tensor, values: Tensor) -> None:

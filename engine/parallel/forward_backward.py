@@ -114,12 +114,14 @@ class ForwardBackward(Protocol):
     Losses are on the device and only this rank's part: the loss is their sum over all ranks.
     """
 
-    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(
+        self, batches: list[Batch], num_targets: float | Tensor, on_phase: Callable[[str], None]
+    ) -> Tensor:
         """Accumulate gradients over micro-batches and ranks, and return the loss, [] fp32.
 
         The loss is divided by ``num_targets`` of the *global* batch, so that every token counts the same, however
-        unevenly they are distributed to documents, ranks and micro-batches. ``on_phase`` is called with the name of
-        each phase that begins.
+        unevenly they are distributed to documents, ranks and micro-batches. With a scale of the loss, ``num_targets``
+        is divided by it, and is [] fp32 on the device. ``on_phase`` is called with the name of each phase that begins.
         """
 
     def evaluate(self, batches: list[Batch]) -> Tensor:
@@ -135,7 +137,9 @@ class NonPipelined:
         self._model, self._wrapped, self._prepare = model, wrapped, prepare
         self._reduce_every = reduce_every_micro_batch
 
-    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(
+        self, batches: list[Batch], num_targets: float | Tensor, on_phase: Callable[[str], None]
+    ) -> Tensor:
         """See :class:`ForwardBackward`."""
         loss = torch.zeros((), device=self._prepare.device)
         with self._wrapped.computing():

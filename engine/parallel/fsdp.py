@@ -77,7 +77,7 @@ class FullySharded:
 def _shard(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     on_gpu = mesh.device_type == "cuda"
-    offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload is True else OffloadPolicy()
     constants = {parameter for name, parameter in model.named_parameters() if name in model.constants}
     shard = functools.partial(
         fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=constants or None

@@ -39,8 +39,9 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     if adapter.kind is not None:  # weights of the base have the dtype of the computation
         per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
     needed = int(total * per_weight + trained * per_trained) // sharing
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" and world_size > 1 else 1
-    available = device_memory(device) // ranks_here
+    on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
+    available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
     if needed > available:
         raise UserError(
             f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained:.4g} bytes "

@@ -209,7 +209,7 @@ class Pipelined:
         self._decoders, self._wrapped, self._prepare = decoders, wrapped, prepare
         self._num_micro_batches = num_micro_batches
         self._batches: list[Batch] = []
-        self._num_targets = 1.0
+        self._num_targets: float | Tensor = 1.0
         self._losses: list[tuple[Tensor, Tensor]] = []
         """Number and loss of each micro-batch; without values in a dry run."""
         layout = prepare.mesh.layout
@@ -240,7 +240,9 @@ class Pipelined:
             scale_grads=False,
         )
 
-    def accumulate_gradients(self, batches: list[Batch], num_targets: float, on_phase: Callable[[str], None]) -> Tensor:
+    def accumulate_gradients(
+        self, batches: list[Batch], num_targets: float | Tensor, on_phase: Callable[[str], None]
+    ) -> Tensor:
         """Train, see :class:`~retemper.engine.parallel.forward_backward.ForwardBackward`.
 
         Forward and backward passes alternate: all of them are the phase "forward".
@@ -311,6 +313,8 @@ class Pipelined:
         if not architecture.tie_word_embeddings or not (self._decoders[0].is_first or self._decoders[-1].is_last):
             return
         end = self._decoders[0] if self._decoders[0].is_first else self._decoders[-1]
+        if not end.head_weight.requires_grad:
+            return
         if not end.head_weight.requires_grad:
             return
         gradient = end.head_weight.grad

@@ -1,4 +1,7 @@
-"""Decide ``training.precision: auto``: bf16 if the hardware computes it natively, else fp32. Only decided here."""
+"""Decide ``training.precision: auto``: bf16 if the hardware computes it natively, else fp16 on GPUs and fp32 on CPUs.
+
+Only decided here.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,19 @@ class Precision:
     """The compute dtype of a run."""
 
     name: str
-    """bf16 or fp32."""
+    """bf16, fp16 or fp32."""
     reason: str
 
 
-def choose_precision(asked: str, ranks: Ranks) -> Precision:
+def choose_precision(asked: str, ranks: Ranks, weight_dtype: str = "fp32") -> Precision:
     """Return the compute dtype for ``training.precision`` as ``asked``, the same on all ranks.
 
     With auto, all ranks must support bf16 natively for it to be chosen. All ranks must call this.
+
+    Args:
+        asked: a value of ``training.precision``.
+        ranks: that train together.
+        weight_dtype: of the weights; fp16 is chosen only with fp32.
     """
     native = native_bf16(ranks.device)
     if asked != "auto":
@@ -37,12 +45,13 @@ def choose_precision(asked: str, ranks: Ranks) -> Precision:
     if not lacking:
         return Precision("bf16", f"auto: {native}")
     which = "" if len(lacking) == ranks.world_size else f" of rank {lacking[0]}"
-    return Precision("fp32", f"auto: {_without(ranks.device)}{which} has no native bf16")
+    name = "fp16" if ranks.device.type == "cuda" and weight_dtype == "fp32" else "fp32"
+    return Precision(name, f"auto: {_without(ranks.device)}{which} has no native bf16")
 
 
 def with_precision(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Precision]:
     """Return ``config`` with ``training.precision`` decided, and why. All ranks must call this."""
-    chosen = choose_precision(config.training.precision, ranks)
+    chosen = choose_precision(config.training.precision, ranks, config.training.weight_dtype)
     return with_named_precision(config, chosen.name), chosen
 
 

@@ -3,6 +3,9 @@
 If the weights have the compute dtype, the model uses them, and gradients accumulate in place. Otherwise the model
 computes with copies of the weights in the compute dtype, which are refreshed once per step. The gradient of a copy is
 added to that of its weight as soon as it is complete, and freed.
+
+With ``parallel.cpu_offload: optimizer`` the weights, their gradients and the optimizer are in host memory, and the
+copies on the device (Ren et al., 2021, https://arxiv.org/abs/2101.06840).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from ..model.language_model import LanguageModel
 from ..optim.local import local_part
 from .fused_projections import FusedLayers, fuse
+from .host_transfers import HostTransfers
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class UsedWeight:
     """The weight, or its copy in the compute dtype."""
     gradient_dtype: torch.dtype
     """Of the gradient of the weight."""
+    transfers: HostTransfers | None = None
+    """Of a weight in host memory."""
 
     def take_gradient(self) -> None:
         """Add the gradient of the copy to that of the weight, and free it. Cast a gradient of the weight itself."""
@@ -39,6 +45,12 @@ class UsedWeight:
             self.weight.grad = gradient.to(self.gradient_dtype)
             return
         self.used.grad = None
+        if self.transfers is None:
+            self._add(gradient)
+        else:
+            self.transfers.fetch(gradient, self._add)
+
+    def _add(self, gradient: Tensor) -> None:
         if self.weight.dtype != torch.float32:
             gradient = gradient.to(self.weight.dtype)  # as FSDP does with each reduced gradient
         if self.weight.grad is None:
@@ -54,9 +66,17 @@ class Unsharded:
         model: on the meta device.
         compute_dtype: of the tensors that the model computes with.
         fuse_projections: see :mod:`.fused_projections`.
+        transfers: of weights in host memory to the device that computes; None: they are there.
     """
 
-    def __init__(self, model: LanguageModel, compute_dtype: torch.dtype, fuse_projections: bool = False):
+    def __init__(
+        self,
+        model: LanguageModel,
+        compute_dtype: torch.dtype,
+        fuse_projections: bool = False,
+        transfers: HostTransfers | None = None,
+    ):
+        self._transfers = transfers
         self._model, self._compute_dtype, self._fuses = model, compute_dtype, fuse_projections
         self._weights: list[UsedWeight] = []
         self._places: list[tuple[nn.Module, str, UsedWeight]] = []
@@ -68,6 +88,11 @@ class Unsharded:
         """This rank's parts of the weights that have copies, in the order of the copies."""
         self._split: list[DTensor] = []
         """The weights of tensor parallelism."""
+
+    @property
+    def copies_of_host_weights(self) -> list[Tensor]:
+        """Return the device's copies of weights that are in host memory."""
+        return [] if self._transfers is None else self._copies
 
     def on_materialized(self, accumulates: bool) -> None:
         """See the class. Allocates the copies."""
@@ -96,9 +121,12 @@ class Unsharded:
     def _used(self, weight: nn.Parameter, accumulates: bool) -> UsedWeight:
         """Choose the tensor that the model uses for ``weight``, and register what happens to its gradients."""
         used = weight
-        if weight.dtype != self._compute_dtype:
+        if self._transfers is not None:
+            copy = torch.empty_like(weight, dtype=self._compute_dtype, device=self._transfers.device)
+            used = nn.Parameter(copy, requires_grad=weight.requires_grad)
+        elif weight.dtype != self._compute_dtype:
             used = nn.Parameter(weight.detach().to(self._compute_dtype), requires_grad=weight.requires_grad)
-        pair = UsedWeight(weight, used, torch.float32 if accumulates else weight.dtype)
+        pair = UsedWeight(weight, used, torch.float32 if accumulates else weight.dtype, self._transfers)
         if weight.requires_grad:
             if pair.gradient_dtype != weight.dtype:
                 weight.grad_dtype = None  # of any dtype
@@ -109,7 +137,9 @@ class Unsharded:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """See the class. Refreshes the copies, and shows them instead of the weights."""
-        if self._copies:
+        if self._transfers is not None:
+            self._transfers.send(self._copies, self._copied)
+        elif self._copies:
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, self._copied)
         self._show()
@@ -117,6 +147,8 @@ class Unsharded:
             yield
         finally:
             self._hide()
+        if self._transfers is not None:
+            self._transfers.finish()
         self._sum_over_tensor_ranks()
 
     def _show(self) -> None:

@@ -89,7 +89,7 @@ def linear_cross_entropy(
     Logits and the accumulation of both gradients are fp32 for any input dtype. The same inputs give the same bits.
 
     Args:
-        hidden_TH: [T, H] fp32 or bf16.
+        hidden_TH: [T, H] fp32, bf16 or fp16.
         weight_VH: [V, H] of the same dtype.
         targets_T: [T] int64 in [0, V), or ``IGNORE_INDEX``. Any other target makes the loss NaN.
         weights_T: [T] fp32 factors of the tokens' losses and gradients, z-losses included; None: all are 1.

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from .rows import Gradients, Needs, Options, Targets, add_product, chunks, matmul_fp32, row_terms
 
+FP16_SCALE = 2.0**12
+"""Factor of the logits' gradients in products of fp16 matrices on a GPU. Their magnitude is at most about 1, and most
+are far below fp16's smallest normal number, 6e-5."""
+
 CACHED_BYTES = 8 * 1024**2
 """Logits on which a CPU performs all elementwise operations before it goes on to the next rows."""
 
@@ -37,11 +41,13 @@ def compute(
     """
     num_rows = weight_VH.shape[0]
     losses, z_losses = torch.empty(2, hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
-    grad_hidden = torch.empty_like(hidden_TH) if needs.hidden else None
+    # The gradient of an fp16 tensor is rounded only after it is multiplied by the scale of the loss.
+    grad_dtype = torch.float32 if hidden_TH.dtype == torch.float16 else hidden_TH.dtype
+    grad_hidden = torch.empty_like(hidden_TH, dtype=grad_dtype) if needs.hidden else None
     grad_weight: Tensor | None = None
     grad_bias = torch.zeros(num_rows, dtype=torch.float32, device=hidden_TH.device) if needs.bias else None
-    # The products accumulate in fp32 on CUDA; elsewhere only with fp32 factors, which are converted once.
-    weight = weight_VH if weight_VH.is_cuda else weight_VH.float()
+    weight = weight_VH.to(product_dtype(weight_VH))
+    in_fp16 = weight.dtype == torch.float16
     softcap = options.logit_softcap is not None
     per_logit = bytes_per_logit(hidden_TH.dtype, hidden_TH.is_cuda, any(needs), softcap)
     parts = chunks(hidden_TH.shape[0], budget // (per_logit * num_rows))
@@ -61,7 +67,7 @@ def compute(
             continue
         if grad_bias is not None:
             grad_bias += grad.sum(0)
-        grad = grad.to(weight.dtype)
+        grad = (grad.mul_(FP16_SCALE) if in_fp16 else grad).to(weight.dtype)
         if grad_hidden is not None:
             if options.vocab_group is None and grad.dtype == grad_hidden.dtype:
                 torch.mm(grad, weight, out=grad_hidden[part])
@@ -69,14 +75,24 @@ def compute(
                 whole = matmul_fp32(grad, weight)
                 if options.vocab_group is not None:
                     dist.all_reduce(whole, group=options.vocab_group)
-                grad_hidden[part] = whole
+                grad_hidden[part] = whole / FP16_SCALE if in_fp16 else whole
         if needs.weight:
             grad_weight = add_product(grad_weight, grad.t(), hidden)
         # Freed before the next chunk's logits are allocated.
         del grad
     if needs.weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
+    elif grad_weight is not None and in_fp16:
+        grad_weight.div_(FP16_SCALE)
     return Gradients(losses, z_losses, grad_hidden, grad_weight, grad_bias)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the factors of all products with a head of this weight.
+
+    Products accumulate in fp32 on CUDA; elsewhere only with fp32 factors, which are converted once.
+    """
+    return weight.dtype if weight.is_cuda else torch.float32
 
 
 def _logits(hidden: Tensor, weight: Tensor, memory: Tensor | None) -> Tensor:

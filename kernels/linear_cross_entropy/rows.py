@@ -52,7 +52,7 @@ class Gradients(NamedTuple):
     z_losses_T: Tensor
     """[T] fp32, the z-losses that they contain."""
     hidden_TH: Tensor | None
-    """[T, H] in the hidden states' dtype: gradient of the summed loss; None if not requested."""
+    """[T, H] in the hidden states' dtype, or fp32 for fp16: gradient of the summed loss; None if not requested."""
     weight_VH: Tensor | None
     """[V, H] fp32; None if not requested."""
     bias_V: Tensor | None

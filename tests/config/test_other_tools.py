@@ -13,8 +13,6 @@ from retemper.tools.training.command import plan_training
 from retemper.tools.training.options import TrainOptions
 
 KNOWN = {name for name, _ in known_keys()}
-NOT_YET = {"training.neftune_alpha", "training.early_stopping"}
-"""Settings that the answers name before they exist: until then these answers are not given."""
 
 
 def refusal(*arguments: str) -> list[str]:
@@ -26,7 +24,7 @@ def refusal(*arguments: str) -> list[str]:
 def test_every_answer_names_a_setting_that_exists():
     for name, hint in NAMES.items():
         keys = keys_in(hint)
-        assert keys <= KNOWN | NOT_YET, name
+        assert keys <= KNOWN, name
         assert keys or hint.split(",")[0].split(":")[0] in KNOWN, name
         assert name not in {known.rpartition(".")[2] for known in KNOWN}, f"{name} has this name here as well"
 

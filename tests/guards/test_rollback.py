@@ -114,6 +114,15 @@ def test_an_evaluation_that_the_checkpoint_lacks_is_made_again(one_rank, run_fil
     assert evaluations == [10, 20, TARGET, 40, STEPS]
 
 
+def test_evaluations_that_were_rolled_back_do_not_count_for_early_stopping(one_rank, run_file, tmp_path):
+    early = ["--training.eval_interval", "3", "--training.early_stopping", "{patience: 50, min_delta: 100.0}"]
+    options = [*OPTIONS, *early, "--run_folder", str(tmp_path)]
+    assert faulty_run.train_on_bad_samples(one_rank, run_file, options, BAD) is None
+    evaluations = [record["step"] for record in tiny_run.records(tmp_path) if "evaluation" in record]
+    assert evaluations == [*range(3, STEPS, 3), STEPS]
+    assert _manifest(tmp_path)["early_stopping"]["evaluations"] == len(evaluations) - 1  # the first is the lowest
+
+
 def test_a_damaged_checkpoint_is_not_gone_back_to(one_rank, run_file, tmp_path):
     options = [*OPTIONS, "--run_folder", str(tmp_path)]
     tiny_run.train_until(one_rank, run_file, options, SPIKE - 1)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.kernels import linear_cross_entropy as kernel
 from retemper.kernels.linear_cross_entropy import IGNORE_INDEX, chunked, linear_cross_entropy
+from retemper.kernels.linear_cross_entropy.rows import Needs, Options
 
 
 def reference(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, upstream: float = 1.0):
@@ -23,7 +24,7 @@ def set_rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int) -
     monkeypatch.setattr(kernel, "logit_budget", lambda device: rows * vocab * 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "vocab"), [(37, 32, 97), (1, 16, 5), (64, 8, 2), (16, 64, 1031), (3, 1, 7)]
 )
@@ -112,6 +113,33 @@ def test_upstream_gradient_is_not_rounded_to_the_inputs_dtype():
         factor = (actual.double() * expected).sum() / expected.square().sum()
         assert abs(factor - 1) <= 1e-3
         assert relative_error(actual, expected) <= 5e-3
+
+
+@pytest.mark.parametrize("in_half", [False, True], ids=["products as here", "products as on a GPU"])
+def test_the_scale_of_the_loss_multiplies_before_fp16_gradients_are_formed(monkeypatch, in_half):
+    """Most gradients of the logits of a large vocabulary are below fp16's smallest number, and so are those of the
+    hidden states until they are scaled."""
+    if in_half:
+        monkeypatch.setattr(chunked, "product_dtype", lambda weight: weight.dtype)
+    upstream = 2.0**15 / 2**20
+    inputs = make_inputs(24, 16, 4099, torch.float16)
+    with torch.no_grad():
+        inputs[1].mul_(6e-3)  # small gradients of the hidden states
+    (linear_cross_entropy(*inputs).loss_sum * upstream).backward()
+    _, expected_hidden, expected_weight = reference(*inputs, upstream=upstream)
+    expected = expected_hidden, expected_weight
+    for actual, wanted in zip((inputs[0].grad, inputs[1].grad), expected, strict=True):
+        # Rounded to fp16 once, where even the wanted numbers are subnormal.
+        assert (actual.double() - wanted).abs().max() <= 1e-3 * wanted.abs().max() + 2.0**-25
+    # The rows of the weight that are no token's target have gradients of products that are far below fp16's numbers.
+    others = torch.ones(4099, dtype=torch.bool).index_fill(0, inputs[2].clamp(min=0), False)
+    direct = chunked.compute(
+        *(x.detach() for x in inputs[:2]), None, inputs[2], Options(), 2**24, Needs(True, True, False)
+    )
+    _, direct_hidden, direct_weight = reference(*inputs)
+    assert relative_error(direct.weight_VH[others], direct_weight[others]) <= 1e-3
+    assert direct.hidden_TH.dtype == torch.float32
+    assert relative_error(direct.hidden_TH, direct_hidden) <= 1e-3
 
 
 def test_no_grad_gives_the_same_loss_and_no_graph():

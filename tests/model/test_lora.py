@@ -20,6 +20,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.evaluation import count_targets
 from retemper.engine.model.adapters import adapter_parameters
 from retemper.engine.model.implementations import architecture_of
+from retemper.engine.model.lora import TokenDropout, TokenNumbers
 
 RANK, ALPHA, RATE = 4, 12.0, 5e-3
 STEPS = 4
@@ -201,3 +202,27 @@ def test_patterns_without_a_meaning_are_refused(changes, line):
     with pytest.raises(UserError) as refusal:
         adapter_parameters(architecture, AdapterConfig(kind="lora", **changes))
     assert line in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def dropped(name: str, numbers: Tensor | None, probability: float = 0.25) -> Tensor:
+    """What the dropout of a layer makes of ones."""
+    seen = TokenNumbers()
+    seen.values = numbers
+    return TokenDropout(probability, seen, 7, name, 300, torch.device("cpu"))(torch.ones(1, 200, 300))[0]
+
+
+def test_dropout_is_a_function_of_layer_and_token():
+    numbers = torch.arange(10**12, 10**12 + 200)
+    mask = dropped("layers.0.q_proj", numbers)
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    # 5.5 standard deviations of the mean of 60,000 draws
+    assert abs((mask > 0).double().mean() - 0.75) < 5.5 * (0.75 * 0.25 / mask.numel()) ** 0.5
+    assert torch.equal(dropped("layers.0.q_proj", numbers.flip(0)), mask.flip(0))
+    agreeing = (mask == dropped("layers.0.k_proj", numbers)).double().mean()
+    assert abs(agreeing - (0.75**2 + 0.25**2)) < 0.012
+    assert torch.equal(dropped("layers.0.q_proj", None), torch.ones(200, 300))
+
+
+def test_dropout_of_rows_that_are_not_tokens_is_refused():
+    with pytest.raises(UserError, match=r"experts\.1 computes 200 rows of 150 tokens at a time"):
+        dropped("experts.1", torch.arange(150))

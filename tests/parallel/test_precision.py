@@ -64,15 +64,19 @@ def test_this_machine_as_pytorch_sees_it():
     assert bool(native_bf16(CPU)) == (capabilities["avx512_bf16"] or capabilities["amx_bf16"])
 
 
-@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_gpus(supported, expected, monkeypatch):
-    """Older ones emulate bf16, which PyTorch counts as supported unless asked."""
+@pytest.mark.parametrize(
+    ("supported", "weights", "expected"),
+    [(True, "fp32", "bf16"), (True, "bf16", "bf16"), (False, "fp32", "fp16"), (False, "bf16", "fp32")],
+)
+def test_gpus(supported, weights, expected, monkeypatch):
+    """Older ones emulate bf16, which PyTorch counts as supported unless asked. They take fp16, with fp32
+    weights only."""
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     on_gpu = Ranks(0, 1, torch.device("cuda", 0))
-    assert choose_precision("auto", on_gpu).name == expected
+    assert choose_precision("auto", on_gpu, weights).name == expected
 
 
 def test_one_rank_without_bf16_makes_all_take_fp32(monkeypatch):

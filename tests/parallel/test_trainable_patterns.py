@@ -92,6 +92,16 @@ def test_two_ranks_give_the_same_gradients(two_ranks, untied_file, all_gradients
             torch.testing.assert_close(gradient, all_gradients[name], rtol=1e-4, atol=1e-7)
 
 
+def test_frozen_tied_embedding_at_both_ends_of_a_pipeline(one_rank, two_ranks, run_file, tmp_path):
+    options = ["--run_folder", str(tmp_path), *training(SCATTERED)]
+    expected = present_gradients(one_rank, run_file, options)
+    parts = two_ranks.run(present_gradients, run_file, [*options, "--parallel.pipeline", "2"])
+    assert set().union(*parts) == expected.keys() and "model.embed_tokens.weight" not in expected
+    for part in parts:
+        for name, gradient in part.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
 def test_frozen_blocks_are_not_gathered_for_the_backward_pass(one_rank, untied_file, tmp_path):
     for patterns, first in ((LAST, 1), (SCATTERED, 0), (["lm_head.weight"], 2)):
         run = pretrain.build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import packed_model
@@ -20,8 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from retemper.benchmarks.host_cost import OperatorCounter
 from retemper.engine import pretrain
 from retemper.engine.config.parser import parse_config
+from retemper.engine.errors import UserError
 from retemper.engine.model import decoder as decoder_module
-from retemper.engine.parallel import build, data_parallel
+from retemper.engine.parallel import build, data_parallel, host_transfers
 from retemper.engine.parallel import compile as block_compile
 
 DTYPES = {
@@ -120,6 +122,63 @@ def test_bytes_that_are_copied_for_each_parameter(
     assert copied() == pytest.approx(expected, abs=0.5)
     use_fsdp()
     assert copied() == pytest.approx(of_fsdp, abs=0.5)
+
+
+OFFLOAD = " --parallel.cpu_offload optimizer"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "batches", "model"),
+    [
+        ("fp32", "one micro-batch", MODELS[0]),
+        ("bf16", "several", MODELS[0]),
+        ("bf16 weights", "several", MODELS[1]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(DTYPES, BATCHES, MODELS)),
+    ],
+    ids=str,
+)
+def test_an_optimizer_on_the_host_computes_the_same_bits(dtypes, batches, model, one_rank, run_files, monkeypatch):
+    """Also if gradients are added while others are on their way."""
+    options = f"{DTYPES[dtypes]} --training.micro_batch_size {BATCHES[batches]}"
+    expected = steps(one_rank, run_files[model], options)
+    monkeypatch.setattr(host_transfers, "_WAITING_BYTES", 5000)
+    actual = steps(one_rank, run_files[model], options + OFFLOAD)
+    assert len(actual) == len(expected) > 60
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_stages_of_a_pipeline_with_optimizers_on_the_host(two_ranks, run_files):
+    options = f"{DTYPES['bf16']} --training.micro_batch_size 2 --parallel.pipeline 2"
+    expected = two_ranks.run(steps, run_files[MODELS[0]], options)
+    for ours, theirs in zip(two_ranks.run(steps, run_files[MODELS[0]], options + OFFLOAD), expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("axis", ["shard", "tensor", "context", "replicate"])
+def test_ranks_that_share_parameters_do_not_offload_the_optimizer_alone(axis, two_ranks, run_files):
+    options = [*OFFLOAD.split(), f"--parallel.{axis}", "2"]
+    for said in two_ranks.run(parity_refusal, run_files[MODELS[0]], options):
+        assert "parallel.cpu_offload is optimizer" in said and "2 ranks share them; set it to true" in said
+
+
+def parity_refusal(ranks, path: Path, options: list[str]) -> str:
+    """What a run says that is refused."""
+    with pytest.raises(UserError) as error:
+        pretrain.build(parse_config(["--config", str(path), *options]), ranks)
+    return str(error.value)
+
+
+def test_a_run_with_its_optimizer_on_the_host_resumes_bit_for_bit(one_rank, run_file, tmp_path):
+    options = [*DTYPES["bf16"].split(), *OFFLOAD.split(), "--training.train_tokens", str(8 * 8 * 32), "--run_folder"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    tiny_run.train(one_rank, run_file, [*options, str(whole)])
+    tiny_run.copy_of(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step-00000008")
+    tiny_run.train(one_rank, run_file, [*options, str(broken)])
+    assert tiny_run.curve(broken) == tiny_run.curve(whole)
+    expected, actual = (tiny_run.tensors_of(folder / "checkpoints/step-00000008") for folder in (whole, broken))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def both(ranks, path: Path, options: str) -> tuple[list[Tensor], list[Tensor]]:

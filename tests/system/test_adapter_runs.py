@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hf_starts
 import pytest
+import sampling_run
 import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
@@ -186,6 +187,32 @@ def test_evaluation_is_that_of_the_merged_weights_without_dropout(one_rank, run_
     after = evaluate(run)
     assert after == pytest.approx(evaluate(plain), rel=1e-5)
     assert all(abs(after[name] - before[name]) > 1e-3 for name in before)
+
+
+def test_prompts_are_continued_with_the_adapter(one_rank, tmp_path):
+    """As by the model with the merged weights; the adapter's dropout is off."""
+    path = sampling_run.write_run(tmp_path)
+    adapter = ["--adapter.kind", "lora", "--adapter.rank", "4", "--adapter.dropout", "0.5"]
+    folders = [["--run_folder", str(tmp_path / name)] for name in ("plain", "adapted")]
+    plain, adapted = (
+        pretrain.build(tiny_run.configure(path, *sampling_run.SAMPLING, *options, *folder), one_rank)
+        for options, folder in zip(([], adapter), folders, strict=True)
+    )
+
+    def texts(run):
+        return run.samples.generate(run.model, run.forward_backward, 0, lambda: False, lambda *lines: None)
+
+    unchanged = texts(plain)
+    assert texts(adapted) == unchanged
+    weights, matrices = dict(plain.model.named_parameters()), dict(adapted.model.named_parameters())
+    with torch.no_grad():
+        for name in weights:
+            module = name.removesuffix(".weight")
+            if f"{module}.lora_B.weight" in matrices:
+                matrices[f"{module}.lora_B.weight"].normal_(0.0, 0.1)
+                product = matrices[f"{module}.lora_B.weight"] @ matrices[f"{module}.lora_A.weight"]
+                weights[name].add_(product, alpha=32 / 4)
+    assert texts(adapted) == texts(plain) != unchanged
 
 
 def test_bf16_holds_the_base_once_and_adapters_in_fp32(two_ranks, one_rank, run_file, options, tmp_path):

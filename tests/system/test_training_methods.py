@@ -33,7 +33,7 @@ def test_all_begin_with_the_same_model_and_samples(curves):
 
 def test_all_learn_each_in_its_own_way(curves):
     for losses in curves.values():
-        assert sum(losses[-4:]) < sum(losses[:4]) - 0.4
+        assert sum(losses[-4:]) / 4 < losses[0] - 0.1
     lasts = [losses[-1] for losses in curves.values()]
     assert len(set(lasts)) == len(lasts)
     assert curves["lora"][-1] > curves["full"][-1]  # a random base, of which LoRA changes only the blocks

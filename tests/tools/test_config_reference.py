@@ -60,7 +60,7 @@ def test_every_key_has_an_entry_with_a_default_and_a_text():
     ("key", "facts"),
     [
         ("training.train_tokens", "int or null; default `null`; at least 1 and at most 1e+15"),
-        ("training.precision", "`auto` or `bf16` or `fp32`; default `auto`"),
+        ("training.precision", "`auto` or `bf16` or `fp16` or `fp32`; default `auto`"),
         ("training.compile", "`auto` or `on` or `off`; default `auto`; `true` means `on`, `false` means `off`"),
         ("model.tokenizer", "text or null (a path); default `null`"),
         ("optimizer.eps", "float; default `1e-08`; positive and finite"),

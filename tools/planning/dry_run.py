@@ -15,6 +15,7 @@ from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
 from ...engine.optim import allocate_states, build_average, build_optimizer, keep_average
+from ...engine.optim.loss_scaling import LossScaler
 from ...engine.parallel.build import Choices, build_model, materialize_empty
 from ...engine.parallel.forward_backward import ModelParts
 from ...engine.parallel.layout import Layout
@@ -25,6 +26,7 @@ from ...engine.schedule import plan_batches
 from ...engine.step import SkipNonFinite, train_step
 from ...kernels.attention import PER_DOCUMENT, VARIABLE_LENGTH, Choice, plan_attention
 from .gpu_paths import (
+    activations_on_host,
     attention_options,
     fresh_constants,
     labelled,
@@ -58,6 +60,8 @@ class RankUsage:
     flops: float
     """Floating-point operations, including those of recomputation."""
     collectives: dict[Collective, CollectiveTotal]
+    sent_activations: float = 0.0
+    """Bytes of activations that are sent to host memory."""
 
     @property
     def most(self) -> dict[str, float]:
@@ -90,7 +94,8 @@ class RankSpec:
 class PhaseCounter(SkipNonFinite):
     """Tells ``counter`` the purpose of memory in each phase of a step of ``model``."""
 
-    def __init__(self, counter: MemoryCounter, model: ModelParts):
+    def __init__(self, counter: MemoryCounter, model: ModelParts, loss_scaler: LossScaler | None = None):
+        super().__init__(loss_scaler)
         self._counter = counter
         modules = (module for decoder in model.decoders for module in decoder.modules())
         self._num_groups, self._num_reduced = sum(isinstance(module, FSDPModule) for module in modules), 0
@@ -145,7 +150,9 @@ class SimulatedRank:
         counter.declare("parameters", self.model.parameters())
         for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: counter.declare("gradients", [p.grad]))
-        self._guards = PhaseCounter(counter, self.model)
+        in_fp16 = config.training.precision == "fp16"
+        scaler = LossScaler(config.training, ranks.device) if in_fp16 else None
+        self._guards = PhaseCounter(counter, self.model, scaler)
         self._guards.begin_phase("other")
 
     def one_step(self) -> None:
@@ -187,7 +194,7 @@ def attention_backend(config: RunConfig, architecture: Architecture) -> str:
         return requested
     head_dim = max(architecture.head_dim, architecture.value_head_dim or 0)
     fits = head_dim % 8 == 0 and head_dim <= 256
-    return VARIABLE_LENGTH[-1] if config.training.precision == "bf16" and fits else PER_DOCUMENT
+    return VARIABLE_LENGTH[-1] if config.training.precision in ("bf16", "fp16") and fits else PER_DOCUMENT
 
 
 def dry_run(spec: RankSpec) -> RankUsage:
@@ -213,6 +220,7 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             stack.enter_context(attention_options())
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)
+        sent = stack.enter_context(activations_on_host(counter))
         rank = SimulatedRank(spec, ranks, counter)
         if spec.whole_steps:
             rank.one_step()
@@ -220,13 +228,14 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             allocate_states(rank.optimizer)
             rank.declare_states()
         counter.reset_peaks()
-        kept, work.flops, work.collectives = dict(counter.bytes), 0.0, {}
+        kept, work.flops, work.collectives, sent[0] = dict(counter.bytes), 0.0, {}, 0.0
         rank.one_step()
     sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
     peaks, most = counter.peaks, counter.most
-    return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, work.flops, work.collectives)
+    work_done = work.flops, work.collectives, sent[0]
+    return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, *work_done)
 
 
 def _num_stages(spec: RankSpec) -> int:

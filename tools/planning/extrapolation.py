@@ -90,6 +90,11 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         {name: _mixed(first.phase_most[name], second.phase_most[name], line) for name in first.phase_most},
         scaled(line(first.flops, second.flops), first.flops, more[0].flops if more else 0.0),
         collectives,
+        scaled(
+            line(first.sent_activations, second.sent_activations),
+            first.sent_activations,
+            more[0].sent_activations if more else 0.0,
+        ),
     )
 
 

@@ -66,11 +66,14 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     blocks = architecture.num_layers / layout.pipeline
     recomputed = blocks / parallel.recompute_every
     in_flight = min(count, layout.pipeline)
+    if parallel.offload_activations:  # those of the last block stay, and of two more that are on their way
+        recomputed, blocks = recomputed * min(1.0, 3 / blocks), min(blocks, 3)
     kept = recomputed * calibration.kept[parallel.recompute] + (blocks - recomputed) * calibration.kept["none"]
     gathered = 0.0 if parallel.reshard_after_forward else 2 * mine
-    if layout.data_parallel * layout.context == 1 and not parallel.cpu_offload:  # copies in the compute dtype
-        copied = trained if adapted else mine
-        gathered = 2 * copied if config.training.weight_dtype != config.training.precision else 0.0
+    if layout.data_parallel * layout.context == 1 and parallel.cpu_offload is not True:  # copies in the compute dtype
+        copied = trained if adapted and not parallel.cpu_offload else mine
+        differs = config.training.weight_dtype != config.training.precision or parallel.cpu_offload
+        gathered = 2 * copied if differs else 0.0
     on_gpu = 0.0 if parallel.cpu_offload else states + gradients
     return on_gpu + gathered + in_flight * tokens * kept
 

@@ -18,8 +18,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from ...engine.model import decoder
+from ...engine.parallel.activation_offload import ActivationOffload
 from ...engine.parallel.pipeline import Pipelined
-from ...engine.parallel.unsharded import UsedWeight
+from ...engine.parallel.unsharded import Unsharded, UsedWeight
 from ...kernels import attention
 from ...kernels import linear_cross_entropy as loss
 from ...kernels.attention import flash
@@ -59,14 +60,32 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
 
     def take_and_declare(weight: UsedWeight) -> None:
         take_gradient(weight)
+        if weight.transfers is not None:
+            weight.transfers.finish()  # a gradient is in the memory of the device until it has been copied
         counter.declare("gradients", [weight.weight.grad])
 
-    gathers = {
-        name: inside(in_communication, getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")
-    }
+    on_materialized = Unsharded.on_materialized
+
+    def materialized(wrapped: Unsharded, accumulates: bool) -> None:
+        on_materialized(wrapped, accumulates)
+        counter.declare("communication buffers", wrapped.copies_of_host_weights)
+
+    def with_copies(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Count what CPUOffloadPolicy copies to a GPU before it casts and gathers: a group's shards."""
+
+        def call(group: FSDPParamGroup, *args: Any, **kwargs: Any) -> Any:
+            offloaded = [one for one in group.fsdp_params if one.offload_to_cpu] if group.is_sharded else []
+            copies = [torch.empty_like(one._sharded_param_data) for one in offloaded]
+            result = function(group, *args, **kwargs)
+            del copies
+            return result
+
+        return inside(in_communication, call)
+
+    gathers = {name: with_copies(getattr(FSDPParamGroup, name)) for name in ("unshard", "wait_for_unshard")}
     # An operator does not say what its memory is for, so the functions that allocate it are replaced:
     # - `compute` and `_scaled` allocate all buffers of the loss, in its forward and in its backward pass.
-    # - Without FSDP, a gradient is moved from a copy to its weight.
+    # - Without FSDP, a gradient is moved from a copy to its weight. Weights in host memory have copies on the GPU.
     # - FSDP has no hooks around its gathers and reductions, which also run outside of modules' own hooks.
     # - DTensor runs operators on whole tensors without values, to learn a result's shape. No rank holds these tensors,
     #   and nothing distinguishes them from a rank's own in a dry run.
@@ -75,10 +94,25 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
         replaced(chunked, compute=inside(in_loss, chunked.compute)),
         replaced(loss, _scaled=inside(in_loss, loss._scaled)),
         replaced(UsedWeight, take_gradient=take_and_declare),
+        replaced(Unsharded, on_materialized=materialized),
         replaced(FSDPParamGroup, post_backward=post_backward, **gathers),
         replaced(ShardingPropagator, **{learn: inside(counter.paused, getattr(ShardingPropagator, learn))}),
     ):
         yield
+
+
+@contextlib.contextmanager
+def activations_on_host(counter: MemoryCounter) -> Iterator[list[float]]:
+    """Do not count activations in host memory; yield a list of the number of bytes that were sent there."""
+    sent, to_host = [0.0], ActivationOffload._to_host
+
+    def uncounted(offload: ActivationOffload, whole: Tensor) -> Tensor:
+        sent[0] += whole.untyped_storage().nbytes()
+        with counter.paused():
+            return to_host(offload, whole)
+
+    with replaced(ActivationOffload, _to_host=uncounted):
+        yield sent
 
 
 @contextlib.contextmanager
@@ -107,11 +141,19 @@ def triton_loss(
     persistent = capability in kernels.DESCRIPTOR_CAPABILITIES
 
     def compute(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Any, budget: int, needs: Any
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: Any,
+        budget: int,
+        needs: Any,
+        weights_T: Tensor | None = None,
     ) -> Any:
         if hidden.dtype != torch.bfloat16:
-            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs)
-        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, persistent)
+            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs, weights_T)
+        path_options = {"persistent": persistent, "weights_T": weights_T}
+        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, **path_options)
 
     def launch(hidden: Tensor, head: Any, *rest: Any) -> None:
         # The second launch repeats what the first could not compute: usually nothing.

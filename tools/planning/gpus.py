@@ -33,6 +33,11 @@ class Gpu:
     capability: tuple[int, int]
     """Compute capability, as PyTorch reports it."""
 
+    @property
+    def host_link(self) -> float:
+        """Return the bytes per second to the host in one direction: 16 lanes of PCIe 5 since Hopper, else of PCIe 4."""
+        return _PCIE5 if self.capability >= (9, 0) else _PCIE4
+
 
 _PCIE4, _PCIE5 = 32e9, 64e9
 """Bytes per second of 16 lanes in one direction. Bridges that join pairs of cards are not counted."""

@@ -45,7 +45,7 @@ class LayoutPlan:
 
     def peak_of(self, rank: RankUsage) -> dict[str, float]:
         """Return the bytes on the GPU by kind at the peak."""
-        left_out = _ON_HOST if self.config.parallel.cpu_offload else ()
+        left_out = _ON_HOST if self._offloads else ()
         on_gpu = [{k: v for k, v in kinds.items() if k not in left_out} for kinds in rank.peaks.values()]
         fullest = max(on_gpu, key=lambda kinds: sum(kinds.values()))
         return {kind: fullest.get(kind, 0.0) for kind in KINDS}
@@ -54,6 +54,15 @@ class LayoutPlan:
     def peak_bytes(self) -> float:
         """Return the peak bytes on the GPU of the fullest rank."""
         return sum(self.peak_of(self.fullest).values())
+
+    @property
+    def host_bytes(self) -> float:
+        """Return the bytes of host memory that weights, gradients and states of the fullest rank take."""
+        return max(sum(rank.most[kind] for kind in _ON_HOST) for rank in self.ranks) if self._offloads else 0.0
+
+    @property
+    def _offloads(self) -> bool:
+        return bool(self.config.parallel.cpu_offload)
 
     @property
     def headroom(self) -> float:
@@ -76,6 +85,8 @@ class LayoutPlan:
             rank.flops,
             rank.collectives,
             rank.trained,
+            rank.parameters,
+            rank.sent_activations,
         )
 
     @property
@@ -125,12 +136,16 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
     parts.append(f"recompute {parallel.recompute}{every}")
     if layout.pipeline > 1 and parallel.pipeline_schedule != "1f1b":
         parts.append(parallel.pipeline_schedule)
+    if config.adapter.kind is not None:
+        parts.append(f"LoRA of rank {config.adapter.rank}")
     if not parallel.reshard_after_forward:
         parts.append("parameters kept gathered")
     if parallel.reduce_gradients == "step" and layout.pipeline == 1:
         parts.append("gradients reduced once")
     if parallel.cpu_offload:
-        parts.append("offload")
+        parts.append("offload" if parallel.cpu_offload is True else "optimizer on the host")
+    if parallel.offload_activations:
+        parts.append("activations on the host")
     return ", ".join(parts)
 
 

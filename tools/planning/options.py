@@ -24,6 +24,10 @@ https://arxiv.org/abs/2104.04473); published runs on H100s are between 0.35 and 
 LINK_EFFICIENCY = 0.8
 """Fraction of the datasheet's bandwidth that links and memory reach."""
 
+HOST_BANDWIDTH = 89.6e9
+"""Bytes per second of host memory: two channels of DDR5-5600, 8 bytes wide each, as in a desktop. Servers have 8 to 12
+channels for each processor."""
+
 _MOST_RANKS = 1 << 16
 
 
@@ -34,6 +38,8 @@ class Assumptions:
     gpus_per_node: int
     efficiency: float = EFFICIENCY
     link_efficiency: float = LINK_EFFICIENCY
+    host_bandwidth: float = HOST_BANDWIDTH
+    """Bytes per second of host memory, for each GPU."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class PlanOptions:
     """GB/s of its memory."""
     gpu_link: float | None = None
     """GB/s to the other GPUs of a server."""
+    host_bandwidth: float = HOST_BANDWIDTH / 1e9
+    """GB/s of host memory, for each GPU."""
 
     def chosen_gpu(self) -> Gpu:
         """Return the GPU by name, or as described.
@@ -106,6 +114,8 @@ class PlanOptions:
             raise UserError(f"--efficiency {self.efficiency:g}: must be above 0 and at most 1")
         if self.network is not None and not 0 < self.network < math.inf:
             raise UserError(f"--network {self.network:g}: must be positive, in Gbit/s for each GPU")
+        if not 0 < self.host_bandwidth < 1e6:
+            raise UserError(f"--host-bandwidth {self.host_bandwidth:g}: must be above 0 and below 1,000,000 GB/s")
         gpu = self.chosen_gpu()
         if not 0 <= self.reserve * GiB < gpu.memory:
             raise UserError(
@@ -113,9 +123,8 @@ class PlanOptions:
             )
         if self.network is not None:
             gpu = replace(gpu, inter_node=self.network * 1e9 / 8)
-        return ClusterSpec(
-            architecture, gpu, self.nodes, Assumptions(self.gpus_per_node, self.efficiency), self.reserve * GiB
-        )
+        assumptions = Assumptions(self.gpus_per_node, self.efficiency, host_bandwidth=self.host_bandwidth * 1e9)
+        return ClusterSpec(architecture, gpu, self.nodes, assumptions, self.reserve * GiB)
 
 
 def read_architecture(model: ModelConfig) -> Architecture:

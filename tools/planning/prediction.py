@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.parallel.layout import Layout
 from .gpus import Gpu
+from .offload import offload_seconds
 from .options import Assumptions
 from .work import Collective, CollectiveTotal
 
@@ -29,10 +30,11 @@ class StepPrediction:
     waiting: float
     """Waiting for activations of other ranks."""
     weights: float
-    """Gathering parameters and reducing gradients, concurrent with computing."""
+    """Gathering parameters, reducing gradients and transfers to host memory, concurrent with computing."""
     idle: float
     """Idle time in the pipeline."""
     optimizer: float
+    """The update; with ``parallel.cpu_offload`` on the host, and transfers for which it waits."""
 
     @property
     def exposed(self) -> float:
@@ -54,8 +56,14 @@ def predict(
     flops: float,
     collectives: dict[Collective, CollectiveTotal],
     trained: float,
+    parameters: float | None = None,
+    sent_activations: float = 0.0,
 ) -> StepPrediction:
-    """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters."""
+    """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters.
+
+    ``parameters`` are all of them, if some are frozen; ``sent_activations`` are the bytes of activations that go to
+    host memory in a step.
+    """
     computing = flops / (gpu.flops * assumptions.efficiency)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
@@ -64,12 +72,24 @@ def predict(
             waiting += seconds
         else:
             weights += seconds
+    update_bytes = optimizer_bytes(config, num_micro_batches)
+    optimizer = trained * update_bytes / (gpu.memory_bandwidth * assumptions.link_efficiency)
+    moved = offload_seconds(
+        config,
+        gpu,
+        assumptions,
+        num_micro_batches,
+        trained if parameters is None else parameters,
+        trained,
+        sent_activations,
+        update_bytes,
+    )
     return StepPrediction(
         computing,
         waiting,
-        weights,
+        weights + moved.transfers,
         (computing + waiting) * idle_share(config, layout, num_micro_batches),
-        trained * optimizer_bytes(config, num_micro_batches) / (gpu.memory_bandwidth * assumptions.link_efficiency),
+        moved.waiting if config.parallel.cpu_offload else optimizer,
     )
 
 
@@ -118,5 +138,5 @@ def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
 
 
 def bytes_of(dtype: str) -> int:
-    """Bytes of a number: fp32 or bf16."""
-    return {"fp32": 4, "bf16": 2}[dtype]
+    """Bytes of a number: fp32, bf16 or fp16."""
+    return {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]

@@ -59,6 +59,8 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
         lines.append(f"| {kind}{note} | {gib(rank.kept[kind])} | {gib(rank.most[kind])} | {gib(peak[kind])} |")
     total = sum(peak.values())
     lines.append(f"| **all** | {gib(sum(rank.kept.values()))} | | **{gib(total)}** |")
+    if offloaded:
+        lines += ["", f"host        {gib(plan.host_bytes)} GiB of host memory for each rank, and pinned buffers"]
     lines += ["", f"memory      {_sizes(plan)}"]
     return lines
 
@@ -135,8 +137,12 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
         f"not counted fragmentation, NCCL's buffers, CUDA's context: the reserve of {gib(cluster.reserve)} GiB is for "
         "them (--reserve). Compiled blocks keep less than is counted. Nothing was measured on a GPU",
     ]
-    if plan.config.parallel.cpu_offload:
-        lines.append("not counted the time of copies to host memory and of the optimizer there")
+    if plan.config.parallel.cpu_offload or plan.config.parallel.offload_activations:
+        lines.append(
+            f"offload     {gpu.host_link / 1e9:g} GB/s to the host in each direction, host memory "
+            f"{assumptions.host_bandwidth / 1e9:g} GB/s (--host-bandwidth), each x {assumptions.link_efficiency:g}; "
+            "transfers overlap with computing, the update does not"
+        )
     if plan.config.optimizer.name == "muon":
         lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
     return lines
@@ -184,7 +190,7 @@ def format_savings(plan: LayoutPlan, savings: list[Saving]) -> str:
         speed = _relative_speed(saving, plan)
         lines.append(
             f"| {saving.change} | {gib(saving.saved_bytes)} | {gib(saving.plan.peak_bytes)} "
-            f"| {'' if speed is None else f'{speed:.0%}'} | {saving.change.drawback} |"
+            f"| {speed:.0%} | {saving.change.drawback} |"
         )
     if not savings:
         lines.append("| no change of one setting saves memory: use more or larger GPUs | | | | |")
@@ -206,10 +212,8 @@ def savings_record(plan: LayoutPlan, savings: list[Saving]) -> list[dict[str, An
     ]
 
 
-def _relative_speed(saving: Saving, plan: LayoutPlan) -> float | None:
-    """Return the predicted speed compared with ``plan``; None for offloading, whose copies are not predicted."""
-    if saving.plan.config.parallel.cpu_offload:
-        return None
+def _relative_speed(saving: Saving, plan: LayoutPlan) -> float:
+    """Return the predicted speed compared with ``plan``."""
     return saving.plan.tokens_per_second / plan.tokens_per_second
 
 

@@ -100,6 +100,8 @@ class RecordedRun:
     """Lines that the newest start logged about model, ranks, blocks and attention."""
     train_tokens: int | None = None
     """The token budget; None if it is not known."""
+    stopped_early: bool = False
+    """Whether the newest checkpoint is that of an early stop, and nothing was trained after it."""
     starts: int | None = None
     """Number of starts; None without a log."""
     restarts: list[Restart] = field(default_factory=list)
@@ -125,8 +127,8 @@ class RecordedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the token budget is used up."""
-        return self.train_tokens is not None and self.tokens >= self.train_tokens
+        """Return whether the token budget is used up, or the run has stopped early."""
+        return self.stopped_early or (self.train_tokens is not None and self.tokens >= self.train_tokens)
 
     def median(self, column: str) -> float | None:
         """Return the median of a column; None without values."""
@@ -185,6 +187,7 @@ def read_run(folder: Path) -> RecordedRun:
     config, text = _read_config(folder / CONFIG_FILE, remarks)
     log = _read_log(folder / LOG_FILE)
     checkpoints, newest = _read_checkpoints(folder, curves, remarks)
+    budget = _budget(config, newest)
     written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
     return RecordedRun(
         folder=str(folder),
@@ -192,13 +195,17 @@ def read_run(folder: Path) -> RecordedRun:
         last_record=f"{written:%Y-%m-%d %H:%M:%S} UTC",
         configuration=text,
         config=config,
-        train_tokens=_budget(config, newest),
+        train_tokens=budget,
+        stopped_early=_stopped_early(config, newest, curves.tokens[-1], budget),
         logged=log.lines,
         starts=log.starts or None,
         restarts=list(_restarts(folder, curves, log, config, remarks)),
         checkpoints=checkpoints,
         sources=_sources(newest, config, remarks),
-        validation={name: str(path) for name, path in _section(_section(config, "data"), "validation").items()},
+        validation={
+            name: str(one.get("path") if isinstance(one, dict) else one)
+            for name, one in _section(_section(config, "data"), "validation").items()
+        },
         environment=_environment(newest),
         samples=_samples(folder / SAMPLES_FILE, remarks),
         remarks=remarks,
@@ -229,12 +236,23 @@ def _budget(config: dict[str, Any], newest: Manifest | None) -> int | None:
         return None
 
 
+def _stopped_early(config: dict[str, Any], newest: Manifest | None, tokens: int, budget: int | None) -> bool:
+    if newest is None or not newest.early_stopping or tokens > newest.consumed_tokens or tokens >= (budget or math.inf):
+        return False
+    patience = _section(_section(config, "training"), "early_stopping").get("patience")
+    return type(patience) is int and newest.early_stopping["evaluations"] >= patience
+
+
 def _curve_remarks(curves: Curves) -> Iterator[str]:
     if curves.is_cut_off:
         yield f"the last line of {METRICS_FILE} is incomplete and left out: the run is writing it, or was killed"
     for name, what in (
         ("skipped_steps", "skipped because of a non-finite or spiking loss or gradient"),
         ("steps_without_targets", "without a token to predict"),
+        (
+            "overflow_steps",
+            "skipped because fp16 gradients overflowed, which is normal while the loss scale is searched",
+        ),
     ):
         count = next((value for _, value in reversed(curves.points(name))), 0)
         if count:

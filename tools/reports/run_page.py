@@ -67,6 +67,12 @@ def run_page(run: RecordedRun, other: RecordedRun | None = None, title: str = ""
 # Facts and tables for the page and the terminal
 
 
+def _state(run: RecordedRun) -> str:
+    if run.is_finished:
+        return "stopped early" if run.stopped_early else "finished"
+    return f"not finished; the last record was written at {run.last_record}"
+
+
 def run_facts(run: RecordedRun) -> dict[str, str]:
     """Return progress, speed and model of the run."""
     budget = run.train_tokens
@@ -76,7 +82,7 @@ def run_facts(run: RecordedRun) -> dict[str, str]:
     utilization, memory = run.median("mfu"), run.maximum("peak_memory_bytes")
     again = sum(restart.lost_step - restart.step for restart in run.restarts)
     facts = {
-        "state": "finished" if run.is_finished else f"not finished; the last record was written at {run.last_record}",
+        "state": _state(run),
         "tokens": f"{run.tokens:,}{share}",
         "steps": f"{run.step:,}" + (f"; {again:,} repeated after restarts" if again else ""),
         "starts": "" if run.starts is None else f"{run.starts:,}",

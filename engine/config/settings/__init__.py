@@ -9,7 +9,7 @@ finds values without effect; every new setting needs an entry there.
 
 from .adapter import AdapterConfig
 from .checkpoint import CheckpointConfig
-from .data import DataConfig, SourceConfig, StageConfig
+from .data import DataConfig, SourceConfig, StageConfig, ValidationConfig
 from .logging import LoggingConfig
 from .marks import PATH_MARK, URL_MARK, DataPath, FilePath, Switch
 from .model import ModelConfig, RopeConfig
@@ -17,7 +17,7 @@ from .optimizer import OPTIMIZERS, LionConfig, MuonConfig, OptimizerConfig, Para
 from .parallel import ParallelConfig
 from .resume_changes import ALLOWABLE_CHANGES, DATA_FILES, ORDER_KEYS
 from .run import RunConfig, to_dict, to_yaml
-from .training import TrainingConfig
+from .training import EarlyStoppingConfig, TrainingConfig
 
 __all__ = [
     "ALLOWABLE_CHANGES",
@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DataPath",
+    "EarlyStoppingConfig",
     "FilePath",
     "LionConfig",
     "LoggingConfig",
@@ -44,6 +45,7 @@ __all__ = [
     "StageConfig",
     "Switch",
     "TrainingConfig",
+    "ValidationConfig",
     "to_dict",
     "to_yaml",
 ]

@@ -35,9 +35,11 @@ class ParallelConfig:
     async_tensor: bool = False
     """Overlap the exchange of activations between tensor-parallel ranks with matrix products, piece by piece. For
     GPUs with NVLink and compiled blocks."""
-    cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer states in host memory, and run the optimizer there. For models that fit
-    in no other layout. Slow."""
+    cpu_offload: bool | Literal["optimizer"] = False
+    """What is kept in host memory. optimizer: weights in ``training.weight_dtype``, gradients and optimizer states; the
+    update runs there, and the GPU holds a copy of the weights in ``training.precision``. For one rank, or one for each
+    part of a pipeline. true: the same without that copy; each block's weights are sent to the GPU when they are needed.
+    For models that fit in no other way; slow."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
     backward pass. False: shard gradients and states only (ZeRO-2). No effect if no other rank shares this rank's
@@ -56,6 +58,11 @@ class ParallelConfig:
     input. Results are the same."""
     recompute_every: int = 1
     """Recompute only every n-th block; the others store everything."""
+    offload_activations: bool = False
+    """Keep activations in host memory between the forward and the backward pass, except those of the last block. On a
+    GPU they are copied while other blocks compute. With ``recompute`` full these are the inputs of the blocks; with
+    none, everything that is stored for the backward pass. Results are the same. The gain on a GPU has not been
+    measured."""
     timeout_seconds: int = 600
     """Timeout in seconds. The run ends when a collective waits longer, a rank is silent for longer, or a step makes no
     progress for longer; see docs/cluster.md."""

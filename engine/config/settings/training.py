@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .marks import Switch
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """End the run before its budget is used up, when a validation loss no longer falls."""
+
+    patience: int | None = None
+    """Number of evaluations in a row, none of which has a new lowest loss, after which the run ends: all ranks save the
+    same step as the final one, and export it if configured. The same command does not continue it; a higher patience or
+    null does. Null: no early stopping."""
+    min_delta: float = 0.0
+    """How much a loss must be below the lowest one before to count as a new lowest one, in nats per token."""
+    metric: str | None = None
+    """Name of the validation set whose loss decides. Null: the first one, as for ``checkpoint.keep_best``."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +64,19 @@ class TrainingConfig:
     """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
     keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
     model. 0: none."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
-    or Arm BF16), else fp32; the start summary shows the choice and its reason. Gradients are reduced over ranks in
-    fp32."""
+    or Arm BF16), else fp16 on a GPU (V100, T4) and fp32 on a CPU; the start summary shows the choice and its reason.
+    fp16: with dynamic loss scaling and fp32 weights. Gradients are reduced over ranks in fp32."""
+    initial_loss_scale: float = 65536.0
+    """Factor of the loss in the backward pass of the first step with ``precision`` fp16, a power of two. A step whose
+    gradients overflow is skipped and halves the factor; ``loss_scale_window`` steps without overflow double it. These
+    steps do not count towards ``max_skipped_steps``; the metrics have both numbers (``loss_scale``,
+    ``overflow_steps``)."""
+    loss_scale_window: int = 2000
+    """Number of steps without overflow after which the loss scale of ``precision`` fp16 is doubled."""
+    min_loss_scale: float = 1.0
+    """Smallest loss scale of ``precision`` fp16. If gradients overflow with it as well, the run ends."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the weights between steps. fp32: exact master weights. bf16: no fp32 copy exists. Each update is
     computed in fp32 and written back with stochastic rounding, so that small updates are kept on average. A run can
@@ -109,6 +132,7 @@ class TrainingConfig:
     """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
     Null: no limit."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     ema_decay: float | None = None
     """Also keep an exponential moving average of the trained weights, with this decay per step, such as 0.999: about
     the mean of the last 1 / (1 - decay) steps. It begins as the weights that the run starts from. Checkpoints contain
@@ -118,8 +142,9 @@ class TrainingConfig:
     eval_ema: bool = False
     """Evaluate the average instead of the weights, also to find the best checkpoint and for ``logging.sample_prompts``.
     The weights are kept in host memory meanwhile."""
-    eval_interval: int = 0
-    """Number of steps between evaluations of the validation sets. 0: only at the end."""
+    eval_interval: int | Literal["epoch"] = 0
+    """Number of steps between evaluations of the validation sets. epoch: evaluate at the end of every epoch, see
+    ``train_epochs``. 0: only at the end."""
     eval_tokens: int = 1_000_000
     """Maximum number of tokens evaluated of each validation set: chunks spread evenly, the same ones each time. They
     are read once and kept in memory (24 bytes a token over all ranks)."""

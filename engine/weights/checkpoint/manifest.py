@@ -30,7 +30,7 @@ WITH_DCP, WITHOUT_HASHES = 2, 1
 """Former formats that are still read. In both, PyTorch's distributed checkpoint (DCP) wrote the tensors. The manifest
 of the second lists no files."""
 _CHECKSUM = "manifest_xxh3_128"
-_OPTIONAL = {"emergency", "trackers", "start_evaluation", "base"}
+_OPTIONAL = {"emergency", "trackers", "start_evaluation", "early_stopping", "base"}
 """Fields that are written only if they are not empty: older manifests do not have them."""
 
 
@@ -58,7 +58,7 @@ class Manifest:
     consumed_tokens: int = 0
     """Tokens trained on, by which schedules go."""
     final: bool = False
-    """Whether the run's token budget was used up."""
+    """Whether the run has ended here: its token budget was used up, or it stopped early."""
     sample_order: dict[str, Any] = field(default_factory=dict)
     """See :meth:`retemper.engine.data.curriculum.Curriculum.state`."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -70,6 +70,9 @@ class Manifest:
     ``measured`` is the fingerprint of the evaluated data; ``losses`` are those of the set and of its sources."""
     best: dict[str, Any] = field(default_factory=dict)
     """Best evaluation so far: ``{"step", "name", "loss"}``."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """State of early stopping: ``{"step", "name", "loss", "measured", "evaluations"}``; see
+    :class:`retemper.engine.early_stopping.EarlyStopping`."""
     health: dict[str, Any] = field(default_factory=dict)
     """See :meth:`retemper.engine.guards.step_guard.StepGuard.state`."""
     emergency: str = ""
@@ -287,12 +290,16 @@ _NESTED: dict[str, Check] = {
     "config": _record({}, {"training": _record({}, {"sequence_length": lambda value: _is_count(value) and value > 0})}),
     "evaluation": _table(_is_number),
     "best": _nothing_or(_record({"step": _is_count, "name": _is_text, "loss": _is_number})),
+    "early_stopping": _nothing_or(
+        _record({"step": _is_count, "name": _is_text, "loss": _is_number, "evaluations": _is_count})
+    ),
     "health": _record(
         {},
         {
             "skipped_steps": _is_count,
             "in_a_row": _is_count,
             "losses": _list(_is_number),
+            "loss_scaling": _record({"scale": _is_number, "steps": _is_count, "overflows": _is_count}),
             "rewinds": _list(_record({"step": _is_count, "to_step": _is_count, "samples": _is_count})),
         },
     ),

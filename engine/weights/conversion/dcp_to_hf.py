@@ -44,7 +44,7 @@ def plan_export(
     target, shard_bytes = dtype_named(dtype), parse_shard_size(max_shard_size)
     model = open_checkpoint(checkpoint, ema, base)
     if adapter:
-        return plan_peft_export(model, target)
+        return plan_peft_export(model, target, ema)
     target = target or model.export_dtype
     assets, rows = model.assets, model.architecture.vocab_size
     model = _with_carried(model, carried_from)

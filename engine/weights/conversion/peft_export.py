@@ -16,12 +16,13 @@ from .provenance import ConversionRecord
 from .stored_model import StoredModel
 
 
-def plan_peft_export(model: StoredModel, dtype: torch.dtype | None) -> Conversion:
+def plan_peft_export(model: StoredModel, dtype: torch.dtype | None, ema: bool = False) -> Conversion:
     """Return the plan of a folder of PEFT.
 
     Args:
         model: an opened checkpoint.
         dtype: of the output; None: that of the checkpoint.
+        ema: whether the adapter is the moving average of that of the checkpoint.
 
     Raises:
         UserError: it holds no adapter, or one that PEFT cannot represent.
@@ -42,7 +43,9 @@ def plan_peft_export(model: StoredModel, dtype: torch.dtype | None) -> Conversio
     def complete(folder: Path, done: Written) -> None:
         assets.write(folder)
 
-    options = {"dtype": "auto" if dtype is None else dtype_name(dtype), "adapter": True}
+    options = {"dtype": "auto" if dtype is None else dtype_name(dtype), "adapter": True} | (
+        {"ema": True} if ema else {}
+    )
     return Conversion(
         model=model,
         source=source,

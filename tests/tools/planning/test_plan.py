@@ -14,7 +14,7 @@ import pytest
 import torch
 from rank_cluster import RankCluster
 
-from retemper.engine.config.settings import ModelConfig
+from retemper.engine.config.settings import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import run_command
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.implementations import parse_architecture
@@ -28,9 +28,10 @@ from retemper.tools.planning import command as planning_command
 from retemper.tools.planning.extrapolation import dry_run_short, places
 from retemper.tools.planning.gpus import GPUS, GiB, find_gpu
 from retemper.tools.planning.layout_plan import LayoutPlan
+from retemper.tools.planning.offload import offload_seconds
 from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
-from retemper.tools.planning.prediction import bandwidth, idle_share, predict
+from retemper.tools.planning.prediction import bandwidth, bytes_of, idle_share, predict
 from retemper.tools.planning.report import format_needless_recomputation
 from retemper.tools.planning.search import (
     describe,
@@ -162,6 +163,52 @@ def test_host_memory_is_not_the_gpus(run_file, pool):
         (held[offload],) = plan_briefly([(config, require_possible(config, cluster))], cluster, pool)
     states = sum(held["false"].fullest.kept[kind] for kind in ("parameters", "optimizer states"))
     assert held["true"].peak_bytes < held["false"].peak_bytes - states + 1
+
+
+def test_an_optimizer_on_the_host_leaves_a_copy_of_the_weights_on_the_gpu(run_file, pool):
+    cluster = request(GPUS["a100-80gb"].name, 1, 1).cluster(read_architecture(plan_runs.configure(run_file).model))
+    config = plan_runs.configure(run_file, "--parallel.cpu_offload optimizer --training.precision bf16")
+    [plan] = plan_briefly([(config, require_possible(config, cluster))], cluster, pool)
+    parameters = plan.cluster.architecture.num_parameters
+    assert plan.fullest.kept["communication buffers"] == pytest.approx(2 * parameters, rel=0.01)
+    assert plan.peak_bytes > 2 * parameters
+    # fp32: weights, both moments, and gradients.
+    assert plan.host_bytes == pytest.approx(16 * parameters, rel=0.01)
+
+
+def test_activations_that_are_sent_to_the_host(run_file, pool):
+    """The inputs of all blocks but the last, and not on the GPU at the peak."""
+    plain = plan_runs.configure(run_file, "--parallel.recompute full --training.micro_batch_size 4")
+    config = plan_runs.configure(
+        run_file,
+        "--parallel.recompute full --training.micro_batch_size 4 --parallel.offload_activations true",
+    )
+    cluster = request(GPUS["a100-80gb"].name, 1, 1).cluster(read_architecture(config.model))
+    before, after = plan_briefly([(one, require_possible(one, cluster)) for one in (plain, config)], cluster, pool)
+    a, tokens = cluster.architecture, config.training.global_batch_size * config.training.sequence_length
+    expected = (a.num_layers - 1) * tokens * a.hidden_size * bytes_of(config.training.precision)
+    assert before.fullest.sent_activations == 0
+    assert after.fullest.sent_activations == pytest.approx(expected)
+    assert after.peak_bytes <= before.peak_bytes
+
+
+def test_time_of_transfers_by_hand():
+    """A billion parameters over PCIe 4, two micro-batches, bf16 computing with fp32 weights and states."""
+    gpu, assumptions = GPUS["rtx-4090-24gb"], Assumptions(1, host_bandwidth=100e9)
+    times = {}
+    for offload in ("optimizer", True, False):
+        config = RunConfig(
+            "x",
+            data=DataConfig(),
+            training=TrainingConfig(train_tokens=1, precision="bf16"),
+            parallel=ParallelConfig(cpu_offload=offload),
+        )
+        times[offload] = offload_seconds(config, gpu, assumptions, 2, 1e9, 1e9, 10e9, 36)
+    link, memory = 0.8 * 32e9, 0.8 * 100e9
+    update = (36 + 2 * 10) * 1e9 / memory  # and for each micro-batch read bf16, read and write fp32
+    assert times[False] == pytest.approx((10e9 / link, 0.0))
+    assert times["optimizer"] == pytest.approx((14e9 / link, update + 6e9 / memory + 2e9 / link))
+    assert times[True] == pytest.approx((26e9 / link, update))  # two gathers of fp32 shards in each micro-batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
