@@ -132,7 +132,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     saver = Saver(store, ranks, config.checkpoint, say)
     profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers, catalog.epoch_tokens)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
@@ -148,6 +148,7 @@ def train(run: Run, console: Console | None = None) -> None:
     from retemper.engine.observe.start_summary import describe_start
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
+    from retemper.engine.weights.conversion.model_folders import write_model_folders
 
     with run.memory.explained(run.guards.where), open_run_folder(run, console):
         run.say(*describe_start(run))
@@ -156,8 +157,9 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                step = run.progress.step
-                export_run(run.config, run.store, step, run.start.folder, run.stop.agreed, run.say)
+                step, start = run.progress.step, run.start.folder
+                for write in (export_run, write_model_folders):
+                    write(run.config, run.store, step, start, run.stop.agreed, run.say)
         run.say(*describe_end(run))
 
 
@@ -266,7 +268,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     step, checkpoint = run.progress.step, run.config.checkpoint
     run.guards.check_replicas(step, run.optimizer)
     losses: dict[str, float] = {}
-    improved, due = False, step % checkpoint.save_interval == 0
+    improved, due = False, run.is_due(checkpoint.save_interval)
     # Launchers wait some seconds for a run to stop: they are for saving. The resumed run evaluates.
     if run.validation and run.evaluation_due() and (last or not stopping):
         # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.
