@@ -148,6 +148,7 @@ def train(run: Run, console: Console | None = None) -> None:
     from retemper.engine.observe.start_summary import describe_start
     from retemper.engine.run_folder import open_run_folder
     from retemper.engine.weights.conversion.export_run import export_run
+    from retemper.engine.weights.conversion.model_folders import write_model_folders
 
     with run.memory.explained(run.guards.where), open_run_folder(run, console):
         run.say(*describe_start(run))
@@ -156,8 +157,9 @@ def train(run: Run, console: Console | None = None) -> None:
             while rollback := make_steps(run, rollback):
                 roll_back(run, rollback)
             if run.remaining_steps == 0:
-                step = run.progress.step
-                export_run(run.config, run.store, step, run.start.folder, run.stop.agreed, run.say)
+                step, start = run.progress.step, run.start.folder
+                for write in (export_run, write_model_folders):
+                    write(run.config, run.store, step, start, run.stop.agreed, run.say)
         run.say(*describe_end(run))
 
 

@@ -25,6 +25,7 @@ from .weights.checkpoint.run_record import CONFIG_FILE, note_start
 from .weights.checkpoint.store import CheckpointStore
 from .weights.checkpoint.tensors import checkpoint_tensors
 from .weights.conversion.export_run import export_folders, prepare_export
+from .weights.conversion.model_folders import prepare_model_folders
 
 
 def run_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
@@ -59,7 +60,8 @@ def require_room(
     exports = [folder.parent for folder in export_folders(config, store.folder.parent, last)]
     lines = ranks.run_on_rank0(lambda: require_destination(config, store, architecture, steps, exports)) or []
     store.expected_bytes = ranks.broadcast(store.expected_bytes)
-    return lines + prepare_export(config, ranks, last)
+    lines += prepare_export(config, ranks, last)
+    return lines + (ranks.run_on_rank0(lambda: prepare_model_folders(config, architecture.num_parameters)) or [])
 
 
 @contextmanager

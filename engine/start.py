@@ -192,7 +192,8 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         # declare the dtypes that are stored, as checkpoint_convert/hf_to_dcp.py does
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
-    if config.checkpoint.export_hf:
+    keep = config.checkpoint
+    if keep.export_hf or keep.export_best or keep.model_folders == "on":
         _require_exportable(assets.config, assets, where)
     if weights is not None:
         return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
@@ -266,7 +267,7 @@ def _require_exportable(config: dict[str, Any], assets: HfAssets, where: str) ->
         try:
             carried.open()
         except UserError as error:
-            raise UserError(f"checkpoint.export_hf: {error}") from None
+            raise UserError(f"the export at the end of the run: {error}") from None
 
 
 def _register_code(model: ModelConfig, folder: str | None) -> Path | None:

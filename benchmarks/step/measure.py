@@ -146,7 +146,14 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
         optimizer=replace(
             config.optimizer, schedule="constant", decay_tokens=None, decay_shape="linear", schedule_start_tokens=0
         ),
-        checkpoint=replace(config.checkpoint, asynchronous=False, export_hf=False, push_to_hub=None),
+        checkpoint=replace(
+            config.checkpoint,
+            asynchronous=False,
+            export_hf=False,
+            export_best=False,
+            model_folders="off",
+            push_to_hub=None,
+        ),
         logging=replace(config.logging, tensorboard=False),
     )
 

@@ -174,8 +174,19 @@ RULES = (
     ),
     Rule(
         ("checkpoint.export_ema",),
-        lambda now: now.config.checkpoint.export_hf,
-        "nothing is exported; set checkpoint.export_hf",
+        lambda now: (
+            now.config.checkpoint.export_hf
+            or now.config.checkpoint.export_best
+            or now.config.checkpoint.model_folders != "off"
+        ),
+        "nothing is exported; set checkpoint.model_folders or checkpoint.export_hf",
+    ),
+    Rule(
+        ("checkpoint.export_best",),
+        lambda now: bool(now.config.checkpoint.keep_best),
+        "checkpoint.keep_best is false, so the best checkpoint is not kept; set it to true, or remove "
+        "checkpoint.export_best",
+        refused=True,
     ),
     Rule(
         ("checkpoint.hub_private", "checkpoint.hub_message"),
@@ -206,7 +217,7 @@ RULES = (
     Rule(
         (
             *("training.eval_interval", "training.eval_tokens", "training.eval_at_start", "checkpoint.keep_best"),
-            *("logging.sample_prompts", "training.eval_ema"),
+            *("logging.sample_prompts", "training.eval_ema", "checkpoint.export_best"),
         ),
         lambda now: now.evaluates,
         "there is no validation set; set data.validation or data.validation_fraction",
@@ -337,6 +348,7 @@ ALWAYS = {
     *("parallel.pipeline", "parallel.replicate", "parallel.shard", "parallel.context", "parallel.tensor"),
     *("parallel.recompute", "parallel.timeout_seconds"),
     *("checkpoint.asynchronous", "checkpoint.max_failed_saves", "checkpoint.keep_last", "checkpoint.export_hf"),
+    "checkpoint.model_folders",
     *("logging.log_interval", "logging.stragglers", "logging.tensorboard", "logging.trackers", "logging.progress_bar"),
     *("logging.metrics_port", "callbacks"),
 }

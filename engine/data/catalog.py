@@ -143,7 +143,7 @@ def open_catalog(
             f"{plan.global_batch_size:,}; add data or lower training.global_batch_size or training.sequence_length"
         )
     validation = {HELD_OUT: held_out} if held_out else {}
-    for name, path in config.validation.items():
+    for name, path in config.validation_paths.items():
         source, sidecar = open_validation_set(name, path, plan.sequence_length, vocab_size, tokenizer)
         unchecked += [] if sidecar else [path]
         opened.append(NamedDataset(f"validation set '{name}'", path, source.dataset, sidecar))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,35 @@ def require_absent(output: str | Path) -> Path:
     if os.path.lexists(output):
         raise UserError(f"--output {output}: exists already and is not overwritten; remove it or choose another")
     return Path(output)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename ``new`` to ``folder``, next to it, and remove a former ``folder``. Both are complete folders.
+
+    On Linux a reader of the name finds either of the two. Elsewhere, the name is missing for a moment.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    remove_tree(old)
+    if os.path.lexists(folder):
+        if _exchange(new, folder):
+            new.rename(old)
+        else:
+            folder.rename(old)
+            new.rename(folder)
+    else:
+        new.rename(folder)
+    sync_path(folder.parent)
+    remove_tree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names atomically; return whether the system can do that."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 @contextmanager

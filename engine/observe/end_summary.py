@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config.settings import RunConfig
 from ..errors import command_name
 from ..run import Run
-from ..weights.checkpoint.names import step_of
+from ..weights.checkpoint.names import FINAL_MODEL, step_of
 from ..weights.conversion.export_run import export_folder
 from .loss_changes import CHANGE_HEAD, change_rows
 from .terminal import heading
@@ -35,6 +35,10 @@ def next_command(config: RunConfig, checkpoint: Path | None, finished: bool) -> 
         return [f"next        the same command{changed} continues from here"]
     if checkpoint is None or config.checkpoint.export_hf:
         return []  # the export names its folder itself
+    model = checkpoint.parent.parent / FINAL_MODEL
+    if model.is_dir():
+        generate = command_name("generate", "tools/generate.py")
+        return [f"next        {generate} --model {shlex.quote(str(model))} --prompt '...'"]
     output = export_folder(checkpoint.parent.parent, step_of(checkpoint))
     export = command_name("export", "checkpoint_convert/dcp_to_hf.py")
     return [f"next        {export} --checkpoint {shlex.quote(str(checkpoint))} --output {shlex.quote(str(output))}"]

@@ -127,7 +127,7 @@ def partial_folder(
             except DiscardOutput:
                 raise
             except (OSError, UserError, KeyboardInterrupt) as error:
-                kept = "" if renamed else _describe_kept(folder)
+                kept = _describe_kept(folder) if reuse and not renamed else ""
                 if isinstance(error, KeyboardInterrupt):
                     if kept:
                         say(kept)

@@ -76,7 +76,8 @@ def test_the_guide_runs_as_it_stands(
 def test_options_that_the_guide_names_exist() -> None:
     commands = (ROOT / "checkpoint_convert" / name for name in ("hf_to_dcp.py", "dcp_to_hf.py"))
     shared = ROOT / "engine" / "weights" / "conversion" / "options.py"
-    scripts = "".join(path.read_text("utf-8") for path in (*commands, shared))
+    merging = ROOT / "tools" / "checkpoint.py"
+    scripts = "".join(path.read_text("utf-8") for path in (*commands, shared, merging))
     options = set(re.findall(r"--[a-z][\w-]+", GUIDE))
     assert len(options) >= 8
     assert not [option for option in sorted(options) if f'"{option}"' not in scripts]

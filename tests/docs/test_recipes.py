@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -14,6 +15,8 @@ import yaml
 
 from retemper.engine import pretrain
 from retemper.engine.schedule import learning_rate
+from retemper.tools import checkpoint
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "continued_pretraining.md").read_text(encoding="utf-8")
 SMALL = {
@@ -33,11 +36,24 @@ def folder(one_rank, tmp_path_factory):
     (folder / "data").mkdir()
     for seed, name in enumerate(("web", "web_validation", "medicine", "medicine_validation")):
         tiny_run.write_dataset(folder / "data" / name, seed, documents=400)
+    for seed, name in enumerate(("chats.train", "chats.valid"), 4):
+        write_chats(folder / "data" / name, seed)
     base = tiny_run.write_config(tmp_path_factory.mktemp("base"))
     tiny_run.train(one_rank, base, ["--run_folder", str(folder / "run"), "--training.train_tokens", "1024"])
     (folder / "models").mkdir()
     (folder / "run" / "checkpoints" / "step-00000004").rename(folder / "models" / "base")
     return folder
+
+
+def write_chats(prefix, seed):
+    """A dataset whose documents have a question, which is masked, and an answer."""
+    generator = np.random.default_rng(seed)
+    with IndexedDatasetWriter(str(prefix), np.uint16, mask=True) as writer:
+        for _ in range(400):
+            length = int(generator.integers(8, 30))
+            writer.add_documents(
+                generator.integers(0, tiny_run.EOD, length), [length], mask=np.arange(length) >= length // 2
+            )
 
 
 def scaled(text):
@@ -53,6 +69,9 @@ def run(command, one_rank):
     """What a shell would do, but for a training run, which is made in this process."""
     expanded = subprocess.run(["bash", "-c", f"set -- {command}; printf '%s\\n' \"$@\""], stdout=-1, check=True).stdout
     words = expanded.decode().splitlines()
+    if words[:2] == ["python", "tools/checkpoint.py"]:
+        assert checkpoint.main(words[2:]) == 0
+        return None
     if words[:2] != ["python", "engine/pretrain.py"]:
         subprocess.run(["bash", "-c", command], check=True)
         return None
@@ -75,7 +94,8 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
         trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
-    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, adapted = trainers
+    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, *others = trainers
+    constant, _, decay, adapted, _, instructions = others
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
@@ -104,9 +124,24 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     assert lengthened.plan.sequence_length == 128 and Path(lengthened.start.folder).parent == annealed.store.folder
     assert lengthened.progress.tokens >= 2_400
 
-    # 4: the base as it was.
+    # 4: the average of the checkpoints of the constant run, which the decay continues.
+    kept = [tiny_run.tensors_of(folder) for folder in constant.store.complete()]
+    average = tiny_run.tensors_of(Path("runs/average"))
+    name = "model.norm.weight"
+    torch.testing.assert_close(average[name], sum(tensors[name] for tensors in kept) / len(kept))
+    assert len(kept) == 4 and Path(decay.start.folder) == constant.store.complete()[-1]
+    assert learning_rate(decay.progress.tokens, decay.config.training, decay.config.optimizer) == 0
+    assert Path("runs/constant/final_model/model.safetensors").is_file()
+
+    # 5: the base as it was.
     base = tiny_run.tensors_of(Path("models/base"))
     assert adapted.progress.tokens >= 500
     for name, parameter in adapted.model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "norm" in name)
         assert parameter.requires_grad or torch.equal(parameter, base[name])
+
+    # 6: weights of the last domain, and three sets, of which the first counts answers alone.
+    assert Path(instructions.start.folder).parent == medicine.store.folder
+    first = [r for r in tiny_run.records(Path("runs/instructions")) if r.get("evaluation") and r["step"] == 0]
+    assert [record["evaluation"] for record in first] == ["chats", "medicine", "web"]
+    assert instructions.data.sources[0].dataset.has_loss_mask

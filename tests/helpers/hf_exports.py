@@ -59,7 +59,7 @@ def train_on_a_full_disk(ranks: Ranks, path: Path, overrides: list[str], failing
             tiny_run.train(ranks, path, [*SHORT, *overrides])
         except UserError as error:
             return str(error)
-    raise AssertionError("the run went through")
+    return "finished"
 
 
 def train_and_ask_to_stop(ranks: Ranks, path: Path, overrides: list[str]) -> None:

@@ -104,7 +104,7 @@ def write_run(folder: Path, model: Model) -> Path:
             "precision": "fp32",
         },
         "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
-        "checkpoint": {"save_interval": 3},
+        "checkpoint": {"save_interval": 3, "model_folders": "off"},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")

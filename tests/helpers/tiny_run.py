@@ -73,7 +73,7 @@ def write_config(folder: Path) -> Path:
             "eval_tokens": 500,
         },
         "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3},
-        "checkpoint": {"save_interval": 4, "keep_best": False},
+        "checkpoint": {"save_interval": 4, "keep_best": False, "model_folders": "off"},
         "logging": {"tensorboard": False},
     }
     path = folder / "run.yaml"

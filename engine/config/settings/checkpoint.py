@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from .marks import Switch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class CheckpointConfig:
     ``{run_folder}/hf/step-...``, as checkpoint_convert/dcp_to_hf.py does."""
     export_ema: bool = False
     """Export the average of ``training.ema_decay`` instead of the weights."""
+    model_folders: Annotated[Literal["auto", "on", "off"], Switch("on", "off")] = "auto"
+    """When the token budget is used up, write the model to ``{run_folder}/final_model``, and with ``keep_best`` and
+    validation sets the best checkpoint to ``best_model``: Hugging Face folders with the tokenizer. They are replaced
+    when the run is continued. auto: for models of up to 10 billion parameters (20 GB each in bf16), and a folder that
+    cannot be written is only reported."""
+    export_best: bool = False
+    """Write ``best_model`` whatever ``model_folders`` says."""
     push_to_hub: str | None = None
     """Upload that folder to this model repository (namespace/name). If the repository does not exist, it is created at
     the start. The token comes from HF_TOKEN or `hf auth login`; see docs/hugging_face.md."""

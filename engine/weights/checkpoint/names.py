@@ -11,6 +11,8 @@ from .manifest import MANIFEST_FILE
 
 EXPORTS = "hf"
 """Folder in a run folder with the exports of its checkpoints."""
+FINAL_MODEL, BEST_MODEL = "final_model", "best_model"
+"""Folders in a run folder with the model at the end, and that of the lowest loss."""
 PEFT_EXPORTS = "peft"
 """Folder in a run folder with the adapters of its checkpoints as folders of PEFT."""
 DAMAGED = ".damaged"

@@ -37,9 +37,9 @@ Form = Literal["merged", "peft"]
 KEY_OF_UPLOAD = "checkpoint.push_to_hub"
 
 
-def export_folder(run_folder: Path, step: int) -> Path:
+def export_folder(run_folder: Path, step: int, form: Form = "merged") -> Path:
     """Return the folder to which the checkpoint of ``step`` is exported."""
-    return run_folder / EXPORTS / f"step-{step:08d}"
+    return run_folder / (PEFT_EXPORTS if form == "peft" else EXPORTS) / f"step-{step:08d}"
 
 
 def export_folders(config: RunConfig, run_folder: Path, step: int) -> list[Path]:
@@ -52,8 +52,8 @@ def _exports(config: RunConfig, run_folder: Path, step: int) -> list[tuple[Form,
     if not config.checkpoint.export_hf:
         return []
     chosen = config.adapter.export if config.adapter.kind is not None else "merged"
-    merged, peft = export_folder(run_folder, step), run_folder / PEFT_EXPORTS / f"step-{step:08d}"
-    both: list[tuple[Form, Path]] = [("merged", merged), ("peft", peft)]
+    forms: tuple[Form, Form] = ("merged", "peft")
+    both = [(form, export_folder(run_folder, step, form)) for form in forms]
     return [(form, folder) for form, folder in both if chosen in (form, "both")]
 
 
@@ -120,7 +120,7 @@ def export_run(
     try:
         for form, output in exports:
             _export(store, checkpoint, form, output, config.checkpoint.export_ema, stop_agreed, say)
-    except _StopRequested as stopped:
+    except ExportStopped as stopped:
         say(f"stopped the export to {stopped} as requested; the same command completes it")
         return
     except _Damaged:
@@ -152,11 +152,12 @@ def _export(
     if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, ema))):
         say(f"exported    {output} already exists")
         return
-    _require_valid(store, checkpoint)
-    _write(ranks, checkpoint, form, output, ema, stop_agreed, say)
+    require_undamaged_checkpoint(store, checkpoint, "checkpoint.export_hf")
+    written = write_export(ranks, checkpoint, form, output, ema, stop_agreed, say)
+    say(f"exported    {output}: {written}")
 
 
-class _StopRequested(Exception):
+class ExportStopped(Exception):
     """All ranks have been asked to stop. The text is the folder of the export."""
 
 
@@ -168,13 +169,18 @@ class _Damaged(UserError):
     """The checkpoint differs from what was written."""
 
 
-def _require_valid(store: CheckpointStore, checkpoint: Path) -> None:
+def require_undamaged_checkpoint(store: CheckpointStore, checkpoint: Path, key: str) -> None:
+    """Verify ``checkpoint``, which the setting ``key`` exports. All ranks call this.
+
+    Raises:
+        UserError: on every rank, if it is damaged.
+    """
     try:
-        store.require_valid(str(checkpoint), "checkpoint.export_hf")
+        store.require_valid(str(checkpoint), key)
     except UserError as error:
         problem = str(error).partition("; name another checkpoint")[0]
         raise _Damaged(
-            f"checkpoint.export_hf: {problem}; start the same command again: it continues from the newest undamaged one"
+            f"{key}: {problem}; start the same command again: it continues from the newest undamaged one"
         ) from None
 
 
@@ -186,12 +192,7 @@ def _is_there(output: Path, checkpoint: Path, ema: bool) -> bool:
     """
     if not os.path.lexists(output):
         return False
-    try:
-        content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
-        made_of = content["source"]["manifest_xxh3_128"], bool(content["options"].get("ema"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        made_of = None
-    if made_of != (hash_file(checkpoint / MANIFEST_FILE), ema):
+    if made_of(output) != (hash_file(checkpoint / MANIFEST_FILE), ema):
         raise UserError(
             f"{output}: exists already, and {CONVERSION_FILE} there names another checkpoint or export_ema; move it "
             "away"
@@ -199,7 +200,18 @@ def _is_there(output: Path, checkpoint: Path, ema: bool) -> bool:
     return True
 
 
-def _write(
+def made_of(output: Path) -> tuple[str, bool] | None:
+    """Return the hash of the manifest of the checkpoint of which ``output`` is an export, and whether it is of the
+    average; None if it is not an export.
+    """
+    try:
+        content = json.loads((output / CONVERSION_FILE).read_text(encoding="utf-8"))
+        return str(content["source"]["manifest_xxh3_128"]), bool(content["options"].get("ema"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_export(
     ranks: Ranks,
     checkpoint: Path,
     form: Form,
@@ -207,7 +219,25 @@ def _write(
     ema: bool,
     stop_agreed: Callable[[], bool],
     say: Callable[[str], None],
-) -> None:
+) -> str:
+    """Export ``checkpoint`` to ``output``, which does not exist. All ranks call this.
+
+    Args:
+        ranks: that write together.
+        checkpoint: complete and verified.
+        form: the whole model, or a folder of PEFT.
+        output: the folder to write.
+        ema: export the average of the weights.
+        stop_agreed: see :func:`export_run`.
+        say: receives lines for the log.
+
+    Returns:
+        The number of tensors and their size, for the log.
+
+    Raises:
+        ExportStopped: all ranks have been asked to stop.
+        UserError: on every rank, if it cannot be written. Nothing is left.
+    """
     export = ranks.fail_together(lambda: plan_export(checkpoint, ema=ema, adapter=form == "peft"))
     for line in export.casts:
         say(f"export      {line}")
@@ -230,7 +260,7 @@ def _write(
         copying = _Copying(export, content, mine)
         done = run_in_background(ranks, copying, broken_off, copying.stop)
         if stopping:
-            raise _StopRequested(output)
+            raise ExportStopped(output)
         written = [file for of_rank in ranks.all_gather(done) for file in of_rank or ()]
 
         def complete() -> None:
@@ -238,7 +268,7 @@ def _write(
             stack.close()
 
         ranks.run_on_rank0(complete)
-    say(f"exported    {output}: {len(export.tensors)} tensors, {size_of(written)}")
+    return f"{len(export.tensors)} tensors, {size_of(written)}"
 
 
 class _Copying:

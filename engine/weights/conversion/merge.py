@@ -23,6 +23,7 @@ from ...files.atomic import require_absent
 from ...files.hashing import hash_file
 from ...files.outputs import Use, require_separate
 from ..checkpoint.assets import is_hf_folder
+from ..checkpoint.manifest import read_manifest
 from ..checkpoint.tensors import describe_difference
 from ..finite import require_finite
 from ..hugging_face.weight_dtypes import dtype_name
@@ -182,6 +183,12 @@ def _opened(folders: Sequence[Path]) -> list[StoredModel]:
             f"{hf} is a Hugging Face folder and {checkpoint} is not; convert one of them with "
             "checkpoint_convert/hf_to_dcp.py or dcp_to_hf.py"
         )
+    for folder in folders if not published[0] else ():
+        if base := read_manifest(folder).base:
+            raise UserError(
+                f"{folder} holds an adapter of {base.get('folder')}, and averages are of whole models; export each "
+                "with checkpoint_convert/dcp_to_hf.py, and average these folders"
+            )
     return [open_hf(str(folder), folder) if published[0] else open_checkpoint(folder) for folder in folders]
 
 
