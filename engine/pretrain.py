@@ -132,7 +132,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     saver = Saver(store, ranks, config.checkpoint, say)
     profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers)
+    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers, catalog.epoch_tokens)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,
@@ -268,7 +268,7 @@ def evaluate_and_save(run: Run, result: StepResult, last: bool, stopping: bool) 
     step, checkpoint = run.progress.step, run.config.checkpoint
     run.guards.check_replicas(step, run.optimizer)
     losses: dict[str, float] = {}
-    improved, due = False, step % checkpoint.save_interval == 0
+    improved, due = False, run.is_due(checkpoint.save_interval)
     # Launchers wait some seconds for a run to stop: they are for saving. The resumed run evaluates.
     if run.validation and run.evaluation_due() and (last or not stopping):
         # keep_best: true considers only steps that are saved anyway; "improved" saves those that improve.

@@ -22,7 +22,7 @@ from .parallel.forward_backward import ForwardBackward, ModelParts
 from .parallel.mesh import Mesh
 from .parallel.process_group import Ranks
 from .prompt_samples import PromptSamples
-from .schedule import BatchPlan, Progress
+from .schedule import BatchPlan, Progress, is_due
 from .start import Start
 from .weights.checkpoint.manifest import Manifest
 from .weights.checkpoint.saver import Saver
@@ -99,8 +99,11 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Return whether the run evaluates after the current step."""
-        interval = self.config.training.eval_interval
-        return self.remaining_steps == 0 or (interval > 0 and self.progress.step % interval == 0)
+        return self.remaining_steps == 0 or self.is_due(self.config.training.eval_interval)
+
+    def is_due(self, interval: int | str) -> bool:
+        """Return whether the current step is one of ``interval``; see :func:`~retemper.engine.schedule.is_due`."""
+        return is_due(interval, self.progress, self.plan, self.catalog.epoch_tokens)
 
     def must_evaluate_at(self, manifest: Manifest) -> bool:
         """Return whether the run, at the checkpoint of ``manifest``, evaluates before its next step."""

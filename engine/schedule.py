@@ -35,6 +35,21 @@ class Progress:
         )
 
 
+def is_due(interval: int | str, progress: Progress, plan: BatchPlan, epoch_tokens: int | None) -> bool:
+    """Return whether something that happens at every ``interval`` happens after the step that led to ``progress``.
+
+    Args:
+        interval: number of steps, 0: never; or epoch: at the first step with which all tokens of an epoch are used.
+        progress: of the run.
+        plan: its batch sizes.
+        epoch_tokens: tokens in an epoch; None if the data has none.
+    """
+    if isinstance(interval, str):
+        before = progress.tokens - plan.tokens_per_step
+        return epoch_tokens is not None and before >= 0 and progress.tokens // epoch_tokens > before // epoch_tokens
+    return interval > 0 and progress.step % interval == 0
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Division of a global batch into micro-batches of ranks."""

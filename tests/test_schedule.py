@@ -20,7 +20,7 @@ from retemper.engine.config.settings import (
     TrainingConfig,
 )
 from retemper.engine.errors import UserError
-from retemper.engine.schedule import BatchPlan, learning_rate, plan_batches
+from retemper.engine.schedule import BatchPlan, Progress, is_due, learning_rate, plan_batches
 
 
 @settings(deadline=None)
@@ -66,6 +66,22 @@ def test_steps_are_the_fewest_that_reach_the_budget(tokens, size, length):
     steps = plan.steps_for(tokens)
     assert steps * plan.tokens_per_step >= tokens
     assert (steps - 1) * plan.tokens_per_step < tokens
+
+
+@settings(deadline=None)
+@given(epoch=st.integers(1, 5000), per_step=st.integers(1, 100), start=st.integers(0, 100), steps=st.integers(1, 200))
+def test_an_epoch_ends_at_the_first_step_that_completes_it(epoch, per_step, start, steps):
+    """Oracle: the multiples of an epoch, each put into the step that reaches it. Runs may begin at any token."""
+    plan, start = BatchPlan(1, per_step, 1, 1), start * per_step
+    expected = {
+        -(-(tokens - start) // per_step)
+        for tokens in range(epoch, start + steps * per_step + 1, epoch)
+        if start < tokens <= start + steps * per_step
+    }
+    places = [Progress(step, 0, start + step * per_step) for step in range(1, steps + 1)]
+    assert {progress.step for progress in places if is_due("epoch", progress, plan, epoch)} == expected
+    assert not any(is_due("epoch", progress, plan, None) or is_due(0, progress, plan, epoch) for progress in places)
+    assert not is_due("epoch", Progress(), plan, epoch)
 
 
 # --------------------------------------------------------------------------------------------------------------------

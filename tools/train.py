@@ -22,6 +22,7 @@ from retemper.engine.errors import UserError, run_command
 from retemper.engine.files.atomic import replace_file
 from retemper.engine.guards.garbage_collection import without_gc
 from retemper.tools.training.options import TrainOptions, parse_evaluation, parse_replay, parse_source, parse_tokens
+from retemper.tools.training.recipe import LORA_RANK
 
 _ONE_COMMAND = ("--model", "--data")
 
@@ -76,7 +77,8 @@ def _add_request(parser: CommandParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=TEXT",
-        help="more texts, or dataset prefixes, to evaluate before, during and after the training",
+        help="more texts, or dataset prefixes, to evaluate before, during and after the training; "
+        "'NAME={path: chats.jsonl, preprocess: {chat: true}}' gives a text options",
     )
 
 
@@ -85,9 +87,19 @@ def _add_run(parser: CommandParser) -> None:
         "--output", metavar="DIR", help="run folder (default: runs/MODEL-DATA); the model appears below its hf/"
     )
     parser.add_argument(
+        "--lora",
+        action="store_true",
+        help="train a LoRA adapter on all linear layers instead of all parameters: less memory, less forgetting, and "
+        "less is learned; the model in hf/ has it merged",
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, metavar="N", help=f"--lora with matrices of this rank (default: {LORA_RANK})"
+    )
+    parser.add_argument(
         "--auto",
         action="store_true",
-        help="choose micro-batch, parallel layout, recomputation and offload so that the model fits and is fast",
+        help="choose micro-batch, parallel layout and recomputation so that the model fits and is fast; where it does "
+        "not fit, train a LoRA adapter, and where that does not either, offload",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the YAML of the run, and stop")
     parser.add_argument("--save-config", metavar="FILE", help="write the YAML of the run, and stop")
@@ -139,6 +151,8 @@ def _request(options: argparse.Namespace) -> TrainOptions:
         output=options.output,
         ranks=options.ranks,
         auto=options.auto,
+        lora=options.lora or options.lora_rank is not None,
+        lora_rank=options.lora_rank,
     )
 
 

@@ -138,7 +138,7 @@ def validate(config: RunConfig) -> None:
     found.raise_if_any()
 
 
-def with_known_budget(config: RunConfig, epoch_tokens: int) -> RunConfig:
+def with_known_budget(config: RunConfig, epoch_tokens: int | None) -> RunConfig:
     """Return ``config`` with its budget in tokens, now that the data are open.
 
     Raises:
@@ -169,7 +169,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     written = as_written(config)
     for key, allowed in RANGES.items():
         value = None if "[]" in key else operator.attrgetter(key)(written)
-        if value is not None and not allowed.holds(value):
+        if value is not None and value != "epoch" and not allowed.holds(value):
             yield f"{key} is {value}; it must be {allowed.words}"
     yield from _upload(config.checkpoint)
     parallel = config.parallel
@@ -197,7 +197,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         yield "training.trainable is []; name patterns of parameters, or use all"
     yield from schedule_problems(training, config.optimizer)
     yield from _optimizer(config)
-    yield from _data(config.data, training)
+    yield from _data(config.data, training, config.checkpoint.save_interval)
     yield from _profile(config.logging)
     yield from _adapter(config)
     if config.model.initialize_from is None and config.model.architecture is None:
@@ -346,7 +346,7 @@ def _pipeline(parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
-def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+def _data(data: DataConfig, training: TrainingConfig, save_interval: int | str) -> Iterator[str]:
     if data.train and data.stages:
         yield ("data.train and data.stages are both set; put the mixture of data.train into a stage, or remove one")
     if not data.train and not data.stages:
@@ -357,6 +357,11 @@ def _data(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.train_epochs is {training.train_epochs:g}, but data.stages have different sources, so their "
             "epochs have no common length; use training.train_tokens or training.train_steps"
+        )
+    if data.stages and "epoch" in (training.eval_interval, save_interval):
+        yield (
+            "training.eval_interval and checkpoint.save_interval cannot be epoch with data.stages: sources differ, "
+            "so their epochs have no common length; use a number of steps"
         )
     total, budget = sum(stage.train_tokens or 0 for stage in data.stages), training.train_tokens or 0
     if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < budget:

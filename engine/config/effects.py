@@ -33,6 +33,8 @@ class Situation:
     """Configuration of the checkpoint that the run continues from."""
     step: int = 0
     """From which the run continues."""
+    epoch_tokens: int | None = None
+    """Tokens in one epoch of the mixture; None if they are not known."""
     source_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Tokens in one epoch of each source."""
 
@@ -63,7 +65,7 @@ class Rule:
 
 def _fits(key: str) -> Callable[[Situation], bool]:
     """Return a condition: the run has enough steps to reach the interval ``training.key``."""
-    return lambda now: getattr(now.config.training, key) <= now.steps
+    return lambda now: _reached(getattr(now.config.training, key), now)
 
 
 _MUON = ("momentum", "nesterov", "scale", "newton_schulz_steps", "newton_schulz_dtype", "exclude")
@@ -234,7 +236,7 @@ RULES = (
     ),
     Rule(
         ("checkpoint.save_interval",),
-        lambda now: now.config.checkpoint.save_interval <= now.steps,
+        lambda now: _reached(now.config.checkpoint.save_interval, now),
         "the run has fewer steps; it saves only at the end",
     ),
     Rule(
@@ -436,8 +438,16 @@ def _decays(now: Situation) -> bool:
     return training.warmup < training.budget - now.config.optimizer.schedule_start_tokens
 
 
+def _reached(interval: int | str, now: Situation) -> bool:
+    """Return whether the run is as long as ``interval``: a number of steps, or epoch."""
+    if isinstance(interval, str):
+        return now.epoch_tokens is None or now.config.training.budget >= now.epoch_tokens
+    return interval <= now.steps
+
+
 def _saves_a_multiple(checkpoint: CheckpointConfig, steps: int) -> bool:
-    return math.lcm(max(1, checkpoint.keep_every), checkpoint.save_interval) <= steps
+    interval = checkpoint.save_interval
+    return interval == "epoch" or math.lcm(max(1, checkpoint.keep_every), interval) <= steps
 
 
 def _same_start(now: Situation) -> tuple[Any, ...]:

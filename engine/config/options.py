@@ -19,7 +19,19 @@ from .budget import KINDS
 from .files import find_config, read_config
 from .settings import RunConfig
 from .spelling import did_you_mean, nearest
-from .types_check import UNUSABLE, Problems, accepts, bare, check, hints_of, is_dictionary, is_section, item_hint, show
+from .types_check import (
+    UNUSABLE,
+    Problems,
+    accepts,
+    bare,
+    check,
+    hints_of,
+    is_dictionary,
+    is_section,
+    item_hint,
+    member_of_union,
+    show,
+)
 from .yaml_loader import explain, load_yaml
 
 _NULL = ("null", "Null", "NULL")
@@ -240,7 +252,8 @@ def _typed(text: str, hint: Any, key: str) -> Any:
     Raises:
         UserError: the text is not valid YAML.
     """
-    if accepts(text, hint) and not is_dictionary(hint):
+    is_entry = text.lstrip().startswith("{") and is_section(member_of_union({}, hint))
+    if accepts(text, hint) and not is_dictionary(hint) and not is_entry:
         return None if text in _NULL or (text in ("", "~") and accepts(None, hint)) else text
     try:
         return load_yaml(text)

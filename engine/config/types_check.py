@@ -75,7 +75,7 @@ def is_section(hint: Any) -> bool:
 
 def is_dictionary(hint: Any) -> bool:
     """Return whether a value of this type may hold user-defined entries."""
-    return accepts({}, hint) and not is_section(hint)
+    return accepts({}, hint) and not is_section(member_of_union({}, hint))
 
 
 def item_hint(hint: Any) -> Any:
@@ -84,10 +84,16 @@ def item_hint(hint: Any) -> Any:
     return get_args(hint)[-1] if get_origin(hint) in (list, dict) else Any
 
 
-def _list_of_union(value: Any, hint: Any) -> Any:
-    """Return the list among the types of the union ``hint`` if ``value`` is a list, or ``hint`` itself."""
-    members = get_args(bare(hint)) if isinstance(value, list) and get_origin(bare(hint)) in (Union, UnionType) else ()
-    return next((member for member in members if get_origin(bare(member)) is list), hint)
+def member_of_union(value: Any, hint: Any) -> Any:
+    """Return the list or dataclass among the types of the union ``hint`` that takes ``value``, a list or dictionary, or
+    the path if it is text; otherwise ``hint`` itself.
+    """
+    members = get_args(bare(hint)) if get_origin(bare(hint)) in (Union, UnionType) else ()
+    for member in members:
+        is_list = isinstance(value, list) and get_origin(bare(member)) is list
+        if is_list or (isinstance(value, dict) and is_section(member)) or (isinstance(value, str) and is_path(member)):
+            return member
+    return hint
 
 
 def accepts(value: Any, hint: Any) -> bool:
@@ -118,7 +124,7 @@ def check(value: Any, hint: Any, name: str, found: Problems, where: str = "") ->
     Returns:
         The usable part of the value, or :data:`UNUSABLE`.
     """
-    hint = _list_of_union(value, hint)
+    hint = member_of_union(value, hint)
     kind = bare(hint)
     if isinstance(value, dict) and is_section(hint):
         hints, kept = hints_of(kind), {}
@@ -174,7 +180,7 @@ def build(value: Any, hint: Any, name: str, found: Problems, missing: list[str])
         missing: receives the names of missing required keys. Placeholders replace them, so that the rest can be
             checked.
     """
-    hint = _list_of_union(value, hint)
+    hint = member_of_union(value, hint)
     kind = bare(hint)
     if isinstance(value, dict) and is_section(hint):
         values = {}

@@ -49,8 +49,12 @@ class Catalog:
     """Remarks for the user about unusual but usable datasets."""
 
     @property
-    def epoch_tokens(self) -> int:
-        """Tokens in an epoch of the mixture: those of all chunks of all sources, whatever their weights."""
+    def epoch_tokens(self) -> int | None:
+        """Tokens in an epoch of the mixture: those of all chunks of all sources, whatever their weights. None: several
+        stages have no common epoch.
+        """
+        if len(self.stages) > 1:
+            return None
         return sum(source.num_chunks * source.sequence_length for source in self.train)
 
     def finish_checks(self) -> None:
@@ -139,7 +143,7 @@ def open_catalog(
             f"{plan.global_batch_size:,}; add data or lower training.global_batch_size or training.sequence_length"
         )
     validation = {HELD_OUT: held_out} if held_out else {}
-    for name, path in config.validation.items():
+    for name, path in config.validation_paths.items():
         source, sidecar = open_validation_set(name, path, plan.sequence_length, vocab_size, tokenizer)
         unchecked += [] if sidecar else [path]
         opened.append(NamedDataset(f"validation set '{name}'", path, source.dataset, sidecar))

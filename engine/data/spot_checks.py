@@ -44,7 +44,7 @@ def check_chunks(source: Source, vocab_size: int, attend_across_documents: bool,
     """
     plain = dataclasses.replace(source, packer=None)
 
-    def count_targets(number: int) -> int:
+    def count_targets(number: int) -> float:
         return pack([plain.chunk(number, vocab_size)], plain.sequence_length, attend_across_documents).num_targets
 
     numbers = _spread(source.num_chunks, min(CHUNKS_SAMPLED, max(2, _TOKENS_SAMPLED // source.sequence_length)))

@@ -38,7 +38,7 @@ class TextSource:
     Args:
         key: setting that names it, for errors.
         path: file, folder, pattern or URL.
-        settings: keys of :attr:`SourceConfig.for_text`.
+        settings: keys of ``for_text`` of a :class:`SourceConfig` or :class:`ValidationConfig`.
     """
 
     key: str
@@ -108,14 +108,14 @@ def text_sources(data: DataConfig) -> list[TextSource]:
         if is_text(source.path):
             found.setdefault(source.identity, TextSource(key, source.path, source.for_text))
         elif source.for_text:
-            [name, *_] = source.for_text
-            raise UserError(
-                f"{key}.{name} is for text, but {source.path} is not text that exists: it names a dataset; remove "
-                f"{name}, or correct the path"
-            )
-    for name, path in data.validation.items():
+            raise _not_text(key, source.path, source.for_text)
+    for name, path in data.validation_paths.items():
+        key, entry = f"data.validation.{name}", data.validation[name]
+        settings = {} if isinstance(entry, str) else entry.for_text
         if is_text(path):
-            found[f"validation {name}"] = TextSource(f"data.validation.{name}", path, {})
+            found[f"validation {name}"] = TextSource(key, path, settings)
+        elif settings:
+            raise _not_text(key, path, settings)
     return list(found.values())
 
 
@@ -140,8 +140,18 @@ def with_datasets(data: DataConfig, prefixes: Mapping[str, Mapping[str, str]]) -
 
     train = [resolved(source) for source in data.train]
     stages = [replace(stage, train=[resolved(source) for source in stage.train]) for stage in data.stages]
-    named = {name: prefixes.get(f"data.validation.{name}", {}).get("", path) for name, path in data.validation.items()}
+    named = {
+        name: prefixes.get(f"data.validation.{name}", {}).get("", path) for name, path in data.validation_paths.items()
+    }
     return replace(data, train=train, stages=stages, validation={**held_out, **named}, cache_folder=None)
+
+
+def _not_text(key: str, path: str, settings: Mapping[str, Any]) -> UserError:
+    [name, *_] = settings
+    return UserError(
+        f"{key}.{name} is for text, but {path} is not text that exists: it names a dataset; remove {name}, or correct "
+        "the path"
+    )
 
 
 def cache_folder(data: DataConfig) -> Path:

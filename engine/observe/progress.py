@@ -100,7 +100,12 @@ def live_text(record: StepRecord) -> str:
     loss = "no targets" if values["loss"] is None else f"loss {values['loss']:.4f}"
     mfu = f" | MFU {values['mfu']:.1%}" if "mfu" in values else ""
     eta = duration(record.seconds_left)
-    return f"step {step:,}/{num_steps:,} | {loss} | ETA {eta} | {values['tokens_per_second']:,.0f} tokens/s{mfu}"
+    rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+    return f"step {step:,}/{num_steps:,}{_epoch(values)} | {loss} | ETA {eta} | {rate}{mfu}"
+
+
+def _epoch(values: Mapping[str, Any]) -> str:
+    return f" | epoch {values['epoch']:.2f}" if "epoch" in values else ""
 
 
 def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str, Any], seconds_left: float) -> str:
@@ -110,7 +115,7 @@ def step_line(step: int, remaining_steps: int, tokens: int, values: Mapping[str,
     norm = "" if values["grad_norm"] is None else f" | grad norm {values['grad_norm']:.3f}"
     return (
         f"step {step:>{len(str(num_steps))}}/{num_steps}"
-        f" | tokens {human(tokens)} | {loss} | lr {values['learning_rate']:.2e}{norm}"
+        f" | tokens {human(tokens)}{_epoch(values)} | {loss} | lr {values['learning_rate']:.2e}{norm}"
         f" | {values['tokens_per_second']:,.0f} tokens/s, {values['tokens_per_second_per_rank']:,.0f} per rank"
         + (f" | MFU {values['mfu']:.1%}" if "mfu" in values else "")
         + f" | {values['peak_memory_bytes'] / 2**30:.2f} GiB | ETA {duration(seconds_left)}"

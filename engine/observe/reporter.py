@@ -101,6 +101,7 @@ class Reporter:
         progress: at the start.
         say: prints a line for people, on the main rank.
         early: observers from :func:`create_early_observers`, on the main rank.
+        epoch_tokens: tokens in an epoch; None: the data has none, and records have no epoch.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class Reporter:
         progress: Progress,
         say: Say,
         early: Sequence[Observer] = (),
+        epoch_tokens: int | None = None,
     ):
-        self._ranks, self._tokens_per_step = ranks, plan.tokens_per_step
+        self._ranks, self._tokens_per_step, self._epoch_tokens = ranks, plan.tokens_per_step, epoch_tokens
         learning = trainable.learning(architecture, config.training, config.adapter)
         self._flops = flops_per_token(architecture, plan.sequence_length, False, learning)
         self.observers = create_observers(config, say) if ranks.is_main else []
@@ -191,6 +193,7 @@ class Reporter:
             "grad_norm": grad_norm if result.has_targets else None,
             "skipped_steps": int(skips[0]),
             "steps_without_targets": pending.steps_without_targets,
+            **({"epoch": progress.tokens / self._epoch_tokens} if self._epoch_tokens else {}),
             **loss_scaling.metrics(skips[3:]),
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,

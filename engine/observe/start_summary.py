@@ -108,6 +108,7 @@ def _situation(run: Run) -> Situation:
         device=run.ranks.device.type,
         resumed=resumed.config if resumed else None,
         step=run.progress.step,
+        epoch_tokens=run.catalog.epoch_tokens,
         source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
     )
 
@@ -157,7 +158,8 @@ def _describe_adapter(run: Run) -> list[str]:
     return [
         f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
         f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",
-        f"base        {base['folder']} (hash {base['hash']}); checkpoints contain only what learns",
+        f"base        {base['folder'] or 'a random initialization'} (hash {base['hash']}); checkpoints contain only what "
+        "learns",
     ]
 
 
@@ -166,6 +168,7 @@ def _describe_budget(run: Run) -> list[str]:
     # A lower bound by arithmetic. The line of every step has the measured remaining time.
     peak = device_peak_flops(ranks.device)
     _, causal_pairs = _flops_per_token(run)
+    epoch = run.catalog.epoch_tokens
     seconds = remaining_steps * plan.tokens_per_step * causal_pairs / ((peak or 1.0) * ranks.world_size)
     shortest = f", at least {duration(seconds)} at the GPUs' bf16 peak" if peak else ""
     return [
@@ -173,6 +176,7 @@ def _describe_budget(run: Run) -> list[str]:
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
         f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
         f"{remaining_steps:,} steps to go{shortest}",
+        *([f"epoch       {epoch:,} tokens = {epoch / plan.tokens_per_step:,.1f} steps"] if epoch else []),
     ]
 
 
@@ -252,7 +256,9 @@ def describe_saving(config: RunConfig, model: ModelParts) -> str:
         free = free_memory()
         has = f"{_size(total_memory())} in all" if free is None else f"{_size(free)} free"
         how = f"copied to {_size(on_node)} of host memory on this node, which has {has}"
-    return f"checkpoints every {config.checkpoint.save_interval:,} steps, {_size(sum(sizes))} of this rank; {how}"
+    interval = config.checkpoint.save_interval
+    every = "every epoch" if isinstance(interval, str) else f"every {interval:,} steps"
+    return f"checkpoints {every}, {_size(sum(sizes))} of this rank; {how}"
 
 
 def _size(num_bytes: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config.settings import OptimizerConfig, ParameterGroupConfig
 from ..errors import UserError
 
-Named = list[tuple[str, Tensor]]
+Named = Sequence[tuple[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 

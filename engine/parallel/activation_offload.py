@@ -157,7 +157,7 @@ class ActivationOffload:
             saved.leaving.append(whole)  # its storage is not freed, and its key not used again, before all has left
             saved.memories[key] = _Memory(self._to_host(whole))
             self.sent_bytes += storage.nbytes()
-        return _Place(saved, saved.memories[key], local.size(), local.stride(), local.storage_offset(), rebuild)
+        return _Place(saved, saved.memories[key], local.size(), local.stride(), int(local.storage_offset()), rebuild)
 
     def _to_host(self, whole: Tensor) -> Tensor:
         if self._stream is None:

@@ -1,5 +1,6 @@
 """The length of a run and of its warm-up in tokens, steps, epochs or ratios: one of each kind, and the same run."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -192,3 +193,15 @@ def test_stages_have_no_common_epoch(tmp_path):
     stages = DataConfig(stages=[StageConfig([SourceConfig("a")])])
     [line] = [line for line in problems(RunConfig("runs/x", stages, run.training)) if "epochs" in line]
     assert line.endswith("use training.train_tokens or training.train_steps")
+    for key in ("training.eval_interval", "checkpoint.save_interval"):
+        by_epoch = parse_config(["--config", written(tmp_path, train_steps=100), f"--{key}", "epoch"])
+        assert not [line for line in problems(by_epoch) if "epoch" in line]
+        [line] = [line for line in problems(replace(by_epoch, data=stages)) if "epoch" in line]
+        assert line.endswith("use a number of steps")
+
+
+def test_an_interval_is_a_number_of_steps_or_epoch(tmp_path):
+    file = written(tmp_path, train_steps=100)
+    for value in ("epochs", "1.5", "0"):
+        assert "checkpoint.save_interval is" in refusal("--config", file, "--checkpoint.save_interval", value)
+    assert parse_config(["--config", file, "--checkpoint.save_interval", "7"]).checkpoint.save_interval == 7

@@ -175,3 +175,24 @@ def test_what_cannot_be_meant_is_refused(values, key):
     [line] = refused(changed(**values))
     assert line.startswith(key)
     assert line in problems(changed(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"training__weight_dtype": "bf16"}, "training.precision is fp16, but training.weight_dtype is bf16"),
+        ({"training__float8": True}, "training.precision is fp16, but training.float8 is true"),
+        ({"training__initial_loss_scale": 3.0}, "training.initial_loss_scale is 3.0; it must be a power of two"),
+        (
+            {"training__initial_loss_scale": 2.0, "training__min_loss_scale": 4.0},
+            "training.min_loss_scale 4 is above training.initial_loss_scale 2",
+        ),
+        (
+            {"training__precision": "bf16", "training__loss_scale_window": 7},
+            "training.loss_scale_window is 7, but only training.precision fp16 scales the loss",
+        ),
+    ],
+)
+def test_what_fp16_does_not_work_with(values, expected):
+    [line] = problems(changed(**{"training__precision": "fp16", **values}))
+    assert line.startswith(expected) and "\n" not in line

@@ -326,6 +326,7 @@ def test_every_setting_that_is_text_is_declared_a_path_or_known_to_be_none():
 
     found = set(plain_texts(RunConfig, ""))
     of_sources = {f"data.{x}train.{key}" for x in ("", "stages.") for key in ("name", "column", "split", "subset")}
+    of_sources |= {f"data.validation.{key}" for key in ("column", "split", "subset")}
     of_trackers = {f"logging.{key}" for key in ("project", "run_name", "group", "tags", "sample_prompts")}
     plain = {"checkpoint.push_to_hub", "checkpoint.hub_message", "allow_changes", "callbacks"}
     plain.add("training.early_stopping.metric")

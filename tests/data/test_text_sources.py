@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from retemper.engine.config.settings import DataConfig, SourceConfig, StageConfig
+from retemper.engine.config.parser import parse_config
+from retemper.engine.config.settings import DataConfig, SourceConfig, StageConfig, ValidationConfig
 from retemper.engine.data.text_sources import TextSource, cache_folder, is_text, text_sources, with_datasets
 from retemper.engine.errors import UserError
 from retemper.tools.preprocess import parse_arguments
+from retemper.tools.training.options import parse_evaluation
 
 
 @pytest.fixture
@@ -77,6 +80,52 @@ def test_impossible_settings_are_refused(settings, named):
 def test_a_dataset_has_no_settings_of_text(folder):
     with pytest.raises(UserError, match=r"data.train\[1\].column is for text, but missing"):
         text_sources(DataConfig([SourceConfig("corpus"), SourceConfig("missing", column="body")]))
+
+
+def test_validation_texts_have_settings(folder, tmp_path):
+    """In the configuration, on the command line, and as options of tools/preprocess.py."""
+    chats = {"path": "corpus", "column": "body", "preprocess": {"chat": True}}
+    config = {"data": {"train": [{"path": "data"}], "validation": {"chats": chats, "plain": "a.jsonl"}}}
+    config |= {"run_folder": "run", "training": {"train_tokens": 1000}, "model": {"architecture": "x.json"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    read = parse_config(["--config", str(tmp_path / "run.yaml")]).data
+    assert read.validation == {"chats": ValidationConfig(**chats), "plain": "a.jsonl"}
+    assert read.validation_paths == {"chats": "corpus", "plain": "a.jsonl"}
+    [first, second] = text_sources(read)
+    assert (first.key, first.path, second.key) == ("data.validation.chats", "corpus", "data.validation.plain")
+    assert first.arguments() == ["--input", "corpus", "--json-key", "body", "--chat"]
+    assert second.arguments() == ["--input", "a.jsonl"]
+    resolved = with_datasets(read, {"data.validation.chats": {"": "cache/x"}, "data.validation.plain": {"": "cache/y"}})
+    assert resolved.validation == {"chats": "cache/x", "plain": "cache/y"}
+    option = ["--config", str(tmp_path / "run.yaml"), "--data.validation.chats", "{path: corpus, split: test}"]
+    assert parse_config(option).data.validation["chats"] == ValidationConfig("corpus", split="test")
+    assert parse_evaluation("x={path: corpus, column: body}") == ("x", {"path": "corpus", "column": "body"})
+    assert parse_evaluation("{path: corpus/a.jsonl}") == ("a", {"path": "corpus/a.jsonl"})
+    assert parse_evaluation("x=corpus") == ("x", "corpus") and parse_evaluation("b/a.txt") == ("a", "b/a.txt")
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ({"column": "body"}, "missing: data.validation.x.path"),
+        ({"path": "corpus", "weight": 2}, "unknown key 'data.validation.x.weight'"),
+        ({"path": "corpus", "column": 3}, "data.validation.x.column is 3; expected text or null"),
+        (["corpus"], "data.validation.x is ['corpus']; expected text or 'key: value' lines"),
+    ],
+)
+def test_wrong_validation_entries_are_refused(tmp_path, entry, line):
+    config = {"data": {"train": [{"path": "data"}], "validation": {"x": entry}}}
+    config |= {"run_folder": "run", "training": {"train_tokens": 1000}, "model": {"architecture": "x.json"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    with pytest.raises(UserError) as refusal:
+        parse_config(["--config", str(tmp_path / "run.yaml")])
+    assert any(line in message for message in refusal.value.problems)
+
+
+def test_a_validation_dataset_has_no_settings_of_text(folder):
+    data = DataConfig([SourceConfig("data")], validation={"x": ValidationConfig("missing", preprocess={"chat": True})})
+    with pytest.raises(UserError, match=r"data.validation.x.preprocess is for text, but missing"):
+        text_sources(data)
 
 
 def test_datasets_take_the_place_of_text(folder):

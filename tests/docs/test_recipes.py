@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -15,6 +16,7 @@ import yaml
 from retemper.engine import pretrain
 from retemper.engine.schedule import learning_rate
 from retemper.tools import checkpoint
+from retemper.tools.preprocessing.dataset_writer import IndexedDatasetWriter
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "continued_pretraining.md").read_text(encoding="utf-8")
 SMALL = {
@@ -34,11 +36,24 @@ def folder(one_rank, tmp_path_factory):
     (folder / "data").mkdir()
     for seed, name in enumerate(("web", "web_validation", "medicine", "medicine_validation")):
         tiny_run.write_dataset(folder / "data" / name, seed, documents=400)
+    for seed, name in enumerate(("chats.train", "chats.valid"), 4):
+        write_chats(folder / "data" / name, seed)
     base = tiny_run.write_config(tmp_path_factory.mktemp("base"))
     tiny_run.train(one_rank, base, ["--run_folder", str(folder / "run"), "--training.train_tokens", "1024"])
     (folder / "models").mkdir()
     (folder / "run" / "checkpoints" / "step-00000004").rename(folder / "models" / "base")
     return folder
+
+
+def write_chats(prefix, seed):
+    """A dataset whose documents have a question, which is masked, and an answer."""
+    generator = np.random.default_rng(seed)
+    with IndexedDatasetWriter(str(prefix), np.uint16, mask=True) as writer:
+        for _ in range(400):
+            length = int(generator.integers(8, 30))
+            writer.add_documents(
+                generator.integers(0, tiny_run.EOD, length), [length], mask=np.arange(length) >= length // 2
+            )
 
 
 def scaled(text):
@@ -79,7 +94,8 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
             assert yaml.safe_load(content)["run_folder"] == f"runs/{name.removesuffix('.yaml')}"
             continue
         trainers += [run(command, one_rank) for command in scaled(content).replace("\\\n", " ").splitlines()]
-    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, constant, _, decay, adapted = trainers
+    general, rewarmed, plateau, longer, _, medicine, annealed, lengthened, *others = trainers
+    constant, _, decay, adapted, _, instructions = others
     said = capsys.readouterr().out
 
     # 1: the second schedule begins at the minimum of the first; a run extended before its decay is the longer run.
@@ -123,3 +139,9 @@ def test_every_recipe_runs_as_written(one_rank, folder, monkeypatch, capsys):
     for name, parameter in adapted.model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "norm" in name)
         assert parameter.requires_grad or torch.equal(parameter, base[name])
+
+    # 6: weights of the last domain, and three sets, of which the first counts answers alone.
+    assert Path(instructions.start.folder).parent == medicine.store.folder
+    first = [r for r in tiny_run.records(Path("runs/instructions")) if r.get("evaluation") and r["step"] == 0]
+    assert [record["evaluation"] for record in first] == ["chats", "medicine", "web"]
+    assert instructions.data.sources[0].dataset.has_loss_mask

@@ -58,6 +58,28 @@ def test_a_longer_run_in_epochs_continues(one_rank, run_file, tmp_path):
     assert read_manifest(tmp_path / "checkpoints" / f"step-{steps:08d}").final
 
 
+BY_EPOCH = [
+    *("--training.train_epochs", "2.5", "--training.global_batch_size", "32", "--training.eval_interval", "epoch"),
+    *("--checkpoint.save_interval", "epoch", "--checkpoint.keep_last", "9"),
+]
+
+
+def test_it_saves_and_evaluates_at_the_end_of_every_epoch_also_after_a_resume(two_ranks, run_file, tmp_path):
+    epoch, per_step = _tokens_of_the_data(run_file), 32 * 32
+    ends = [-(-tokens // per_step) for tokens in (epoch, 2 * epoch, -(-5 * epoch // 2))]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    two_ranks.run(tiny_run.train, run_file, ["--run_folder", str(whole), *BY_EPOCH])
+    two_ranks.run(tiny_run.train_until, run_file, ["--run_folder", str(resumed), *BY_EPOCH], ends[0] + 3)
+    two_ranks.run(tiny_run.train, run_file, ["--run_folder", str(resumed), *BY_EPOCH])
+    for folder in (whole, resumed):
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{end:08d}" for end in ends]
+        records = tiny_run.records(folder)
+        assert [record["step"] for record in records if "evaluation" in record] == ends
+        steps = [record for record in records if "evaluation" not in record]
+        assert [record["epoch"] for record in steps] == [record["step"] * per_step / epoch for record in steps]
+    assert tiny_run.curve(resumed) == tiny_run.curve(whole)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Early stopping. No loss falls by 100: of the evaluations at steps 5, 10 and 15, the second and third do not improve.
 

@@ -116,7 +116,7 @@ def _data(config: RunConfig) -> list[Finding]:
     """Return a finding for each dataset of training and validation."""
     sources = [source for stage in config.data.stages for source in stage.train] or config.data.train
     paths = {f"data source {source.identity}": source.path for source in sources}
-    paths |= {f"validation set {name}": path for name, path in config.data.validation.items()}
+    paths |= {f"validation set {name}": path for name, path in config.data.validation_paths.items()}
     findings = []
     for name, path in paths.items():
         findings += checked(GROUP, "data", partial(_dataset, name, path))

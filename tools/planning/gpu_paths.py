@@ -141,11 +141,19 @@ def triton_loss(
     persistent = capability in kernels.DESCRIPTOR_CAPABILITIES
 
     def compute(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Any, budget: int, needs: Any
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: Any,
+        budget: int,
+        needs: Any,
+        weights_T: Tensor | None = None,
     ) -> Any:
         if hidden.dtype != torch.bfloat16:
-            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs)
-        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, persistent)
+            return in_pytorch(hidden, weight, bias, targets, options, loss.LOGIT_BYTES, needs, weights_T)
+        path_options = {"persistent": persistent, "weights_T": weights_T}
+        return path.compute(hidden, weight, bias, targets, options, bytes_per_chunk, needs, **path_options)
 
     def launch(hidden: Tensor, head: Any, *rest: Any) -> None:
         # The second launch repeats what the first could not compute: usually nothing.
@@ -236,7 +244,7 @@ class _StatesOnly:
         """Allocate the states of the parameters that have a gradient."""
         for _, _, parameter in self.named():  # type: ignore[attr-defined]
             if parameter.grad is not None:
-                self.state_of(parameter)
+                self.state_of(parameter)  # type: ignore[attr-defined]
 
 
 def read_no_values(pipelined: Pipelined) -> None:

@@ -136,6 +136,8 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
     parts.append(f"recompute {parallel.recompute}{every}")
     if layout.pipeline > 1 and parallel.pipeline_schedule != "1f1b":
         parts.append(parallel.pipeline_schedule)
+    if config.adapter.kind is not None:
+        parts.append(f"LoRA of rank {config.adapter.rank}")
     if not parallel.reshard_after_forward:
         parts.append("parameters kept gathered")
     if parallel.reduce_gradients == "step" and layout.pipeline == 1:

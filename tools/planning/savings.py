@@ -21,6 +21,7 @@ _LEAST_SAVED = 0.01
 """Smaller shares of the peak are left out."""
 _ANOTHER_RESULT, _SLOW = "another result of the training", "slow: weights and states in host memory"
 _NEW_RUN = f"{_ANOTHER_RESULT}; a run with checkpoints refuses it"
+_ADAPTER = f"{_ANOTHER_RESULT}: only an adapter learns; a run with checkpoints refuses it"
 _OTHER_SAMPLES = f"{_ANOTHER_RESULT}; a run with checkpoints needs allow_changes: [training.sequence_length]"
 
 
@@ -112,6 +113,8 @@ def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator
         yield Change({"optimizer.state_dtype": "bf16"}, _NEW_RUN)
     if training.weight_dtype != "bf16":
         yield Change({"training.weight_dtype": "bf16"}, _NEW_RUN)
+    if config.adapter.kind is None and training.trainable == "all" and config.model.initialize_from is not None:
+        yield Change({"adapter.kind": "lora", "adapter.rank": 64}, _ADAPTER)
     if not parallel.cpu_offload:
         if layout.world_size == layout.pipeline:
             yield Change({"parallel.cpu_offload": "optimizer"}, _SLOW)

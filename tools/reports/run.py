@@ -202,7 +202,10 @@ def read_run(folder: Path) -> RecordedRun:
         restarts=list(_restarts(folder, curves, log, config, remarks)),
         checkpoints=checkpoints,
         sources=_sources(newest, config, remarks),
-        validation={name: str(path) for name, path in _section(_section(config, "data"), "validation").items()},
+        validation={
+            name: str(one.get("path") if isinstance(one, dict) else one)
+            for name, one in _section(_section(config, "data"), "validation").items()
+        },
         environment=_environment(newest),
         samples=_samples(folder / SAMPLES_FILE, remarks),
         remarks=remarks,

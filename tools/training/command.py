@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...engine.config.budget import TRAIN, as_written, recorded_budget
 from ...engine.config.files import read_config
 from ...engine.config.options import Settings
 from ...engine.config.parser import add_arguments, build_config
-from ...engine.config.settings import DataConfig, ModelConfig, RunConfig
+from ...engine.config.settings import AdapterConfig, DataConfig, ModelConfig, RunConfig
 from ...engine.config.types_check import Problems, build
 from ...engine.config.yaml_loader import dump_yaml
 from ...engine.data.text_sources import cache_folder, is_text
@@ -23,14 +23,16 @@ from ...engine.files.atomic import replace_file
 from ...engine.files.outputs import write_report
 from ...engine.model.config_file import read_hf_config
 from ...engine.model.wrappers import text_config_of
+from ...engine.parallel import trainable
 from ...engine.prepare_data import tokenizer_of
 from ...engine.weights.checkpoint.manifest import read_manifest
-from ...engine.weights.checkpoint.names import EXPORTS, complete_checkpoints
+from ...engine.weights.checkpoint.names import EXPORTS, PEFT_EXPORTS, complete_checkpoints, step_of
+from ...engine.weights.conversion.export_run import export_folders
 from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
 from .fitting import CHANGEABLE, Machine, find_machine, fit
 from .launch import run_training, training_command
 from .options import TrainOptions, named
-from .recipe import Situation, choose_training, intervals
+from .recipe import Situation, adapter_settings, choose_training, intervals
 from .sources import SizedSource, Sizing, with_shares
 
 RUN_FILE = "run.yaml"
@@ -50,6 +52,7 @@ _SET_BY_OPTIONS = {
     "data.stages": "data",
     "data.validation": "evaluate",
     "data.weights": "data",
+    "adapter.rank": "lora_rank",
     "run_folder": "output",
 }
 """Settings of a run that an option of this command sets."""
@@ -89,7 +92,8 @@ def plan_training(
         UserError: the texts or settings are unusable, or the model does not fit.
     """
     options.check()
-    for name, path in options.evaluate:
+    for name, entry in options.evaluate:
+        path = entry["path"] if isinstance(entry, dict) else entry
         if not is_text(path) and not os.path.exists(f"{path}.idx"):
             raise UserError(f"--evaluate {name}={path}: no such file, folder or dataset")
     _require_outside(options)
@@ -119,16 +123,20 @@ def plan_training(
         evaluates=bool(given["data"].get("validation")) or any(one.entry.get("validation_fraction") for one in sized),
     )
     _keep_recorded(given, dry)
+    if options.lora:
+        given.update(adapter_settings(options.lora_rank, given))
     given["training"] = choose_training(situation, given.get("training", {}))
     save_interval, log_interval = intervals(given["training"], budget)
     _fill(given, "checkpoint", {"save_interval": save_interval, "export_hf": True})
     _fill(given, "logging", {"log_interval": log_interval})
     config = build_config(merged)
-    changes, memory = fit(config, architecture, machine, options.auto, fixed, _say)
+    changes, memory = fit(config, architecture, machine, options.auto, fixed, _with_adapter(config, given), _say)
     for section, keys in changes.items():
         given[section] = {**given.get(section, {}), **keys}
     config = build_config(merged) if changes else config
     lines = _describe(options, config, budget, data, replay, machine, memory, architecture.num_parameters)
+    if config.adapter.kind is not None:
+        lines.insert(1, _adapter_line(config, trainable.count(architecture, config.training, config.adapter)))
     return TrainingPlan(config, given, machine, lines)
 
 
@@ -171,7 +179,7 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
     used_up = budget is not None and manifest.consumed_tokens >= budget
     if not used_up and not is_stopped(config.training.early_stopping, manifest.early_stopping):
         return False
-    return not config.checkpoint.export_hf or (folder / EXPORTS / newest.name).is_dir()
+    return all(export.is_dir() for export in export_folders(config, folder, step_of(newest)))
 
 
 def _require_same_data(folder: Path, plan: TrainingPlan) -> None:
@@ -194,6 +202,8 @@ def _report(folder: Path) -> None:
     run = read_run(folder)
     write_report("report", folder / REPORT_FILE, run_page(run))
     print(f"\n{format_run(run)}\n\nreport      {folder / REPORT_FILE}")
+    if adapters := sorted((folder / PEFT_EXPORTS).glob("step-*")):
+        print(f"adapter     {adapters[-1]}, for PEFT")
     if exports := sorted((folder / EXPORTS).glob("step-*")):
         print(f"model       {exports[-1]}")
         print(f"try it      retemper generate --model {exports[-1]} --prompt '...'", flush=True)
@@ -221,11 +231,11 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
     add_arguments(merged, settings)
     for key, option in _SET_BY_OPTIONS.items():
         if getattr(options, option) not in (None, ()) and _value(merged.tree, key) != chosen[key]:
-            merged.found.add(f"--{key} and --{option} set the same; remove one of them")
-    option = "tokens" if options.tokens is not None else "epochs" if options.epochs is not None else None
-    for key in TRAIN if option else ():
-        if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
-            merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
+            merged.found.add(f"--{key} and --{option.replace('_', '-')} set the same; remove one of them")
+    for option in [name for name in ("tokens", "epochs") if getattr(options, name) is not None]:
+        for key in TRAIN:
+            if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
+                merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
     merged.found.raise_if_any()
     return merged
 
@@ -265,6 +275,10 @@ def _keep_recorded(given: dict[str, Any], dry: bool) -> None:
     if dry or not path.is_file() or _newest(path.parent) is None:
         return
     recorded = read_config(path)
+    adapter = recorded.get("adapter", {})
+    if adapter.get("kind") is not None and _value(given, "adapter.kind") is None:
+        _fill(given, "adapter", adapter)
+        _fill(given, "optimizer", recorded.get("optimizer", {}))
     for section, keys in _KEPT.items():
         found = recorded.get(section, {})
         _fill(given, section, {key: found[key] for key in keys if key in found})
@@ -273,6 +287,15 @@ def _keep_recorded(given: dict[str, Any], dry: bool) -> None:
 def _fill(tree: dict[str, Any], section: str, defaults: Mapping[str, Any]) -> None:
     """Set the keys of ``section`` that are not set."""
     tree[section] = {**defaults, **tree.get(section, {})}
+
+
+def _with_adapter(config: RunConfig, given: Mapping[str, Any]) -> RunConfig | None:
+    """Return the run with an adapter instead of all parameters; None if the user has said what is trained."""
+    if "kind" in given.get("adapter", {}) or config.training.trainable != "all":
+        return None
+    chosen = adapter_settings(None, given)
+    optimizer = replace(config.optimizer, learning_rate=chosen["optimizer"]["learning_rate"])
+    return replace(config, adapter=AdapterConfig(**chosen["adapter"]), optimizer=optimizer)
 
 
 def _budget(
@@ -351,6 +374,15 @@ def _describe(
         f"run folder  {config.run_folder}",
     ]
     return lines
+
+
+def _adapter_line(config: RunConfig, num_trained: int) -> str:
+    adapter = config.adapter
+    layers = "all linear layers" if adapter.targets == ["*"] else ", ".join(adapter.targets)
+    return (
+        f"adapter     LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}, on {layers}: {num_trained:,} parameters "
+        "learn; the model itself is frozen"
+    )
 
 
 def _say(line: str) -> None:

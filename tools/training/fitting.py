@@ -13,6 +13,7 @@ from ...engine.errors import UserError
 from ...engine.model.architecture import Architecture
 from ...engine.parallel.layout import plan_layout
 from ...engine.parallel.memory_check import device_memory, require_memory
+from ...engine.parallel.precision import with_named_precision
 from ..planning.command import without_gpu_features
 from ..planning.gpus import GiB, Gpu, describe_gpu, find_gpu
 from ..planning.layout_plan import LayoutPlan, gib, shown_layout
@@ -22,6 +23,8 @@ from ..planning.search import plan_briefly
 
 CHANGEABLE = ("training.micro_batch_size", "parallel.recompute", "parallel.cpu_offload")
 """Settings that this module may choose."""
+_OF_ADAPTER = ("adapter.kind", "adapter.rank", "adapter.alpha", "optimizer.learning_rate")
+"""Settings that it may choose if not all parameters can be trained."""
 _Recompute = Literal["none", "selective", "full"]
 _MORE_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
     "none": ("selective", "full"),
@@ -82,6 +85,7 @@ def fit(
     machine: Machine,
     auto: bool,
     fixed: Set[str],
+    adapted: RunConfig | None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Return settings with which the model fits, by section, and a line that says how.
@@ -92,14 +96,16 @@ def fit(
         machine: where it trains.
         auto: whether settings may change; without it, none do.
         fixed: those of ``CHANGEABLE`` that never change, because the user has set them.
+        adapted: the same with an adapter, which is trained if all parameters cannot be; None: never.
         say: receives progress lines.
 
     Raises:
         UserError: it does not fit. Says which settings would.
     """
     if machine.gpu is None:
-        return {}, _fit_on_cpu(config, architecture, machine)
+        return _fit_on_cpu(config, architecture, machine, adapted if auto else None)
     plain, _ = without_gpu_features(config)
+    smallest = None if adapted is None else without_gpu_features(adapted)[0]
     cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE)
     with DryRunPool() as pool:
 
@@ -111,15 +117,15 @@ def fit(
         plan = dry_run(plain)
         best = plan if plan.fits else None
         if best is None:
-            best = next(
-                (other for each in _smaller(plain, fixed, machine.ranks) if (other := dry_run(each)).fits), None
-            )
+            smaller = _smaller(plain, smallest, fixed, machine.ranks)
+            best = next((other for each in smaller if (other := dry_run(each)).fits), None)
         elif auto and "training.micro_batch_size" not in fixed:
             best = _with_larger_micro_batch(plan, dry_run)
     if best is None:
         raise UserError(
             f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU, and "
-            "recomputation and offload do not save as much; use more or larger GPUs, see retemper plan --search"
+            "recomputation, an adapter and offload do not save as much; use more or larger GPUs, see retemper plan "
+            "--search"
         )
     changes = _changes(best.config, config)
     if changes and not auto:
@@ -128,7 +134,7 @@ def fit(
             f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU; it "
             f"fits with {shown}: add --auto, or set them"
         )
-    return changes, _memory_line(best)
+    return changes, _why_adapter(best.config, config) + _memory_line(best)
 
 
 def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], LayoutPlan]) -> LayoutPlan:
@@ -145,8 +151,24 @@ def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], La
     return best
 
 
-def _smaller(config: RunConfig, fixed: Set[str], ranks: int) -> Iterator[RunConfig]:
-    """Yield ``config`` with settings that need less memory on the GPU, in the order of their cost in speed."""
+def _smaller(config: RunConfig, adapted: RunConfig | None, fixed: Set[str], ranks: int) -> Iterator[RunConfig]:
+    """Yield ``config`` with settings that need less memory on the GPU, in the order of their cost in speed.
+
+    An adapter comes before offloading, which is many times slower.
+    """
+    yield from _with_fewer_activations(config, fixed)
+    if adapted is not None:
+        yield adapted
+        yield from _with_fewer_activations(adapted, fixed)
+    if "parallel.cpu_offload" not in fixed and not config.parallel.cpu_offload:
+        *_, smallest = config, *_with_fewer_activations(config, fixed)
+        if ranks == config.parallel.pipeline:
+            yield replace(smallest, parallel=replace(smallest.parallel, cpu_offload="optimizer"))
+        yield replace(smallest, parallel=replace(smallest.parallel, cpu_offload=True))
+
+
+def _with_fewer_activations(config: RunConfig, fixed: Set[str]) -> Iterator[RunConfig]:
+    """Yield ``config`` with a smaller micro-batch, and with more recomputation."""
     if "training.micro_batch_size" not in fixed and config.training.micro_batch_size > 1:
         config = replace(config, training=replace(config.training, micro_batch_size=1))
         yield config
@@ -154,30 +176,42 @@ def _smaller(config: RunConfig, fixed: Set[str], ranks: int) -> Iterator[RunConf
         for recompute in _MORE_RECOMPUTATION[config.parallel.recompute]:
             config = replace(config, parallel=replace(config.parallel, recompute=recompute))
             yield config
-    if "parallel.cpu_offload" not in fixed and not config.parallel.cpu_offload:
-        if ranks == config.parallel.pipeline:
-            yield replace(config, parallel=replace(config.parallel, cpu_offload="optimizer"))
-        yield replace(config, parallel=replace(config.parallel, cpu_offload=True))
 
 
 def _changes(chosen: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the settings of ``chosen`` that may differ from those of ``config``, and do."""
     found: dict[str, dict[str, Any]] = {}
-    for section, _, key in (name.partition(".") for name in CHANGEABLE):
+    for section, _, key in (name.partition(".") for name in (*CHANGEABLE, *_OF_ADAPTER)):
         value = getattr(getattr(chosen, section), key)
         if value != getattr(getattr(config, section), key):
             found.setdefault(section, {})[key] = value
     return found
 
 
-def _fit_on_cpu(config: RunConfig, architecture: Architecture, machine: Machine) -> str:
-    """Return the line about memory; activations are not counted."""
-    cpu = torch.device("cpu")
-    require_memory(config, architecture, cpu, machine.ranks)
-    return (
+def _fit_on_cpu(
+    config: RunConfig, architecture: Architecture, machine: Machine, adapted: RunConfig | None
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return settings and the line about memory; activations are not counted."""
+    cpu, chosen = torch.device("cpu"), config
+    try:
+        require_memory(with_named_precision(config, "fp32"), architecture, cpu, machine.ranks)
+    except UserError:
+        if adapted is None:
+            raise
+        chosen = adapted
+        require_memory(with_named_precision(chosen, "fp32"), architecture, cpu, machine.ranks)
+    line = (
         f"weights, gradients and optimizer states of {architecture.num_parameters:,} parameters fit in "
         f"{gib(_host_memory())} GiB; activations are not counted on a CPU"
     )
+    return _changes(chosen, config), _why_adapter(chosen, config) + line
+
+
+def _why_adapter(chosen: RunConfig, config: RunConfig) -> str:
+    """Return why an adapter was chosen; empty if none was."""
+    if chosen.adapter.kind == config.adapter.kind:
+        return ""
+    return f"training all parameters does not fit, so a LoRA adapter of rank {chosen.adapter.rank} is trained; "
 
 
 def _memory_line(plan: LayoutPlan) -> str:

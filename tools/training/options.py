@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ...engine.config.settings import SourceConfig
+from ...engine.config.settings import SourceConfig, ValidationConfig
 from ...engine.config.types_check import Problems, check
 from ...engine.config.yaml_loader import explain, load_yaml
 from ...engine.errors import UserError
@@ -32,8 +32,8 @@ class TrainOptions:
     """Entries of ``data.train``, at least with ``path``."""
     replay: tuple[tuple[dict[str, Any], float], ...] = ()
     """The same of general text, each with its share of the training tokens."""
-    evaluate: tuple[tuple[str, str], ...] = ()
-    """Name and path of more texts or datasets that are evaluated."""
+    evaluate: tuple[tuple[str, str | dict[str, Any]], ...] = ()
+    """Name, and path or entry of ``data.validation``, of more texts or datasets that are evaluated."""
     tokens: int | None = None
     epochs: float | None = None
     """Instead of ``tokens``: the number of times that ``data`` is seen. None: once, unless a file sets the budget."""
@@ -44,7 +44,11 @@ class TrainOptions:
     ranks: int | None = None
     """None: one for each GPU, or one on a CPU."""
     auto: bool = False
-    """Choose layout, micro-batch, recomputation and offload so that the model fits."""
+    """Choose layout, micro-batch, recomputation, an adapter and offload so that the model fits."""
+    lora: bool = False
+    """Train an adapter."""
+    lora_rank: int | None = None
+    """Of the adapter. None: the usual one."""
 
     @property
     def replay_share(self) -> float:
@@ -62,9 +66,12 @@ class TrainOptions:
         if self.epochs is not None and not 0 < self.epochs < _MOST_EPOCHS:
             raise UserError(f"--epochs {self.epochs:g}: must be positive and below {_MOST_EPOCHS:,}")
         names = [name for name, _ in self.evaluate]
-        for name, path in self.evaluate:
+        for name, entry in self.evaluate:
             if names.count(name) > 1:
+                path = entry["path"] if isinstance(entry, dict) else entry
                 raise UserError(f"--evaluate: two texts are named '{name}'; name them, as in --evaluate other={path}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(f"--lora-rank {self.lora_rank}: must be at least 1, such as 64")
         if self.ranks is not None and self.ranks < 1:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         if self.replay_share >= 1:
@@ -88,17 +95,23 @@ def parse_source(option: str, text: str) -> dict[str, Any]:
     """
     if not text.lstrip().startswith("{"):
         return {"path": expand_path(text, option, urls=True)}
+    entry = _parse_entry(option, text, SourceConfig)
+    if "weight" in entry:
+        raise UserError(f"{option} {text}: --replay TEXT:SHARE and the sizes of the texts decide weights; remove it")
+    return entry
+
+
+def _parse_entry(option: str, text: str, kind: type) -> dict[str, Any]:
+    """Return the keys of a ``kind`` of source, with its ``path`` expanded."""
     try:
         entry = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{option} {text}: {explain(error)}") from None
     found = Problems()
-    entry = check(entry, SourceConfig, option, found)
+    entry = check(entry, kind, option, found)
     found.raise_if_any()
     if not isinstance(entry.get("path"), str):
         raise UserError(f"{option} {text}: has no path; write it as in '{{path: corpus/, column: body}}'")
-    if "weight" in entry:
-        raise UserError(f"{option} {text}: --replay TEXT:SHARE and the sizes of the texts decide weights; remove it")
     return {**entry, "path": expand_path(entry["path"], option, urls=True)}
 
 
@@ -120,12 +133,19 @@ def parse_replay(text: str) -> tuple[dict[str, Any], float]:
     return parse_source("--replay", path), value
 
 
-def parse_evaluation(text: str) -> tuple[str, str]:
-    """Return name and path of ``NAME=PATH`` or ``PATH``."""
+def parse_evaluation(text: str) -> tuple[str, str | dict[str, Any]]:
+    """Return name, and path or entry of ``data.validation``, of ``NAME=PATH``, ``PATH`` or ``NAME={path: ...}``.
+
+    Raises:
+        UserError: it is not such an entry.
+    """
     name, equals, path = text.partition("=")
-    if not equals or "/" in name:
-        name, path = name_of(text), text
-    return name, expand_path(path, "--evaluate", urls=True)
+    if not equals or "/" in name or "{" in name:
+        name, path = "", text
+    if path.lstrip().startswith("{"):
+        entry = _parse_entry("--evaluate", path, ValidationConfig)
+        return name or name_of(entry["path"]), entry
+    return name or name_of(path), expand_path(path, "--evaluate", urls=True)
 
 
 def parse_tokens(text: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...engine.config.budget import TRAIN
 from ...engine.config.budget import WARMUP as WARMUP_KEYS
-from ...engine.config.settings import TrainingConfig
+from ...engine.config.settings import OptimizerConfig, TrainingConfig
 
 STEPS = 200
 """Optimizer steps that a budget is divided into, between the limits of the batch."""
@@ -28,6 +28,10 @@ EVALUATED_SHARE = 0.05
 LEAST_EVALUATED = 16_384
 SAVES = 5
 LOGGED_STEPS = 100
+LORA_RANK = 64
+"""Continued pretraining changes more of a model than instruction tuning, for which ranks of 8 to 16 are usual."""
+LORA_ALPHA_PER_RANK = 2
+LORA_RATE_FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,24 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
         "eval_at_start": True,
     }
     return {**chosen, **(evaluation if now.evaluates else {}), **given}
+
+
+def adapter_settings(rank: int | None, given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the sections ``adapter`` and ``optimizer`` of a run with LoRA.
+
+    alpha is twice the rank, and learning rates are ten times those of full training (Biderman et al., 2024,
+    https://arxiv.org/abs/2405.09673).
+
+    Args:
+        rank: of the adapter; None: the one that is given, else :data:`LORA_RANK`.
+        given: settings of the user, by section; they are kept.
+    """
+    adapter, optimizer = given.get("adapter", {}), given.get("optimizer", {})
+    rank = rank or adapter.get("rank") or LORA_RANK
+    chosen = {"kind": "lora", "rank": rank, "alpha": LORA_ALPHA_PER_RANK * rank}
+    rate = {"learning_rate": LORA_RATE_FACTOR * OptimizerConfig.learning_rate}
+    chosen |= {key: value for key, value in adapter.items() if key not in ("kind", "rank")}
+    return {"adapter": chosen, "optimizer": {**rate, **optimizer}}
 
 
 def intervals(training: Mapping[str, Any], train_tokens: int) -> tuple[int, int]:

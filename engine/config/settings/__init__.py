@@ -9,7 +9,7 @@ finds values without effect; every new setting needs an entry there.
 
 from .adapter import AdapterConfig
 from .checkpoint import CheckpointConfig
-from .data import DataConfig, SourceConfig, StageConfig
+from .data import DataConfig, SourceConfig, StageConfig, ValidationConfig
 from .logging import LoggingConfig
 from .marks import PATH_MARK, URL_MARK, DataPath, FilePath, Switch
 from .model import ModelConfig, RopeConfig
@@ -45,6 +45,7 @@ __all__ = [
     "StageConfig",
     "Switch",
     "TrainingConfig",
+    "ValidationConfig",
     "to_dict",
     "to_yaml",
 ]

@@ -12,8 +12,9 @@ from .marks import Switch
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
-    save_interval: int = 1000
-    """Number of steps between checkpoints. One is always written at the end."""
+    save_interval: int | Literal["epoch"] = 1000
+    """Number of steps between checkpoints. epoch: save at the end of every epoch, see ``training.train_epochs``. One is
+    always written at the end."""
     asynchronous: bool = True
     """Continue training while a checkpoint is written. Each rank first copies its part of weights and states to host
     memory, which stays reserved: 12 bytes per parameter for each copy of the model, with fp32 weights and states. Only

@@ -62,6 +62,28 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Text of a validation set. The keys are those of :class:`SourceConfig`."""
+
+    path: DataPath
+    """A file, folder, pattern or URL."""
+    column: str | None = None
+    """Key or column of the text. Null: ``text``."""
+    split: str | None = None
+    """From the Hub: split of the dataset. Null: ``train``."""
+    subset: str | None = None
+    """From the Hub: subset of the dataset. Null: its default."""
+    preprocess: dict | None = None
+    """More options of tools/preprocess.py. Null: none."""
+
+    @property
+    def for_text(self) -> dict[str, Any]:
+        """Settings that only text has, as far as they are set."""
+        keys = ("column", "split", "subset", "preprocess")
+        return {key: value for key in keys if (value := getattr(self, key))}
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """A part of the run with its own mixture."""
 
@@ -93,8 +115,10 @@ class DataConfig:
     """Arrangement of documents in chunks. concat: documents follow each other and are cut every sequence_length
     tokens. best_fit: the documents of 128 consecutive chunks are arranged so that nearly all documents that fit in a
     chunk stay whole. Both use every token and add no padding. Validation sets always use concat in file order."""
-    validation: dict[str, DataPath] = field(default_factory=dict)
-    """Named validation sets: name -> prefix of a dataset, or text as in ``data.train``."""
+    validation: dict[str, DataPath | ValidationConfig] = field(default_factory=dict)
+    """Named validation sets: name -> prefix of a dataset, or text as in ``data.train``; or for text with options its
+    ``path``, ``column``, ``split``, ``subset`` and ``preprocess``, as ``chats: {path: chats.jsonl, preprocess: {chat:
+    true}}``."""
     cache_folder: FilePath | None = None
     """Folder in which datasets made from text are kept, named by the content of the text. With several nodes it must
     be on shared storage. Null: the environment variable RETEMPER_CACHE, or ``~/.cache/retemper``."""
@@ -106,3 +130,8 @@ class DataConfig:
     False: attention and positions restart at every document, and targets across a document boundary are masked."""
     prefetch_steps: int = 2
     """Number of global batches that a background thread prepares ahead of the step."""
+
+    @property
+    def validation_paths(self) -> dict[str, str]:
+        """Prefix of the dataset, or text, of each set of ``validation``."""
+        return {name: one if isinstance(one, str) else one.path for name, one in self.validation.items()}

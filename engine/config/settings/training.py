@@ -142,8 +142,9 @@ class TrainingConfig:
     eval_ema: bool = False
     """Evaluate the average instead of the weights, also to find the best checkpoint and for ``logging.sample_prompts``.
     The weights are kept in host memory meanwhile."""
-    eval_interval: int = 0
-    """Number of steps between evaluations of the validation sets. 0: only at the end."""
+    eval_interval: int | Literal["epoch"] = 0
+    """Number of steps between evaluations of the validation sets. epoch: evaluate at the end of every epoch, see
+    ``train_epochs``. 0: only at the end."""
     eval_tokens: int = 1_000_000
     """Maximum number of tokens evaluated of each validation set: chunks spread evenly, the same ones each time. They
     are read once and kept in memory (24 bytes a token over all ranks)."""

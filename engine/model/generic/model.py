@@ -139,7 +139,8 @@ class TransformersModel(LanguageModel):
     def _loss_sum(
         self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
     ) -> Tensor:
-        form, options = self._form, {"weights_T": weights_T, "z_loss": self.active_z_loss}
+        form = self._form
+        options: dict[str, Any] = {"weights_T": weights_T, "z_loss": self.active_z_loss}
         if form is None:
             size = self.architecture.vocab_size
             return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, **options).cross_entropy_sum

@@ -125,10 +125,15 @@ def _note_on_space(config: RunConfig, store: CheckpointStore, steps: int, size: 
     present, free = len(store.complete()), free_bytes(store.folder)
     every = steps // keep.keep_every if keep.keep_every else 0
     kept = keep.keep_last + 1 + bool(keep.keep_best) + every  # one more while it is written
-    more = min(kept - min(present, kept), -(-steps // keep.save_interval))
+    more = min(kept - min(present, kept), _most_saves(keep.save_interval, steps))
     if free >= more * size:
         return []
     return [
         f"note: {store.folder} will hold {more} more checkpoints of about {format_bytes(size)} at a time, but only "
         f"{format_bytes(free)} are free there; lower checkpoint.keep_last or free some space"
     ]
+
+
+def _most_saves(interval: int | str, steps: int) -> int:
+    """Return how many checkpoints ``steps`` steps write at most; that of every epoch is not known here."""
+    return steps if isinstance(interval, str) else -(-steps // interval)

@@ -78,12 +78,12 @@ def _steps_for_rewind(steps: Sequence[int], rewind_steps: int) -> list[int]:
     return enough[-1:] + list(steps[len(enough) : len(enough) + 1])
 
 
-def describe_rule(config: CheckpointConfig, eval_interval: int, first_set: str | None, rewind_steps: int) -> str:
+def describe_rule(config: CheckpointConfig, eval_interval: int | str, first_set: str | None, rewind_steps: int) -> str:
     """Return a line for the log about the checkpoints that a run keeps.
 
     Args:
         config: of the run.
-        eval_interval: steps between evaluations; 0: only at the end.
+        eval_interval: steps between evaluations, or epoch; 0: only at the end.
         first_set: name of the validation set that determines the best; None without validation sets.
         rewind_steps: see :func:`reasons_to_keep`.
     """
@@ -93,9 +93,18 @@ def describe_rule(config: CheckpointConfig, eval_interval: int, first_set: str |
     if first_set is not None and config.keep_best == "improved":
         parts.append(f"the best by {first_set}, saved after every evaluation with a new lowest loss")
     elif first_set is not None and config.keep_best:
-        common = math.lcm(config.save_interval, eval_interval)
-        when = f"every {common:,} steps and at the end" if eval_interval else "only at the end"
+        when = _both_due(config.save_interval, eval_interval)
         parts.append(f"the best by {first_set} among the checkpoints saved at an evaluation ({when})")
     if rewind_steps:
         parts.append(f"one that is {rewind_steps:,} steps older, for a rewind")
     return f"keeps       {', '.join(parts)}"
+
+
+def _both_due(save_interval: int | str, eval_interval: int | str) -> str:
+    """Return in words when a run both saves and evaluates."""
+    if not eval_interval:
+        return "only at the end"
+    if isinstance(save_interval, str) or isinstance(eval_interval, str):
+        same = save_interval == eval_interval
+        return "every epoch and at the end" if same else "where both fall on one step, and at the end"
+    return f"every {math.lcm(save_interval, eval_interval):,} steps and at the end"

@@ -58,7 +58,7 @@ def test_options_and_their_values_are_completed(complete):
         {"--dedup", "--dedup-threshold"},
         {"none", "exact", "minhash"},
         {"--keep-last", "--keep-every"},
-        {"--training.trainable", "--training.train_tokens"},
+        {f"--training.{key}" for key in ("trainable", "trainable+", "train_tokens", "train_steps", "train_epochs")},
         {"auto", "bf16", "fp32"},
     ]
 

@@ -18,9 +18,10 @@ from oracles.tiny_tokenizer import train_tiny_tokenizer
 
 from retemper.engine.config.parser import parse_config
 from retemper.engine.errors import UserError
+from retemper.engine.parallel import memory_check
 from retemper.tools import train
 from retemper.tools.planning.gpus import GPUS
-from retemper.tools.training import fitting
+from retemper.tools.training import fitting, recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -165,6 +166,37 @@ def test_saved_settings_are_those_of_the_dry_run(planned, model, texts, tmp_path
         train.main(words)
 
 
+def test_lora_has_settings_of_its_own(planned, tmp_path):
+    tree, lines = planned("--lora", "--adapter.rslora", "true")
+    assert tree["adapter"] == {"kind": "lora", "rank": 64, "alpha": 128, "rslora": True}
+    assert tree["optimizer"] == {"learning_rate": pytest.approx(5e-4)} and tree["checkpoint"]["export_hf"] is True
+    per_block = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)  # inputs and outputs of all linear layers
+    assert f"LoRA of rank 64, alpha 128, on all linear layers: {2 * 64 * per_block:,} parameters learn" in lines
+    tree, _ = planned("--lora-rank", 8, "--optimizer.learning_rate", "1e-3", "--adapter.alpha", "4")
+    assert (tree["adapter"]["rank"], tree["adapter"]["alpha"], tree["optimizer"]["learning_rate"]) == (8, 4, 1e-3)
+    assert "adapter" not in planned()[0]
+    with pytest.raises(UserError, match=r"--adapter\.rank and --lora-rank set the same"):
+        planned("--lora-rank", 8, "--adapter.rank", 4)
+    with pytest.raises(UserError, match="--lora-rank 0: must be at least 1"):
+        planned("--lora-rank", 0)
+
+
+def test_auto_trains_an_adapter_where_all_parameters_do_not_fit(planned, monkeypatch):
+    """On a CPU, by arithmetic: fp32 weights of 12,000 parameters take 16 bytes each to train, 4 frozen."""
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 600_000)
+    with pytest.raises(UserError, match=r"parameters x 4 bytes \+ .* trainable ones x 12 bytes"):
+        planned()
+    monkeypatch.setattr(recipe, "LORA_RANK", 2)
+    tree, lines = planned("--auto")
+    assert tree["adapter"] == {"kind": "lora", "rank": 2, "alpha": 4}
+    assert "training all parameters does not fit, so a LoRA adapter of rank 2 is trained" in lines
+    with pytest.raises(UserError, match="trainable ones"):
+        planned("--auto", "--adapter.kind", "null")
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 6_000_000)
+    tree, lines = planned("--auto")
+    assert "adapter" not in tree and "LoRA" not in lines
+
+
 @pytest.mark.slow
 def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
     """Memory from a dry run of this tiny model: the reserve is most of it, so the GPU has little more than that."""
@@ -178,7 +210,8 @@ def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
     def note(layouts, cluster, pool):
         [plan] = original(layouts, cluster, pool)
         parallel = plan.config.parallel
-        needed[parallel.recompute, parallel.cpu_offload, plan.config.training.micro_batch_size] = plan.peak_bytes
+        kind = plan.config.adapter.kind or parallel.recompute
+        needed[kind, parallel.cpu_offload, plan.config.training.micro_batch_size] = plan.peak_bytes
         return [plan]
 
     monkeypatch.setattr(fitting, "plan_briefly", note)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retemper.engine.errors import UserError
-from retemper.tools.training.options import name_of, named, parse_evaluation, parse_replay, parse_source, parse_tokens
+from retemper.tools.training import command
+from retemper.tools.training.options import (
+    TrainOptions,
+    name_of,
+    named,
+    parse_evaluation,
+    parse_replay,
+    parse_source,
+    parse_tokens,
+)
 from retemper.tools.training.recipe import Situation, choose_training, intervals
+from retemper.tools.training.sources import SizedSource
 
 
 @pytest.mark.parametrize(
@@ -96,3 +108,49 @@ def test_settings_grow_with_the_budget_up_to_limits():
     assert (
         given_by_user.items() <= choose_training(Situation(10**9, 10**9, 10**9, None, 8, True), given_by_user).items()
     )
+
+
+DATA = [SizedSource({"path": "a", "name": "a"}, 600), SizedSource({"path": "b", "name": "b"}, 400)]
+REPLAY = [SizedSource({"path": "c", "name": "c"}, 3000)]
+REQUEST = TrainOptions(model="x", data=({"path": "a"}, {"path": "b"}), replay=(({"path": "c"}, 0.5),))
+
+
+@pytest.mark.parametrize(
+    ("request_of", "training", "tokens"),
+    [
+        ({}, {}, 2000),  # one pass over the data, which is half of the run
+        ({"epochs": 3.0}, {}, 6000),
+        ({"tokens": 77}, {"train_tokens": 77}, 77),
+        ({}, {"train_epochs": 2.5}, 10_000),  # over data and replay
+        ({}, {"train_steps": 5, "global_batch_size": 4, "sequence_length": 8}, 160),
+    ],
+)
+def test_the_length_of_a_run_in_every_unit(request_of, training, tokens):
+    found = command._budget(replace(REQUEST, **request_of), {"training": training}, DATA, REPLAY)
+    assert found == tokens
+    now = Situation(tokens, 64, 4000, None, 1, False)
+    chosen = choose_training(now, training)
+    assert sum(key in chosen for key in ("train_tokens", "train_steps", "train_epochs")) == 1
+    with_ratio = choose_training(now, {**training, "warmup_ratio": 0.5})
+    assert "warmup_tokens" in chosen and "warmup_tokens" not in with_ratio
+
+
+def test_steps_need_the_size_of_a_step():
+    with pytest.raises(UserError, match=r"training.train_steps is 5, but this command chooses the size of a step"):
+        command._budget(REQUEST, {"training": {"train_steps": 5}}, DATA, REPLAY)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "epochs"])
+@pytest.mark.parametrize("key", ["train_tokens", "train_steps", "train_epochs"])
+def test_options_and_settings_do_not_both_give_the_length(unit, key):
+    with pytest.raises(UserError, match=rf"^--training.{key} and --{unit} set the same; remove one of them$"):
+        command._given(replace(REQUEST, **{unit: 5}), [], [f"--training.{key}", "7"])
+
+
+def test_an_option_replaces_the_length_in_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {train_steps: 9, warmup_steps: 2}\n")
+    training = command._given(replace(REQUEST, tokens=500), ["--config", str(file)], []).tree["training"]
+    assert training == {"train_tokens": 500, "warmup_steps": 2}
+    training = command._given(REQUEST, ["--config", str(file)], ["--training.train_epochs", "2"]).tree["training"]
+    assert training == {"train_epochs": 2, "warmup_steps": 2}

@@ -116,7 +116,7 @@ def _with_dataset(config: RunConfig, prefix: str) -> tuple[RunConfig, str]:
     mixtures = [stage.train for stage in config.data.stages] or [config.data.train]
     if any(_same(source.path, prefix) for mixture in mixtures for source in mixture):
         return config, "train"
-    if any(_same(path, prefix) for path in config.data.validation.values()):
+    if any(_same(path, prefix) for path in config.data.validation_paths.values()):
         return config, "validation"
     data = replace(config.data, train=[SourceConfig(prefix)], stages=[], validation={})
     return replace(config, data=data), "assumed"
