@@ -184,10 +184,10 @@ def _opened(folders: Sequence[Path]) -> list[StoredModel]:
             "checkpoint_convert/hf_to_dcp.py or dcp_to_hf.py"
         )
     for folder in folders if not published[0] else ():
-        if base := read_manifest(folder).base:
+        if read_manifest(folder).base:
             raise UserError(
-                f"{folder} holds an adapter of {base.get('folder')}, and averages are of whole models; export each "
-                "with checkpoint_convert/dcp_to_hf.py, and average these folders"
+                f"{folder} holds an adapter, and averages are of whole models; export each with "
+                "checkpoint_convert/dcp_to_hf.py, and average these folders"
             )
     return [open_hf(str(folder), folder) if published[0] else open_checkpoint(folder) for folder in folders]
 

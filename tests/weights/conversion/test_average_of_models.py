@@ -141,6 +141,14 @@ def test_refusals(run, folders, checkpoints, saved_models, tmp_path):
     assert [*tmp_path.iterdir()] == [output]
 
 
+def test_adapters_are_refused(run, checkpoints, tmp_path):
+    adapter = Path(shutil.copytree(checkpoints[0], tmp_path / "adapter"))
+    base = {"folder": "/models/base", "hash": "0" * 32}
+    tiny_run.rewrite_manifest(adapter / "manifest.json", lambda content: content.update(base=base))
+    done = run(command, "merge", checkpoints[0], adapter, "--output", tmp_path / "out")
+    assert_refused(done, f"{adapter} holds an adapter", "dcp_to_hf.py")
+
+
 def test_damage_is_found_and_nothing_is_left(run, checkpoints, folders, tmp_path):
     damaged = Path(shutil.copytree(checkpoints[1], tmp_path / "damaged"))
     file = max(damaged.glob("*.safetensors"), key=lambda path: path.stat().st_size)
