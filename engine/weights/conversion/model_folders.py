@@ -201,7 +201,8 @@ def _make(
         require_undamaged_checkpoint(store, source.checkpoint, "checkpoint.model_folders")
         write_export(ranks, source.checkpoint, source.form, new, source.ema, stop_agreed, say)
     ranks.run_on_rank0(lambda: _publish(new, folder))
-    say(f"model       {folder}: {'average of the weights at ' * source.ema}step {step_of(source.checkpoint):,}")
+    # Not "model": reports count and show the lines that begin so, one of each start.
+    say(f"exported    {folder}: {'average of the weights at ' * source.ema}step {step_of(source.checkpoint):,}")
 
 
 def _link(twin: Path, new: Path) -> None:
