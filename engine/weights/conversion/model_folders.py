@@ -47,9 +47,16 @@ def is_on(config: CheckpointConfig, num_parameters: int) -> bool:
 
 def planned_folders(config: RunConfig, num_parameters: int) -> list[str]:
     """Return the names of the folders that a run will write at its end."""
+    if _has_random_base(config):
+        return []
     on, has_best = is_on(config.checkpoint, num_parameters), config.checkpoint.keep_best and Situation(config).evaluates
     best = has_best and (on or config.checkpoint.export_best)
     return [FINAL_MODEL] * on + [BEST_MODEL] * bool(best)
+
+
+def _has_random_base(config: RunConfig) -> bool:
+    """Return whether the run trains an adapter of a base that is in no folder, so that it cannot be exported."""
+    return config.adapter.kind is not None and config.model.initialize_from is None
 
 
 def prepare_model_folders(config: RunConfig, num_parameters: int) -> list[str]:
@@ -121,7 +128,7 @@ def write_model_folders(
             reported. Checkpoints, and a former folder, are unchanged.
     """
     config, form = run.checkpoint, _form(run)
-    if config.model_folders == "off" and not config.export_best:
+    if (config.model_folders == "off" and not config.export_best) or _has_random_base(run):
         return
     ranks = store.ranks
     wanted = ranks.broadcast(ranks.run_on_rank0(lambda: _wanted(config, store, step, start)))
