@@ -45,7 +45,7 @@ def choose_precision(asked: str, ranks: Ranks, weight_dtype: str = "fp32") -> Pr
     if not lacking:
         return Precision("bf16", f"auto: {native}")
     which = "" if len(lacking) == ranks.world_size else f" of rank {lacking[0]}"
-    name = "fp16" if ranks.device.type == "cuda" and weight_dtype == "fp32" else "fp32"
+    name = _without_bf16(ranks.device, weight_dtype)
     return Precision(name, f"auto: {_without(ranks.device)}{which} has no native bf16")
 
 
@@ -53,6 +53,12 @@ def with_precision(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, Precisio
     """Return ``config`` with ``training.precision`` decided, and why. All ranks must call this."""
     chosen = choose_precision(config.training.precision, ranks, config.training.weight_dtype)
     return with_named_precision(config, chosen.name), chosen
+
+
+def with_precision_of(config: RunConfig, device: torch.device) -> RunConfig:
+    """Return ``config`` with ``training.precision`` decided for ``device`` alone, without other ranks."""
+    name = "bf16" if native_bf16(device) else _without_bf16(device, config.training.weight_dtype)
+    return with_named_precision(config, name)
 
 
 def with_named_precision(config: RunConfig, name: str) -> RunConfig:
@@ -76,6 +82,10 @@ def native_bf16(device: torch.device) -> str | None:
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     names = [name for flag, name in _CPU_FLAGS.items() if flag in flags]
     return f"this CPU has {' and '.join(names)}" if names else None
+
+
+def _without_bf16(device: torch.device, weight_dtype: str) -> str:
+    return "fp16" if device.type == "cuda" and weight_dtype == "fp32" else "fp32"
 
 
 def _without(device: torch.device) -> str:

@@ -334,6 +334,9 @@ def test_what_a_run_lacks(tmp_path, monkeypatch):
     path = write_config(tmp_path)
     findings = check_configuration(["--config", str(path)], ALONE, network=False)
     assert "problem" not in statuses(findings) and len([each for each in findings if each.name == "data"]) == 3
+    adapter = ["--adapter.kind", "lora", "--training.precision", "auto"]  # the base has the dtype of the computation
+    findings = check_configuration(["--config", str(path), *adapter], ALONE, network=False)
+    assert "problem" not in statuses(findings) and one(findings, "memory").status == "note"
     text = check_configuration(["--config", str(path), "--data.train.0.path", str(path)], ALONE, network=False)
     assert [each.status for each in text if each.name == "data"] == ["note", "ok", "ok"]
     (tmp_path / "second.bin").unlink()

@@ -92,9 +92,11 @@ def _memory(config: RunConfig, architecture: Architecture, world_size: int) -> l
     import torch
 
     from ...engine.parallel.memory_check import require_memory
+    from ...engine.parallel.precision import with_precision_of
 
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    require_memory(config, architecture, torch.device("cuda" if on_gpu else "cpu"), world_size)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    require_memory(with_precision_of(config, device), architecture, device, world_size)
     text = f"weights, gradients and optimizer states fit {_ranks(world_size)}"
     return [note(GROUP, "memory", text, "`retemper plan` estimates activations as well")]
 
