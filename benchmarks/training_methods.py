@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--demo", type=Path, default=Path("demo_run"), metavar="DIR", help="folder of make demo")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the runs; must not exist")
-    parser.add_argument("--train-tokens", type=int, default=32_768, metavar="N", help="budget of each run")
+    parser.add_argument("--train-tokens", type=int, default=98_304, metavar="N", help="budget of each run")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot (.png, .svg, .pdf); needs matplotlib")
     options = parser.parse_args(arguments)
@@ -81,7 +81,7 @@ def train(demo: Path, output: Path, method: Method, tokens: int) -> dict[str, An
     folder, rate = output / str(METHODS.index(method)), method.learning_rate
     settings = ["--optimizer.learning_rate", str(rate), "--optimizer.min_learning_rate", str(rate / 10)]
     settings += ["--training.train_tokens", str(tokens), "--training.warmup_tokens", str(tokens // 20)]
-    settings += ["--training.eval_tokens", "4096", "--training.eval_interval", "4", "--logging.tensorboard", "false"]
+    settings += ["--training.eval_tokens", "8192", "--training.eval_interval", "8", "--logging.tensorboard", "false"]
     settings += ["--training.micro_batch_size", "8"]
     command = ["--config", "demo", "--run_folder", str(folder), "--data.cache_folder", "cache"]
     print(f"{method.name} at {rate:g}", flush=True)

@@ -21,11 +21,11 @@ ADAPTERS = {"lora": (PLAIN, BIASED), "dora": (DORA, MODEL)}
 
 def options_of(adapter: str, layout: str = "") -> list[str]:
     """ "rank=4" as an option of the adapter, "shard=2" as one of the layout."""
-    options = ["--optimizer.learning_rate", "0.01"]
+    options = ["--optimizer.learning_rate", "0.01", "--training.micro_batch_size", "4"]
     for section, settings in (("adapter", adapter), ("parallel", layout)):
         for setting in settings.split():
             key, value = setting.split("=", 1)
-            place = "training" if key in ("micro_batch_size", "compile", "weight_dtype", "precision") else section
+            place = "training" if key == "compile" else section
             options += [f"--{place}.{key}", value]
     return options
 
@@ -65,7 +65,7 @@ SLOW = pytest.mark.slow
         ("dora", "context=2"),
         ("dora", "pipeline=2"),
         ("lora", "tensor=2"),
-        pytest.param("lora", "shard=2 reduce_gradients=step micro_batch_size=2", marks=SLOW),
+        pytest.param("lora", "replicate=2 reduce_gradients=step", marks=SLOW),
         pytest.param("lora", "pipeline=2", marks=SLOW),
         pytest.param("lora", "tensor=2 recompute=selective", marks=SLOW),
         pytest.param("dora", "replicate=2", marks=SLOW),

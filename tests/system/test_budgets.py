@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny_run
 import torch
 import yaml
@@ -100,6 +101,16 @@ def test_all_ranks_stop_early_at_the_same_step_also_after_a_resume(two_ranks, ru
     assert one.early_stopping["evaluations"] == 2 and one.early_stopping["loss"] == min(
         loss for _, kind, loss, *_ in tiny_run.curve(whole) if kind == "validation"
     )
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"context": 2}, {"pipeline": 2}])
+def test_it_stops_early_in_every_layout(layout, two_ranks, run_file, tmp_path):
+    """The last stage of a pipeline has the losses; all ranks must decide alike, or the run would hang."""
+    [(axis, size)] = layout.items()
+    overrides = [f"--parallel.{axis}", str(size), "--training.micro_batch_size", "2", "--training.eval_interval", "2"]
+    overrides += ["--model.architecture.vocab_size", "98"]  # tensor parallelism divides it
+    two_ranks.run(tiny_run.train, run_file, ["--run_folder", str(tmp_path), *EARLY, *overrides])
+    assert read_manifest(tmp_path / "checkpoints" / "step-00000006").final
 
 
 def test_a_stopped_run_stays_stopped_until_it_gets_more_patience(one_rank, run_file, tmp_path, capsys):

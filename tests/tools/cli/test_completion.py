@@ -59,7 +59,7 @@ def test_options_and_their_values_are_completed(complete):
         {"none", "exact", "minhash"},
         {"--keep-last", "--keep-every"},
         {f"--training.{key}" for key in ("trainable", "trainable+", "train_tokens", "train_steps", "train_epochs")},
-        {"auto", "bf16", "fp32"},
+        {"auto", "bf16", "fp16", "fp32"},
     ]
 
 
