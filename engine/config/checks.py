@@ -327,6 +327,11 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
             "import path of a class, such as my_module.MyOptimizer"
         )
+    if imported and config.training.weight_dtype != "fp32":
+        yield (
+            f"training.weight_dtype is {config.training.weight_dtype}, but optimizer.name {optimizer.name} is a class "
+            "with an import path, which would round its updates to nearest and lose small ones; set it to fp32"
+        )
     for key in ("lr", "weight_decay", "params") if imported else ():
         if key in optimizer.options:
             yield (

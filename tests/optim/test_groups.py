@@ -130,9 +130,20 @@ def test_patterns_without_parameters_and_overlapping_groups_are_refused(values, 
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(optimizer, expected):
+    assert any(expected in line for line in problems(run_with(optimizer)))
+
+
+def test_an_imported_class_does_not_write_bf16_weights():
+    """It has no stochastic rounding; gradients summed in fp32 would not even have the dtype of its states."""
+    run = run_with(OptimizerConfig(name="torch.optim.NAdam"), weight_dtype="bf16")
+    [line] = problems(run)
+    assert "training.weight_dtype is bf16" in line and "set it to fp32" in line
+    assert not list(problems(run_with(OptimizerConfig(name="torch.optim.NAdam"))))
+
+
+def run_with(optimizer, **training):
     data, model = DataConfig(train=[SourceConfig("a")]), ModelConfig(architecture={})
-    run = RunConfig("x", data, TrainingConfig(train_tokens=10**9), optimizer=optimizer, model=model)
-    assert any(expected in line for line in problems(run))
+    return RunConfig("x", data, TrainingConfig(train_tokens=10**9, **training), optimizer=optimizer, model=model)
 
 
 def test_the_summary_lists_the_groups():
