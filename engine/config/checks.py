@@ -241,6 +241,20 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
+    yield from _exports_without_base(config)
+
+
+def _exports_without_base(config: RunConfig) -> Iterator[str]:
+    """Checkpoints of an adapter do not contain its base, so exports read it from its folder."""
+    keep = config.checkpoint
+    keys = {"export_hf": keep.export_hf, "export_best": keep.export_best, "model_folders": keep.model_folders == "on"}
+    asked = next((key for key, value in keys.items() if value), None)
+    if config.model.initialize_from is None and asked is not None:
+        yield (
+            f"checkpoint.{asked} is {'on' if asked == 'model_folders' else 'true'}, but adapter.kind is "
+            f"{config.adapter.kind} and model.initialize_from is null: the random base is in no folder, and cannot be "
+            f"exported; name a base, or remove checkpoint.{asked}"
+        )
 
 
 def _upload(checkpoint: CheckpointConfig) -> Iterator[str]:

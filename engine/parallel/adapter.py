@@ -125,6 +125,11 @@ def require_same(former: Mapping[str, Any], config: AdapterConfig, folder: str |
     """
     default = to_dict(AdapterConfig())
     here, there = to_dict(config), {**default, **former.get("adapter", {})}
+    if there["kind"] is None and config.kind is not None:
+        raise UserError(
+            f"adapter.kind is {config.kind}, but {folder} was trained without an adapter; set it back to null, or "
+            f"start a new run_folder with model.initialize_from {folder}"
+        )
     for key in _MEANING:
         if here[key] != there[key]:
             raise UserError(

@@ -262,3 +262,28 @@ def test_stage_without_trained_parameters_is_refused(two_ranks, run_file, option
 
 def test_manifest_of_a_run_without_an_adapter_has_no_base(reference):
     assert "base" not in json.loads((checkpoint(reference, 20) / "manifest.json").read_text())
+
+
+def test_a_random_base_cannot_be_exported(one_rank, run_file, tmp_path):
+    random = ["--adapter.kind", "lora", "--training.train_tokens", "1024", "--run_folder", str(tmp_path / "run")]
+    for key, value in (("export_hf", "true"), ("export_best", "true"), ("model_folders", "on")):
+        line = tiny_run.refusal(
+            one_rank, run_file, [*random, "--checkpoint.keep_best", "true", f"--checkpoint.{key}", value]
+        )
+        assert line.startswith(
+            f"checkpoint.{key} is {value}, but adapter.kind is lora and model.initialize_from is null"
+        )
+        assert "\n" not in line
+    tiny_run.train(one_rank, run_file, [*random, "--checkpoint.model_folders", "auto"])
+    assert not (tmp_path / "run/final_model").exists()
+
+
+def test_what_has_no_adapter_and_where_nothing_is_are_refused_by_name(one_rank, run_file, base, tmp_path):
+    start = ["--model.architecture", "null", "--training.train_tokens", "1024", "--run_folder", str(tmp_path / "run")]
+    line = tiny_run.refusal(one_rank, run_file, [*start, "--model.initialize_from", f"{base}/none"])
+    assert line.startswith(f"model.initialize_from is {base}/none, which does not exist") and "\n" not in line
+    tiny_run.train(one_rank, run_file, [*start, "--model.initialize_from", str(base)])
+    line = tiny_run.refusal(
+        one_rank, run_file, [*start, "--model.initialize_from", str(base), "--adapter.kind", "lora"]
+    )
+    assert "adapter.kind is lora" in line and "was trained without an adapter" in line

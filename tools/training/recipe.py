@@ -98,9 +98,15 @@ def adapter_settings(rank: int | None, given: Mapping[str, Mapping[str, Any]]) -
 
 
 def intervals(training: Mapping[str, Any], train_tokens: int) -> tuple[int, int]:
-    """Return the steps between checkpoints, and between lines of the log, of a run on ``train_tokens`` tokens."""
+    """Return the steps between checkpoints, and between lines of the log, of a run on ``train_tokens`` tokens.
+
+    Checkpoints are at evaluations, because only these can be kept as the best one.
+    """
     steps = math.ceil(train_tokens / (training["global_batch_size"] * training["sequence_length"]))
-    return max(1, math.ceil(steps / SAVES)), max(1, steps // LOGGED_STEPS)
+    save, evaluation = max(1, math.ceil(steps / SAVES)), training.get("eval_interval") or 1
+    if type(evaluation) is int and evaluation <= steps:
+        save = math.ceil(save / evaluation) * evaluation
+    return save, max(1, steps // LOGGED_STEPS)
 
 
 def _gives(given: Mapping[str, Any], keys: tuple[str, ...]) -> bool:

@@ -47,9 +47,16 @@ def is_on(config: CheckpointConfig, num_parameters: int) -> bool:
 
 def planned_folders(config: RunConfig, num_parameters: int) -> list[str]:
     """Return the names of the folders that a run will write at its end."""
+    if _has_random_base(config):
+        return []
     on, has_best = is_on(config.checkpoint, num_parameters), config.checkpoint.keep_best and Situation(config).evaluates
     best = has_best and (on or config.checkpoint.export_best)
     return [FINAL_MODEL] * on + [BEST_MODEL] * bool(best)
+
+
+def _has_random_base(config: RunConfig) -> bool:
+    """Return whether the run trains an adapter of a base that is in no folder, so that it cannot be exported."""
+    return config.adapter.kind is not None and config.model.initialize_from is None
 
 
 def prepare_model_folders(config: RunConfig, num_parameters: int) -> list[str]:
@@ -121,7 +128,7 @@ def write_model_folders(
             reported. Checkpoints, and a former folder, are unchanged.
     """
     config, form = run.checkpoint, _form(run)
-    if config.model_folders == "off" and not config.export_best:
+    if (config.model_folders == "off" and not config.export_best) or _has_random_base(run):
         return
     ranks = store.ranks
     wanted = ranks.broadcast(ranks.run_on_rank0(lambda: _wanted(config, store, step, start)))
@@ -201,7 +208,8 @@ def _make(
         require_undamaged_checkpoint(store, source.checkpoint, "checkpoint.model_folders")
         write_export(ranks, source.checkpoint, source.form, new, source.ema, stop_agreed, say)
     ranks.run_on_rank0(lambda: _publish(new, folder))
-    say(f"model       {folder}: {'average of the weights at ' * source.ema}step {step_of(source.checkpoint):,}")
+    # Not "model": reports count and show the lines that begin so, one of each start.
+    say(f"exported    {folder}: {'average of the weights at ' * source.ema}step {step_of(source.checkpoint):,}")
 
 
 def _link(twin: Path, new: Path) -> None:

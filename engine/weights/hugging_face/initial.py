@@ -89,6 +89,11 @@ def _kind(name: str) -> tuple[str, str]:
         return "checkpoint", newest
     if is_on_hub(name):
         return "repository", name
+    if not os.path.lexists(name):
+        raise UserError(
+            f"{INITIALIZE_FROM} is {name}, which does not exist; name a Hugging Face folder, a checkpoint, a run "
+            "folder, or a model on the Hub as namespace/name"
+        )
     return ("folder" if os.path.lexists(name) and is_hf_folder(name) else "checkpoint"), name
 
 

@@ -91,7 +91,9 @@ def test_chosen_settings_are_possible(now, micro):
     assert batch % (micro_batch * now.ranks) == 0
     assert now.longest_sequence is None or length <= now.longest_sequence
     assert chosen["warmup_tokens"] <= now.train_tokens
-    assert min(*intervals(chosen, now.train_tokens), chosen["eval_interval"]) >= 1
+    save, log = intervals(chosen, now.train_tokens)
+    assert min(save, log, chosen["eval_interval"]) >= 1
+    assert save % chosen["eval_interval"] == 0  # each checkpoint has a loss, with which it may be the best
     if now.smallest_source >= 4 * 64:
         assert 4 * length <= now.smallest_source
 

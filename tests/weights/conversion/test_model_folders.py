@@ -92,6 +92,7 @@ def test_a_continued_run_replaces_them(one_rank, run_file, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "models      final_model and best_model at the end, from 37.5 kB each" in printed
     assert f"--model {run / 'final_model'} --prompt '...'" in printed
+    assert printed.count("\nmodel ") == 1  # the report shows and counts these lines of the log: one of each start
     opened = (run / "final_model/config.json").open()
     train(one_rank, run_file, [*AUTO, "--training.train_tokens", str(5 * 8 * 32), "--run_folder", str(run)])
     assert_export_of(run / "final_model", checkpoint(run, 5), tmp_path)

@@ -199,7 +199,7 @@ def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(one_rank, h
     monkeypatch.chdir(hf.parent.parent)
     monkeypatch.setattr("retemper.engine.weights.hugging_face.initial.find_model_folder", None)
     options = ["--run_folder", str(tmp_path / "run"), "--model.initialize_from", f"{hf.parent.name}/nothing"]
-    with pytest.raises(UserError, match=r"nothing: no such"):
+    with pytest.raises(UserError, match=r"nothing, which does not exist"):
         tiny_run.train(one_rank, hf_run, options)
 
 
