@@ -23,11 +23,12 @@ from ...engine.files.atomic import replace_file
 from ...engine.files.outputs import write_report
 from ...engine.model.config_file import read_hf_config
 from ...engine.model.wrappers import text_config_of
-from ...engine.parallel import trainable
+from ...engine.parallel import adapter, trainable
 from ...engine.prepare_data import tokenizer_of
 from ...engine.weights.checkpoint.manifest import read_manifest
 from ...engine.weights.checkpoint.names import EXPORTS, PEFT_EXPORTS, complete_checkpoints, step_of
 from ...engine.weights.conversion.export_run import export_folders
+from ...engine.weights.conversion.model_folders import are_written
 from ...engine.weights.hugging_face.config_source import architecture_source, configured_architecture
 from .fitting import CHANGEABLE, Machine, find_machine, fit
 from .launch import run_training, training_command
@@ -144,13 +145,14 @@ def run_plan(plan: TrainingPlan) -> int:
     """Train as planned, and report the run; return the exit status."""
     folder = Path(plan.config.run_folder)
     if _is_finished(folder, plan.config):
-        _require_same_data(folder, plan)
-        _say(
-            f"finished    {folder} has used its tokens, or has stopped early; to continue it raise --tokens or "
-            "training.early_stopping.patience, else name another --output"
-        )
-        _report(folder)
-        return 0
+        _require_same_run(folder, plan)
+        if are_written(plan.config, complete_checkpoints(folder / "checkpoints")):
+            _say(
+                f"finished    {folder} has used its tokens, or has stopped early; to continue it raise --tokens or "
+                "training.early_stopping.patience, else name another --output"
+            )
+            _report(folder)
+            return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RUN_FILE, [plan.yaml.encode()])
@@ -182,8 +184,11 @@ def _is_finished(folder: Path, config: RunConfig) -> bool:
     return all(export.is_dir() for export in export_folders(config, folder, step_of(newest)))
 
 
-def _require_same_data(folder: Path, plan: TrainingPlan) -> None:
-    """Refuse to report a finished run as one on other data."""
+def _require_same_run(folder: Path, plan: TrainingPlan) -> None:
+    """Refuse to report a finished run as one on other data, or with another adapter."""
+    newest = _newest(folder)
+    assert newest is not None
+    adapter.require_same(read_manifest(newest).config, plan.config.adapter, newest)
     path = folder / RUN_FILE
     if path.is_file() and read_config(path).get("data", {}).get("train") != plan.tree["data"]["train"]:
         raise UserError(f"{folder} is finished, and was trained on other data ({path}); name another --output")
@@ -275,9 +280,9 @@ def _keep_recorded(given: dict[str, Any], dry: bool) -> None:
     if dry or not path.is_file() or _newest(path.parent) is None:
         return
     recorded = read_config(path)
-    adapter = recorded.get("adapter", {})
-    if adapter.get("kind") is not None and _value(given, "adapter.kind") is None:
-        _fill(given, "adapter", adapter)
+    trained = recorded.get("adapter", {})
+    if trained.get("kind") is not None and _value(given, "adapter.kind") is None:
+        _fill(given, "adapter", trained)
         _fill(given, "optimizer", recorded.get("optimizer", {}))
     for section, keys in _KEPT.items():
         found = recorded.get(section, {})

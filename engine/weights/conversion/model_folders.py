@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,11 +127,8 @@ def write_model_folders(
         UserError: on every rank, if a folder that is asked for by name cannot be made. With ``auto`` this is only
             reported. Checkpoints, and a former folder, are unchanged.
     """
-    config, form = run.checkpoint, _form(run)
-    if (config.model_folders == "off" and not config.export_best) or _has_random_base(run):
-        return
-    ranks = store.ranks
-    wanted = ranks.broadcast(ranks.run_on_rank0(lambda: _wanted(config, store, step, start)))
+    config, form, ranks = run.checkpoint, _form(run), store.ranks
+    wanted = ranks.broadcast(ranks.run_on_rank0(lambda: _wanted(run, store.complete(), step, start)))
     for name, checkpoint in wanted or ():
         folder = store.folder.parent / name
         try:
@@ -153,9 +150,26 @@ def _form(run: RunConfig) -> Form:
     return "peft" if run.adapter.kind is not None and run.adapter.export == "peft" else "merged"
 
 
-def _wanted(config: CheckpointConfig, store: CheckpointStore, step: int, start: str | None) -> list[tuple[str, Path]]:
+def are_written(run: RunConfig, complete: Sequence[Path]) -> bool:
+    """Return whether a run that has ended has all of its folders.
+
+    Args:
+        run: its configuration.
+        complete: its checkpoints, the last of which is that of its last step.
+    """
+    step, form = step_of(complete[-1]), _form(run)
+    return all(
+        _Source(checkpoint, form, run.checkpoint.export_ema).is_in(complete[-1].parents[1] / name)
+        for name, checkpoint in _wanted(run, complete, step, None)
+    )
+
+
+def _wanted(run: RunConfig, complete: Iterable[Path], step: int, start: str | None) -> list[tuple[str, Path]]:
     """Return names of folders, and the checkpoint of each."""
-    by_step = {step_of(folder): folder for folder in store.complete()}
+    config = run.checkpoint
+    if (config.model_folders == "off" and not config.export_best) or _has_random_base(run):
+        return []
+    by_step = {step_of(folder): folder for folder in complete}
     final = by_step.get(step, Path(str(start)))
     manifest = read_manifest(final)
     on = config.model_folders == "on"

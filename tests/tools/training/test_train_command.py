@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_run
 import yaml
 from oracles.tiny_tokenizer import train_tiny_tokenizer
 
@@ -21,7 +23,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.parallel import memory_check
 from retemper.tools import train
 from retemper.tools.planning.gpus import GPUS
-from retemper.tools.training import fitting, recipe
+from retemper.tools.training import command, fitting, recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -232,6 +234,24 @@ def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_not_reported_as_another_one_or_without_its_models(one_rank, run_file, tmp_path, monkeypatch):
+    options = ["--run_folder", str(tmp_path / "run"), "--training.train_tokens", "1024"]
+    options += ["--checkpoint.model_folders", "auto"]
+    tiny_run.train(one_rank, run_file, options)
+    started = []
+    monkeypatch.setattr(command, "run_training", lambda words: started.append(words) or 3)
+    machine = fitting.Machine(1, None)
+
+    def start(*more: str) -> int:
+        return command.run_plan(command.TrainingPlan(tiny_run.configure(run_file, *options, *more), {}, machine, []))
+
+    assert start() == 0 and not started
+    with pytest.raises(UserError, match=r"adapter.kind is lora, but .*step-00000004 was trained without an adapter"):
+        start("--adapter.kind", "lora")
+    shutil.rmtree(tmp_path / "run/final_model")
+    assert start() == 3 and len(started) == 1  # the run writes it
+
+
 def test_one_command_makes_a_better_model_also_after_a_kill(model, texts, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
