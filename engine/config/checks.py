@@ -344,6 +344,8 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             value, allowed = getattr(group, key), RANGES[f"optimizer.groups[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}.{key} is {value}; it must be {allowed.words}"
+        if group.match == []:
+            yield f"{where}.match is [], which matches no parameter; name patterns, or remove the group"
         if group.learning_rate is None and group.weight_decay is None:
             yield f"{where} sets neither learning_rate nor weight_decay; set one of them, or remove the group"
         if group.learning_rate is not None and optimizer.learning_rate == 0:

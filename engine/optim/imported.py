@@ -47,10 +47,15 @@ class ImportedOptimizer(TrainingOptimizer):
         assert closure is None
         if self.found_inf is not None and self.found_inf.item() != 0:
             return
-        if self.grad_scale is not None:
-            for _, _, parameter in self.named():
-                if parameter.grad is not None:
-                    local_part(parameter.grad).div_(self.grad_scale)
+        for _, _, parameter in self.named():
+            if parameter.grad is None:
+                continue
+            if self.grad_scale is not None:
+                local_part(parameter.grad).div_(self.grad_scale)
+            steps = self.state[parameter].get("step")
+            if isinstance(steps, Tensor) and steps.item() == 0:
+                # Of allocate(): the optimizer itself knows what its first step begins with.
+                del self.state[parameter]
         with torch.enable_grad():  # as an optimizer expects
             self._inner.step()
 
@@ -58,7 +63,8 @@ class ImportedOptimizer(TrainingOptimizer):
         """Allocate states by a step with zero gradients, learning rate and weight decay, after which the weights are
         restored. No parameter may have a gradient.
 
-        States have the values that this step leaves, except ``step``, which is zero.
+        States have the values that this step leaves, except ``step``, which is zero: the first step with a gradient
+        makes them again.
         """
         missing = [parameter for _, _, parameter in self.named() if not self.state.get(parameter)]
         if not missing:

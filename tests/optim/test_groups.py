@@ -117,6 +117,7 @@ def test_patterns_without_parameters_and_overlapping_groups_are_refused(values, 
     ("optimizer", "expected"),
     [
         (config([ParameterGroupConfig("*")]), "optimizer.groups[0] sets neither"),
+        (config([ParameterGroupConfig([], weight_decay=0.0)]), "optimizer.groups[0].match is [], which matches no"),
         (config([ParameterGroupConfig("*", weight_decay=-1.0)]), "optimizer.groups[0].weight_decay is -1.0"),
         (OptimizerConfig(groups=GROUPS, learning_rate=0.0, min_learning_rate=0.0), "is 0; set"),
         (OptimizerConfig(name="adam"), "optimizer.name is 'adam'; use adamw, muon"),
