@@ -5,12 +5,6 @@ Only GPUs report this as an error. On a CPU the operating system ends the proces
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import subprocess
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,22 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config.budget import in_tokens
-from .config.settings import RunConfig, to_yaml
+from .config.settings import RunConfig
 from .errors import UserError
 from .files.atomic import replace_file, temporary_path
-from .observe.flops import device_peak_flops
 from .parallel.memory_check import device_memory
 from .parallel.process_group import Ranks
-from .system import environment_of_tool
+from .planner_process import plan_run
 
-PLAN = Path(__file__).resolve().parents[1] / "tools" / "plan.py"
 _MOST_ENTRIES = 100_000
 """Number of allocations and releases that PyTorch remembers."""
 _PLANNING_SECONDS = 180.0
 """Time limit of the planner. With eight cores it needs some 20 seconds."""
-_USUAL_TFLOPS = 300.0
-"""Speed of a GPU that is not in the table of :mod:`.observe.flops`; it has no influence on the memory."""
 _SHOWN_SETTINGS = 3
 _FRAGMENTED = 0.1
 """Share of a GPU's memory that PyTorch may hold without using it before the report mentions fragmentation."""
@@ -254,35 +243,7 @@ def find_savings(config: RunConfig, ranks: Ranks, seconds: float) -> dict[str, A
     Raises:
         UserError: the planner cannot plan the run, or needs more time.
     """
-    per_node = min(ranks.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
-    tflops = (device_peak_flops(ranks.device) or _USUAL_TFLOPS * 1e12) / 1e12
-    with tempfile.TemporaryDirectory(prefix="retemper-") as folder:
-        file, report, problem = (Path(folder, name) for name in ("run.yaml", "plan.json", "error"))
-        file.write_text(to_yaml(in_tokens(config)), encoding="utf-8")
-        cluster = ["--nodes", str(math.ceil(ranks.world_size / per_node)), "--gpus-per-node", str(per_node)]
-        gpu = ["--gpu-memory", str(device_memory(ranks.device) / 2**30), "--gpu-tflops", str(tflops), "--reserve", "0"]
-        command = [sys.executable, str(PLAN), "--config", str(file), *cluster, *gpu, "--savings", "--json", str(report)]
-        # Without a GPU: a context of its own would need some of the memory that is exhausted.
-        env = environment_of_tool(problem) | {"CUDA_VISIBLE_DEVICES": ""}
-        if status := _run_quietly(command, env, seconds):
-            reason = problem.read_text(encoding="utf-8") if problem.exists() else f"it ended with status {status}"
-            raise UserError(reason)
-        return dict(json.loads(report.read_text(encoding="utf-8")))
-
-
-def _run_quietly(command: list[str], env: dict[str, str], seconds: float) -> int:
-    """Run a command without output, and return its exit status.
-
-    Raises:
-        UserError: it needs more than ``seconds``.
-    """
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(command, env=env, stdin=null, stdout=null, stderr=null)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # it then ends its own processes
-        raise UserError(f"it needed more than {seconds:.0f} s") from None
+    return plan_run(config, ranks, device_memory(ranks.device), seconds, "--reserve", "0", "--savings")
 
 
 def describe_savings(plan: dict[str, Any]) -> str:

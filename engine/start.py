@@ -21,6 +21,7 @@ from .model.generic.remote_code import register_remote_code
 from .model.implementations import architecture_of_tensors, checked, meta_model, parse_architecture
 from .model.wrappers import text_config_of
 from .observe.waiting import Say, report_if_slow
+from .offload_choice import with_offload
 from .optim.groups import require_same_optimizer
 from .parallel import adapter, build, trainable
 from .parallel import compile as block_compile
@@ -93,7 +94,7 @@ def open_run(config: RunConfig, plan: BatchPlan, ranks: Ranks, store: Checkpoint
     with report_if_slow("opening the weights and the data", say):
         opened = record_carried(ranks.fail_together(lambda: open_start(config, found.base or found)), ranks)
         start = ranks.fail_together(lambda: with_adapter(config, opened, found, ranks))
-        config, start, choices = choose_implementation(config, start, plan, ranks)
+        config, start, choices = choose_implementation(config, start, plan, ranks, say)
         config, catalog, order, progress = ranks.fail_together(lambda: open_data(config, plan, start))
     return OpenedRun(config, start, choices, catalog, order, progress, found.remarks)
 
@@ -296,24 +297,25 @@ def record_carried(start: Start, ranks: Ranks) -> Start:
 
 
 def choose_implementation(
-    config: RunConfig, start: Start, plan: BatchPlan, ranks: Ranks
+    config: RunConfig, start: Start, plan: BatchPlan, ranks: Ranks, say: Say
 ) -> tuple[RunConfig, Start, build.Choices]:
     """Decide what the configuration leaves open; refuse what the model makes impossible. All ranks must call this.
 
     Returns:
-        the configuration with its precision decided; the start, whose architecture says how documents are kept apart;
-        and the other decisions.
+        the configuration with its precision and offload decided; the start, whose architecture says how documents are
+        kept apart; and the other decisions.
 
     Raises:
         UserError: on all ranks, with both sides of the arithmetic.
     """
     config, precision = with_precision(config, ranks)
+    config, offload_reason = with_offload(config, ranks, say)
     architecture = ranks.broadcast(ranks.run_on_rank0(lambda: checked(start.architecture)))
 
     def decide() -> build.Choices:
         attention = choose_attention(config, architecture, ranks.device)
         compiled = block_compile.enabled(config, ranks.device, attention.backend)
-        choices = build.Choices(attention, compiled, plan.num_micro_batches, precision.reason)
+        choices = build.Choices(attention, compiled, plan.num_micro_batches, precision.reason, offload_reason)
         build.check(config, architecture, choices, ranks.device, ranks.world_size)
         require_memory(config, architecture, ranks.device, ranks.world_size)
         return choices

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...engine.config.budget import in_tokens
-from ...engine.config.settings import DataConfig, RunConfig, SourceConfig
+from ...engine.config.settings import DataConfig, EarlyStoppingConfig, RunConfig, SourceConfig
 from ...engine.data.loader import Prefetcher
 from ...engine.errors import UserError
 from ...engine.guards.run_guards import RunGuards
@@ -141,8 +141,13 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
         ),
         data=replace(data, validation={}, validation_fraction=0.0),
         training=replace(
-            training, train_tokens=samples * training.sequence_length, warmup_tokens=0, eval_at_start=False
+            training,
+            train_tokens=samples * training.sequence_length,
+            warmup_tokens=0,
+            eval_at_start=False,
+            early_stopping=EarlyStoppingConfig(),
         ),
+        adapter=replace(config.adapter, export="merged"),
         optimizer=replace(
             config.optimizer, schedule="constant", decay_tokens=None, decay_shape="linear", schedule_start_tokens=0
         ),

@@ -327,6 +327,11 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "
             "import path of a class, such as my_module.MyOptimizer"
         )
+    if imported and config.training.weight_dtype != "fp32":
+        yield (
+            f"training.weight_dtype is {config.training.weight_dtype}, but optimizer.name {optimizer.name} is a class "
+            "with an import path, which would round its updates to nearest and lose small ones; set it to fp32"
+        )
     for key in ("lr", "weight_decay", "params") if imported else ():
         if key in optimizer.options:
             yield (
@@ -339,6 +344,8 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
             value, allowed = getattr(group, key), RANGES[f"optimizer.groups[].{key}"]
             if value is not None and not allowed.holds(value):
                 yield f"{where}.{key} is {value}; it must be {allowed.words}"
+        if group.match == []:
+            yield f"{where}.match is [], which matches no parameter; name patterns, or remove the group"
         if group.learning_rate is None and group.weight_decay is None:
             yield f"{where} sets neither learning_rate nor weight_decay; set one of them, or remove the group"
         if group.learning_rate is not None and optimizer.learning_rate == 0:

@@ -78,7 +78,7 @@ class TextSource:
                 words.append("--no-append-eod")
             elif value is True:
                 words.append(f"--{flag}")
-            elif value not in (None, False):
+            elif value is not None and value is not False:  # 0 is a value
                 words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         return words
 

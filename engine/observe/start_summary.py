@@ -195,8 +195,14 @@ def _describe_ranks(run: Run) -> list[str]:
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
         f"optimizer states in {config.optimizer.state_dtype}",
+        *_describe_offload(run),
         *_describe_average(training),
     ]
+
+
+def _describe_offload(run: Run) -> list[str]:
+    reason = run.choices.offload_reason
+    return [] if reason is None else [f"offload     {str(run.config.parallel.cpu_offload).lower()} ({reason})"]
 
 
 def _describe_average(training: TrainingConfig) -> list[str]:

@@ -126,7 +126,7 @@ def _muon(given: _Ingredients) -> TrainingOptimizer:
 
 
 def _imported(given: _Ingredients) -> TrainingOptimizer:
-    return build_imported(parameter_groups(given.parameters, given.config), given.config)
+    return build_imported(parameter_groups(given.parameters, given.config), given.config, given.adapt)
 
 
 _BUILDERS = {"adamw": _adamw, "lion": _lion, "muon": _muon}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..config.import_paths import described, import_class
 from ..config.settings import OptimizerConfig
@@ -24,11 +26,18 @@ class ImportedOptimizer(TrainingOptimizer):
     Args:
         groups: parameter groups of named parameters.
         inner: class of the optimizer; its groups and states are shared.
+        small_states: states of a small matrix, see :func:`require_storable`.
         options: of ``inner``.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], inner: type[torch.optim.Optimizer], **options: Any):
-        self._inner = inner(groups, **options)
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        inner: type[torch.optim.Optimizer],
+        small_states: dict[str, Tensor],
+        **options: Any,
+    ):
+        self._inner, self._small_states = inner(groups, **options), small_states
         super().__init__(self._inner.param_groups, {})
         self.param_groups, self.state = self._inner.param_groups, self._inner.state
 
@@ -38,10 +47,15 @@ class ImportedOptimizer(TrainingOptimizer):
         assert closure is None
         if self.found_inf is not None and self.found_inf.item() != 0:
             return
-        if self.grad_scale is not None:
-            for _, _, parameter in self.named():
-                if parameter.grad is not None:
-                    local_part(parameter.grad).div_(self.grad_scale)
+        for _, _, parameter in self.named():
+            if parameter.grad is None:
+                continue
+            if self.grad_scale is not None:
+                local_part(parameter.grad).div_(self.grad_scale)
+            steps = self.state[parameter].get("step")
+            if isinstance(steps, Tensor) and steps.item() == 0:
+                # Of allocate(): the optimizer itself knows what its first step begins with.
+                del self.state[parameter]
         with torch.enable_grad():  # as an optimizer expects
             self._inner.step()
 
@@ -49,7 +63,8 @@ class ImportedOptimizer(TrainingOptimizer):
         """Allocate states by a step with zero gradients, learning rate and weight decay, after which the weights are
         restored. No parameter may have a gradient.
 
-        States have the values that this step leaves, except ``step``, which is zero.
+        States have the values that this step leaves, except ``step``, which is zero: the first step with a gradient
+        makes them again.
         """
         missing = [parameter for _, _, parameter in self.named() if not self.state.get(parameter)]
         if not missing:
@@ -69,16 +84,37 @@ class ImportedOptimizer(TrainingOptimizer):
             if "step" in self.state[parameter]:
                 self.state[parameter]["step"].zero_()
 
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the states of ``parameter``; for one without, states of the right sizes, to count their memory."""
+        state = self.state[parameter]
+        if not state:
+            for name, small in self._small_states.items():
+                is_number = small.numel() == 1
+                state[name] = torch.zeros_like(small) if is_number else torch.empty_like(parameter, dtype=small.dtype)
+        return state
 
-def build_imported(groups: list[dict[str, Any]], config: OptimizerConfig) -> ImportedOptimizer:
+
+def build_imported(
+    groups: list[dict[str, Any]],
+    config: OptimizerConfig,
+    adapt: Callable[[type[Any]], type[Any]] = lambda kind: kind,
+) -> ImportedOptimizer:
     """Return the optimizer whose class ``optimizer.name`` imports.
+
+    Args:
+        groups: of its parameters.
+        config: of the run.
+        adapt: replaces :class:`ImportedOptimizer`.
 
     Raises:
         UserError: there is no such class, it refuses its options, or a checkpoint cannot store its states.
     """
     kind = imported_class(config)
-    require_storable(kind, config)
-    return ImportedOptimizer(groups, kind, lr=config.learning_rate, **_options(config))
+    states = require_storable(kind, config)
+    optimizer: ImportedOptimizer = adapt(ImportedOptimizer)(
+        groups, kind, states, lr=config.learning_rate, **_options(config)
+    )
+    return optimizer
 
 
 def imported_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
@@ -97,6 +133,11 @@ def require_storable(kind: type[torch.optim.Optimizer], config: OptimizerConfig)
         UserError: the optimizer refuses its options, its step fails, or a state is neither a number in a tensor nor a
             tensor of the parameter's shape.
     """
+    with unset_fake_temporarily():  # a dry run has tensors without values
+        return _states_of_a_matrix(kind, config)
+
+
+def _states_of_a_matrix(kind: type[torch.optim.Optimizer], config: OptimizerConfig) -> dict[str, Tensor]:
     # Large enough for optimizers that compress the states of large parameters only.
     shapes = {"matrix": (64, 128), "other": (6, 4), "vector": (6,)}
     parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}

@@ -48,6 +48,8 @@ class Choices:
     """Number of micro-batches in a step on this rank."""
     precision_reason: str = "as set"
     """The reason for the compute dtype."""
+    offload_reason: str | None = None
+    """The reason for ``parallel.cpu_offload``; None if it is as set."""
 
 
 def check(

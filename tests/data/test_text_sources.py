@@ -59,6 +59,8 @@ def test_settings_become_options_of_preprocess(folder):
             "metadata": ["a", "b"],
             "max_tokens": None,
             "fix_text": False,
+            "fim_rate": 0.5,
+            "fim_spm_rate": 0,
         },
     }
     options = parse_arguments(TextSource("data.train[0]", "hf://org/name", settings).arguments())
@@ -66,6 +68,7 @@ def test_settings_become_options_of_preprocess(folder):
     assert (options.hf_split, options.hf_subset, options.split) == ("train", "en", "train=0.95,valid=0.05")
     assert (options.dedup, options.min_chars, options.append_eod, options.shuffle) == ("exact", 7, False, True)
     assert options.metadata == ["a", "b"]
+    assert (options.fim_rate, options.fim_spm_rate) == (0.5, 0)
 
 
 @pytest.mark.parametrize(

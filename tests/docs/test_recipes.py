@@ -59,7 +59,8 @@ def write_chats(prefix, seed):
 def scaled(text):
     """``text`` with a ten-millionth of the tokens, and samples that are 128 times shorter. The decay of 200 tokens then
     begins in step 8, so that step 6 is before it."""
-    text = text.replace("step-00008000", "step-00000006")
+    for step, small in ((8000, 6), (9000, 2), (9250, 4), (9500, 6), (9537, 8)):
+        text = text.replace(f"step-{step:08d}", f"step-{small:08d}")
     smaller = re.sub(r"(_tokens:? )([\d_]+)", lambda m: f"{m[1]}{int(m[2].replace('_', '')) // 10_000_000}", text)
     smaller = re.sub(r"(sequence_length:? )(\d+)", lambda m: f"{m[1]}{int(m[2]) // 128}", smaller)
     return re.sub(r"(global_batch_size:? )(\d+)", lambda m: f"{m[1]}{int(m[2]) // 64}", smaller)

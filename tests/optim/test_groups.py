@@ -117,6 +117,7 @@ def test_patterns_without_parameters_and_overlapping_groups_are_refused(values, 
     ("optimizer", "expected"),
     [
         (config([ParameterGroupConfig("*")]), "optimizer.groups[0] sets neither"),
+        (config([ParameterGroupConfig([], weight_decay=0.0)]), "optimizer.groups[0].match is [], which matches no"),
         (config([ParameterGroupConfig("*", weight_decay=-1.0)]), "optimizer.groups[0].weight_decay is -1.0"),
         (OptimizerConfig(groups=GROUPS, learning_rate=0.0, min_learning_rate=0.0), "is 0; set"),
         (OptimizerConfig(name="adam"), "optimizer.name is 'adam'; use adamw, muon"),
@@ -130,9 +131,20 @@ def test_patterns_without_parameters_and_overlapping_groups_are_refused(values, 
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(optimizer, expected):
+    assert any(expected in line for line in problems(run_with(optimizer)))
+
+
+def test_an_imported_class_does_not_write_bf16_weights():
+    """It has no stochastic rounding; gradients summed in fp32 would not even have the dtype of its states."""
+    run = run_with(OptimizerConfig(name="torch.optim.NAdam"), weight_dtype="bf16")
+    [line] = problems(run)
+    assert "training.weight_dtype is bf16" in line and "set it to fp32" in line
+    assert not list(problems(run_with(OptimizerConfig(name="torch.optim.NAdam"))))
+
+
+def run_with(optimizer, **training):
     data, model = DataConfig(train=[SourceConfig("a")]), ModelConfig(architecture={})
-    run = RunConfig("x", data, TrainingConfig(train_tokens=10**9), optimizer=optimizer, model=model)
-    assert any(expected in line for line in problems(run))
+    return RunConfig("x", data, TrainingConfig(train_tokens=10**9, **training), optimizer=optimizer, model=model)
 
 
 def test_the_summary_lists_the_groups():

@@ -101,6 +101,23 @@ def test_states_are_allocated_without_changing_weights():
     assert {group["lr"] for group in optimizer.param_groups} == {OptimizerConfig.learning_rate}
 
 
+@pytest.mark.parametrize("name", ["NAdam", "Rprop", "Adam"])
+def test_a_skipped_first_step_leaves_no_trace(name):
+    """States are then allocated for checkpoints; NAdam's mu_product and Rprop's step_size do not begin as zero."""
+    mine, theirs = nn.Parameter(_random(6, 5)), nn.Parameter(_random(6, 5))
+    kind = getattr(torch.optim, name)
+    optimizer = build_optimizer([("weight", mine)], OptimizerConfig(name=f"torch.optim.{name}", learning_rate=0.02))
+    reference = kind([theirs], lr=0.02, **({} if name == "Rprop" else {"weight_decay": 0.1}))
+    for step in range(4):
+        mine.grad, theirs.grad = _random(6, 5, seed=step), _random(6, 5, seed=step)
+        step_unless(optimizer, torch.tensor(float(step < 2)))
+        optimizer.zero_grad(set_to_none=True)
+        allocate_states(optimizer)
+        if step >= 2:
+            reference.step()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [

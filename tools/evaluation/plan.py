@@ -116,6 +116,11 @@ def _configure(
             "remove it, or use --mode packed"
         )
     parallel = drafted.parallel
+    if parallel.cpu_offload == "auto":
+        raise UserError(
+            "parallel.cpu_offload is auto, which predicts the memory of training; an evaluation needs less: set it to "
+            "false, optimizer or true"
+        )
     layout = plan_layout(parallel, world_size)
     count = parallel.pipeline * parallel.pipeline_stages_per_rank if parallel.pipeline > 1 else 1
     training = replace(

@@ -8,10 +8,12 @@ from typing import Any
 
 from ...engine.config.settings import RunConfig, to_dict
 from ...engine.errors import UserError
+from ...engine.offload_choice import with_named_offload
 from ...engine.parallel.precision import with_named_precision
 from .gpus import GiB
 from .known_budget import with_planned_budget
 from .layout_plan import LayoutPlan, dtypes
+from .offload_choice import choose_offload
 from .options import ClusterSpec
 from .pool import DryRunPool
 from .report import (
@@ -56,14 +58,19 @@ def make_plan(
     if left_out:
         say(f"dry run without {', '.join(left_out)}, which need a GPU")
     if not wants_search:
-        require_possible(config, cluster)
+        require_possible(with_named_offload(config, False), cluster)
     with DryRunPool() as pool:
         if wants_search:
-            text, best, plans = _search(config, cluster, pool, quick, say)
+            text, best, plans = _search(with_named_offload(config, False), cluster, pool, quick, say)
             record["search"] = [to_record(plan) for plan in plans]
             return text, record | to_record(best)
-        plan = _one(config, cluster, pool, quick, say)
-        text = format_plan(plan)
+        choice = choose_offload(config, cluster, pool, say)
+        if choice is None:
+            plan = _one(config, cluster, pool, quick, say)
+            text = format_plan(plan)
+        else:
+            plan = choice.plan if quick else _one(choice.config, cluster, pool, False, say)
+            text, record["cpu_offload"] = f"{choice}\n\n{format_plan(plan)}", choice.record
         if plan.fits and (faster := without_recomputation(plan, pool)):
             text += "\n\n" + format_needless_recomputation(plan, faster)
         return text, record | to_record(plan)
@@ -86,7 +93,8 @@ def list_savings(config: RunConfig, cluster: ClusterSpec, say: Callable[[str], N
     if left_out:
         say(f"dry run without {', '.join(left_out)}, which need a GPU")
     with DryRunPool() as pool:
-        plan, savings = find_savings(config, cluster, pool)
+        choice = choose_offload(config, cluster, pool, say)
+        plan, savings = find_savings(config if choice is None else choice.config, cluster, pool)
     return format_savings(plan, savings), record | to_record(plan) | {"savings": savings_record(plan, savings)}
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from ...engine.model import decoder
+from ...engine.optim import TrainingOptimizer
 from ...engine.parallel.activation_offload import ActivationOffload
 from ...engine.parallel.pipeline import Pipelined
 from ...engine.parallel.unsharded import Unsharded, UsedWeight
@@ -245,6 +246,10 @@ class _StatesOnly:
         for _, _, parameter in self.named():  # type: ignore[attr-defined]
             if parameter.grad is not None:
                 self.state_of(parameter)  # type: ignore[attr-defined]
+
+    def allocate(self) -> None:
+        """See the base class: a step with zero gradients, as of imported optimizers, needs values."""
+        TrainingOptimizer.allocate(self)  # type: ignore[arg-type]
 
 
 def read_no_values(pipelined: Pipelined) -> None:

@@ -110,7 +110,8 @@ def _time_lines(plan: LayoutPlan) -> list[str]:
 
 def _stored(plan: LayoutPlan) -> str:
     what = "the adapter" if plan.config.adapter.kind is not None else "weights"
-    return f"{what}, both moments, average" if plan.config.training.average_bytes else f"{what} and both moments"
+    states = "both moments" if plan.config.optimizer.name == "adamw" else "optimizer states"
+    return f"{what}, {states}, average" if plan.config.training.average_bytes else f"{what} and {states}"
 
 
 def _seconds(prediction: StepPrediction) -> str:
@@ -145,6 +146,8 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
         )
     if plan.config.optimizer.name == "muon":
         lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
+    if "." in plan.config.optimizer.name:
+        lines.append(f"not counted the memory that a step of {plan.config.optimizer.name} needs beyond its states")
     return lines
 
 

@@ -96,6 +96,10 @@ def _fim(options: PreprocessOptions) -> Rules:
         f"--fim-tokens {shown}: {len(tokens)} tokens; give those before prefix, suffix and middle, and perhaps one "
         "after the middle",
     )
+    yield (
+        len(set(tokens)) < len(tokens),
+        f"--fim-tokens {shown}: a token is named twice; the parts of a document need different ones",
+    )
 
 
 def _window(options: PreprocessOptions) -> Rules:

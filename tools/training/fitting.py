@@ -17,6 +17,7 @@ from ...engine.parallel.precision import with_named_precision
 from ..planning.command import without_gpu_features
 from ..planning.gpus import GiB, Gpu, describe_gpu, find_gpu
 from ..planning.layout_plan import LayoutPlan, gib, shown_layout
+from ..planning.offload_choice import choose_offload
 from ..planning.options import RESERVE, Assumptions, ClusterSpec
 from ..planning.pool import DryRunPool
 from ..planning.search import plan_briefly
@@ -110,6 +111,8 @@ def fit(
     with DryRunPool() as pool:
 
         def dry_run(candidate: RunConfig) -> LayoutPlan:
+            if choice := choose_offload(candidate, cluster, pool, say):
+                return choice.plan
             layout = plan_layout(candidate.parallel, machine.ranks)
             say(f"dry run: {shown_layout(candidate, layout)}")
             return plan_briefly([(candidate, layout)], cluster, pool)[0]
@@ -182,8 +185,8 @@ def _changes(chosen: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the settings of ``chosen`` that may differ from those of ``config``, and do."""
     found: dict[str, dict[str, Any]] = {}
     for section, _, key in (name.partition(".") for name in (*CHANGEABLE, *_OF_ADAPTER)):
-        value = getattr(getattr(chosen, section), key)
-        if value != getattr(getattr(config, section), key):
+        value, configured = (getattr(getattr(one, section), key) for one in (chosen, config))
+        if value != configured and configured != "auto":  # the run decides auto in the same way
             found.setdefault(section, {})[key] = value
     return found
 

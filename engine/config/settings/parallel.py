@@ -35,11 +35,12 @@ class ParallelConfig:
     async_tensor: bool = False
     """Overlap the exchange of activations between tensor-parallel ranks with matrix products, piece by piece. For
     GPUs with NVLink and compiled blocks."""
-    cpu_offload: bool | Literal["optimizer"] = False
+    cpu_offload: bool | Literal["optimizer", "auto"] = False
     """What is kept in host memory. optimizer: weights in ``training.weight_dtype``, gradients and optimizer states; the
     update runs there, and the GPU holds a copy of the weights in ``training.precision``. For one rank, or one for each
     part of a pipeline. true: the same without that copy; each block's weights are sent to the GPU when they are needed.
-    For models that fit in no other way; slow."""
+    For models that fit in no other way; slow. auto: false, optimizer or true, the first that fits on the GPUs by a
+    prediction of ``tools/plan.py`` at the start of the run; false on a CPU."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward pass (ZeRO-3): less memory, one more all-gather in the
     backward pass. False: shard gradients and states only (ZeRO-2). No effect if no other rank shares this rank's

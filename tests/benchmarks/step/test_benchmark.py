@@ -26,6 +26,7 @@ from retemper.benchmarks.step.phases import PHASES, PhaseClock, StepTime
 from retemper.benchmarks.step.report import format_report, summarize
 from retemper.benchmarks.step.synthetic import DocumentLengths, write_random_dataset
 from retemper.engine import step as step_module
+from retemper.engine.config.checks import problems
 from retemper.engine.config.parser import parse_config
 from retemper.engine.data.indexed_dataset import IndexedDataset
 from retemper.engine.errors import UserError
@@ -198,6 +199,17 @@ def test_without_any_config_of_the_model_it_says_what_to_name(run_file, tmp_path
     config = parse_config(["--config", str(run_file), "--model.architecture", "null"])
     with pytest.raises(UserError, match=r"nothing: .*hf does not exist; .* set model.architecture"):
         measure.prepare_config(config, StepBenchmarkOptions(), tmp_path)
+
+
+def test_settings_of_what_is_left_out_are_left_out_too(run_file, tmp_path):
+    """There is no evaluation, no export and no decay; what needs them must not refuse the measurement."""
+    stops = ["--training.early_stopping.patience", "2", "--training.eval_interval", "1"]
+    stops += ["--training.ema_decay", "0.9", "--training.eval_ema", "true"]
+    exports = ["--adapter.kind", "lora", "--adapter.export", "both", "--checkpoint.export_hf", "true"]
+    best = ["--checkpoint.keep_best", "improved", "--checkpoint.export_best", "true", "--checkpoint.export_ema", "true"]
+    decay = ["--optimizer.schedule", "wsd", "--optimizer.decay_shape", "sqrt", "--optimizer.decay_tokens", "1024"]
+    config = parse_config(["--config", str(run_file), *stops, *exports, *best, *decay])
+    assert not list(problems(measure.prepare_config(config, StepBenchmarkOptions(1, 0), tmp_path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

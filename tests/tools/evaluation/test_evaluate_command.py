@@ -148,6 +148,13 @@ def test_a_task_that_fails_leaves_what_was_measured(run, monkeypatch: pytest.Mon
     assert [one["name"] for one in json.loads(path.read_text())["model"]["sets"]] == ["domain", "general", "same"]
 
 
+def test_offload_is_not_predicted_for_an_evaluation(one_rank, model: Path, data: str) -> None:
+    words = ["--parallel.cpu_offload", "auto"]
+    with pytest.raises(UserError, match="auto, which predicts the memory of training") as found:
+        evaluate(one_rank, request(model, data, sequence_length=32), words)
+    assert "\n" not in str(found.value)
+
+
 def test_a_gpu_without_memory_takes_one_line(one_rank, model: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")

@@ -12,6 +12,7 @@ from pathlib import Path
 import plan_runs
 import pytest
 import torch
+import yaml
 from rank_cluster import RankCluster
 
 from retemper.engine.config.settings import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -174,6 +175,17 @@ def test_an_optimizer_on_the_host_leaves_a_copy_of_the_weights_on_the_gpu(run_fi
     assert plan.peak_bytes > 2 * parameters
     # fp32: weights, both moments, and gradients.
     assert plan.host_bytes == pytest.approx(16 * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(("options", "size"), [("{betas: [0.8,0.9]}", 8), ("{momentum: 0.9}", 4)])
+def test_states_of_an_imported_optimizer_are_counted(options, size, run_file, pool):
+    """Its own step needs values, which a dry run does not have."""
+    name = "NAdam" if size == 8 else "SGD"
+    config = plan_runs.configure(run_file, f"--optimizer.name torch.optim.{name}")
+    config = replace(config, optimizer=replace(config.optimizer, options=yaml.safe_load(options)))
+    specs = [plan_runs.spec_of(config, 1), replace(plan_runs.spec_of(config, 1), whole_steps=False)]
+    for usage in pool.run(specs):
+        assert usage.kept["optimizer states"] == pytest.approx(size * usage.trained, rel=1e-2)
 
 
 def test_activations_that_are_sent_to_the_host(run_file, pool):

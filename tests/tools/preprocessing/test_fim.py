@@ -213,6 +213,7 @@ def test_a_text_with_a_fim_token_in_it_stays_as_it_is(qwen, tmp_path):
         ("--fim-spm-rate 0.2", "--fim-spm-rate 0.2 needs --fim-rate; add it, or remove --fim-spm-rate"),
         ("--fim-tokens a b c", "--fim-tokens a b c needs --fim-rate; add it, or remove --fim-tokens"),
         ("--fim-rate 0.5 --fim-tokens a b", "--fim-tokens a b: 2 tokens"),
+        ("--fim-rate 0.5 --fim-tokens a b a", "--fim-tokens a b a: a token is named twice"),
         ("--fim-rate 0.5 --fim-tokens <|fim_prefix|> <b> <c>", "--fim-tokens <b>: {tokenizer} has no such token"),
         ("--fim-rate 0.5 --chat", "--fim-rate is for texts, not for --chat; remove one of them"),
         ("--fim-rate 0.5 --to-jsonl", "--fim-rate is for tokens, --to-jsonl writes text; remove one of them"),

@@ -227,6 +227,9 @@ def test_settings_shrink_until_the_model_fits(planned, monkeypatch):
         planned(*words)
     tree, _ = planned(*words, "--auto")
     assert tree["parallel"] == {"recompute": "full"} and tree["training"]["micro_batch_size"] == 1
+    # A run that decides about offload itself is not too large: the planner decides the same.
+    tree, lines = planned(*words, "--parallel.cpu_offload", "auto", "--parallel.recompute", "full")
+    assert tree["parallel"] == {"cpu_offload": "auto", "recompute": "full"} and "offload" in lines
     needed.clear()
     with pytest.raises(UserError, match="does not fit"):
         planned(*words, "--auto", "--parallel.recompute", "none", "--parallel.cpu_offload", "false")
