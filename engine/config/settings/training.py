@@ -140,8 +140,8 @@ class TrainingConfig:
     ema_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the average: 4 or 2 more bytes per trained parameter. bf16 is written with stochastic rounding."""
     eval_ema: bool = False
-    """Evaluate the average instead of the weights, also to find the best checkpoint and for ``logging.sample_prompts``.
-    The weights are kept in host memory meanwhile."""
+    """Evaluate the average instead of the weights, also for ``logging.sample_prompts`` and to find the best
+    checkpoint, whose average ``best_model`` then contains. The weights are kept in host memory meanwhile."""
     eval_interval: int | Literal["epoch"] = 0
     """Number of steps between evaluations of the validation sets. epoch: evaluate at the end of every epoch, see
     ``train_epochs``. 0: only at the end."""

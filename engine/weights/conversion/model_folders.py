@@ -127,12 +127,12 @@ def write_model_folders(
         UserError: on every rank, if a folder that is asked for by name cannot be made. With ``auto`` this is only
             reported. Checkpoints, and a former folder, are unchanged.
     """
-    config, form, ranks = run.checkpoint, _form(run), store.ranks
+    config, ranks = run.checkpoint, store.ranks
     wanted = ranks.broadcast(ranks.run_on_rank0(lambda: _wanted(run, store.complete(), step, start)))
     for name, checkpoint in wanted or ():
         folder = store.folder.parent / name
         try:
-            _make(ranks, store, _Source(checkpoint, form, config.export_ema), folder, stop_agreed, say)
+            _make(ranks, store, _source(run, name, checkpoint), folder, stop_agreed, say)
         except ExportStopped:
             say(f"stopped the export to {folder} as requested; the same command completes it")
             return
@@ -145,9 +145,14 @@ def write_model_folders(
             say(f"note: {line}--checkpoint {checkpoint}")
 
 
-def _form(run: RunConfig) -> Form:
-    """Return whether the folders are of the whole model, or of an adapter for PEFT."""
-    return "peft" if run.adapter.kind is not None and run.adapter.export == "peft" else "merged"
+def _source(run: RunConfig, name: str, checkpoint: Path) -> _Source:
+    """Return what the folder ``name`` is made of.
+
+    The best evaluation with ``eval_ema`` is that of an average, which ``best_model`` then contains.
+    """
+    form: Form = "peft" if run.adapter.kind is not None and run.adapter.export == "peft" else "merged"
+    ema = run.checkpoint.export_ema or (name == BEST_MODEL and run.training.eval_ema)
+    return _Source(checkpoint, form, ema)
 
 
 def are_written(run: RunConfig, complete: Sequence[Path]) -> bool:
@@ -157,10 +162,9 @@ def are_written(run: RunConfig, complete: Sequence[Path]) -> bool:
         run: its configuration.
         complete: its checkpoints, the last of which is that of its last step.
     """
-    step, form = step_of(complete[-1]), _form(run)
     return all(
-        _Source(checkpoint, form, run.checkpoint.export_ema).is_in(complete[-1].parents[1] / name)
-        for name, checkpoint in _wanted(run, complete, step, None)
+        _source(run, name, checkpoint).is_in(complete[-1].parents[1] / name)
+        for name, checkpoint in _wanted(run, complete, step_of(complete[-1]), None)
     )
 
 

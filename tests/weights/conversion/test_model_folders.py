@@ -218,3 +218,13 @@ def test_the_average_is_exported_on_request(one_rank, run_file, tmp_path):
         checkpoint(tmp_path / "run", 4), tmp_path / "ema", max_shard_size=hf_exports.SHARD_SIZE, ema=True, say=print
     )
     assert contents(tmp_path / "run/final_model") == contents(tmp_path / "ema")
+
+
+def test_the_best_is_of_the_weights_that_were_evaluated(one_rank, run_file, tmp_path):
+    options = [*AUTO, "--training.ema_decay", "0.5", "--run_folder", str(tmp_path / "run")]
+    train(one_rank, run_file, [*options, "--training.eval_ema", "true"])
+    averages = {
+        name: json.loads((tmp_path / f"run/{name}/conversion.json").read_text())["options"].get("ema")
+        for name in ("best_model", "final_model")
+    }
+    assert averages["best_model"] is True and not averages["final_model"]
