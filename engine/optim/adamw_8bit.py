@@ -160,12 +160,12 @@ def _require_whole_blocks(name: str, parameter: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         return
     last, mesh = parameter.ndim - 1, parameter.device_mesh
-    ranks = math.prod(
+    sizes: list[int] = [
         mesh.size(axis)
         for axis, place in enumerate(parameter.placements)
         if not place.is_replicate() and place.dim == last  # type: ignore[attr-defined]
-    )
-    width = parameter.shape[-1]
+    ]
+    ranks, width = math.prod(sizes), parameter.shape[-1]
     if width % (ranks * BLOCK_SIZE):
         raise UserError(
             f"optimizer.name adamw_8bit has a scale for each block of {BLOCK_SIZE} elements of a row, but {ranks} "
