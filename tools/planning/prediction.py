@@ -118,7 +118,7 @@ def idle_share(config: RunConfig, layout: Layout, num_micro_batches: int) -> flo
     return share / 3 if "zero_bubble" in parallel.pipeline_schedule else share
 
 
-def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> float:
+def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
     """Return the bytes read and written for each parameter.
 
     Clipping reads the gradient. The optimizer reads it, and reads and writes the weight and the states: two moments of
@@ -132,7 +132,8 @@ def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> float:
     num_states = 1 if config.optimizer.name in ("lion", "muon") else 2
     average = config.training.average_bytes
     averaging = weight + 2 * average if average else 0
-    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + num_states * state) + averaging
+    moved = round(2 * (weight + num_states * state))
+    return passes * gradient_bytes(config, num_micro_batches) + moved + averaging
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:
