@@ -30,7 +30,8 @@ from .types_check import Problems, check
 _LARGEST = 10**15
 """Upper limit of all numbers: larger values are typing errors, and would overflow later with a less clear message."""
 
-_EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "adamw8bit", "paged_adamw_8bit")
+_EIGHT_BIT = ("adamw_bnb_8bit", "adamw8bit", "paged_adamw_8bit", "paged_adamw8bit")
+"""Names in transformers and bitsandbytes."""
 IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)+"
 """Pattern of the import path of a class."""
 
@@ -318,10 +319,7 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     imported = "." in optimizer.name
     if optimizer.name in _EIGHT_BIT:
-        yield (
-            f"optimizer.name is {optimizer.name}, which is not supported: checkpoints cannot store and reshard 8-bit "
-            "states; use adamw with optimizer.state_dtype bf16, or lion or muon, which have half of AdamW's states"
-        )
+        yield f"optimizer.name is {optimizer.name}; use adamw_8bit, which has the same states"
     elif optimizer.name not in OPTIMIZERS and not (imported and re.fullmatch(IMPORT_PATH, optimizer.name)):
         yield (
             f"optimizer.name is {optimizer.name!r}; use {', '.join(OPTIMIZERS[:-1])} or {OPTIMIZERS[-1]}, or the "

@@ -124,14 +124,16 @@ RULES = (
     ),
     Rule(
         ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-        lambda now: now.config.optimizer.name in ("adamw", "muon"),
-        "only adamw and muon use it; lion has optimizer.lion, and a class with an import path optimizer.options",
+        lambda now: now.config.optimizer.name in ("adamw", "adamw_8bit", "muon"),
+        "only adamw, adamw_8bit and muon use it; lion has optimizer.lion, and a class with an import path "
+        "optimizer.options",
         refused=True,
     ),
     Rule(
         ("optimizer.state_dtype",),
-        lambda now: "." not in now.config.optimizer.name,
-        "a class with an import path chooses the dtype of its states; remove it",
+        lambda now: now.config.optimizer.has_state_dtype,
+        "adamw_8bit has 8-bit states of matrices and fp32 ones of the rest, and a class with an import path chooses "
+        "the dtype of its states; remove it",
         refused=True,
     ),
     Rule(

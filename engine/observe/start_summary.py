@@ -194,7 +194,7 @@ def _describe_ranks(run: Run) -> list[str]:
         f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
-        f"optimizer states in {config.optimizer.state_dtype}",
+        f"optimizer states: {config.optimizer.states}",
         *_describe_offload(run),
         *_describe_average(training),
     ]
@@ -252,10 +252,10 @@ def describe_saving(config: RunConfig, model: ModelParts) -> str:
     sizes: list[int] = []
     average, tables = config.training.average_bytes, model.table_names
     for name, parameter in model.named_parameters():
-        held, of_trained = local_part(parameter), [average] * bool(average)
+        held, of_trained = local_part(parameter), [float(average)] * bool(average)
         if parameter.requires_grad:
-            of_trained += state_itemsizes(name, parameter.ndim, config.optimizer, tables)
-        sizes += [held.numel() * size for size in (held.dtype.itemsize, *of_trained * parameter.requires_grad)]
+            of_trained += state_itemsizes(name, parameter.shape, config.optimizer, tables)
+        sizes += [int(held.numel() * size) for size in (held.dtype.itemsize, *of_trained * parameter.requires_grad)]
     how = "training waits for each"
     if config.checkpoint.asynchronous:
         on_node = plan_slabs(sizes).total_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ..config.settings import OptimizerConfig
 from ..model.dtypes import DTYPES
 from .adamw import CompactAdamW
+from .adamw_8bit import AdamW8bit
 from .average import WeightAverage, build_average
 from .base import CombinedOptimizer, TrainingOptimizer
 from .child_tuning import ChildTuning
 from .clipping import clip_divisor, global_norm
 from .elementwise import ElementwiseOptimizer
 from .fused_adamw import FusedAdamW
-from .groups import is_muons, parameter_groups
+from .groups import has_8bit_states, is_muons, parameter_groups
 from .imported import build_imported
 from .lion import Lion
 from .muon import Muon
@@ -78,13 +79,29 @@ def build_optimizer(
 
 def _adamw(given: _Ingredients) -> TrainingOptimizer:
     """Return AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101): PyTorch's fused one for fp32."""
-    config, groups = given.config, parameter_groups(given.parameters, given.config)
-    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    config, groups, settings = given.config, parameter_groups(given.parameters, given.config), _of_adamw(given.config)
     state_dtype = DTYPES[config.state_dtype]
     if {state_dtype, *(parameter.dtype for _, parameter in given.parameters)} == {torch.float32}:
         return FusedAdamW(groups, **settings)
     optimizer: ElementwiseOptimizer = given.adapt(CompactAdamW)(groups, state_dtype, given.seed, **settings)
     return optimizer
+
+
+def _of_adamw(config: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+
+
+def _adamw_8bit(given: _Ingredients) -> TrainingOptimizer:
+    """Return AdamW with 8-bit states of matrices, combined with AdamW of the rest."""
+    coded = [named for named in given.parameters if has_8bit_states(named[1].shape)]
+    rest = [named for named in given.parameters if not has_8bit_states(named[1].shape)]
+    parts: list[TrainingOptimizer] = []
+    if coded:
+        groups = parameter_groups(coded, given.config)
+        parts.append(given.adapt(AdamW8bit)(groups, given.seed, **_of_adamw(given.config)))
+    if rest:
+        parts.append(_adamw(given._replace(parameters=rest)))
+    return CombinedOptimizer(parts)
 
 
 def _lion(given: _Ingredients) -> TrainingOptimizer:
@@ -129,7 +146,7 @@ def _imported(given: _Ingredients) -> TrainingOptimizer:
     return build_imported(parameter_groups(given.parameters, given.config), given.config, given.adapt)
 
 
-_BUILDERS = {"adamw": _adamw, "lion": _lion, "muon": _muon}
+_BUILDERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "lion": _lion, "muon": _muon}
 
 
 def _computed_on(parameter: Tensor) -> str:

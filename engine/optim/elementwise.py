@@ -31,8 +31,9 @@ class ElementwiseOptimizer(TrainingOptimizer):
     """An optimizer whose update of an element depends on its own weight, gradient and states, in fp32 or bf16.
 
     ``step`` is [] fp32 on the CPU, so that reading it never waits for the device. The other states have the shape of
-    the parameter. Parameters may be DTensors that are sharded along their first dimension, matrices also along their
-    second; every rank updates its own shard, and copies stay equal.
+    the parameter, or one element for each block of consecutive elements of a row. Parameters may be DTensors that are
+    sharded along their first dimension, matrices also along their second; every rank updates its own shard, and copies
+    stay equal.
 
     Args:
         groups: parameter groups of named parameters: ``{"params": [(name, parameter)]}``.
@@ -43,7 +44,7 @@ class ElementwiseOptimizer(TrainingOptimizer):
     """
 
     state_names: tuple[str, ...]
-    """Of the states with the parameter's shape, in the order of the arguments of :meth:`update_chunk`."""
+    """Of all states but ``step``, in the order of the arguments of :meth:`update_chunk`."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class ElementwiseOptimizer(TrainingOptimizer):
 
         Args:
             weight, gradient: [rows, columns], each fp32 or bf16.
-            arguments: the states, like the weight, in the order of :attr:`state_names`; then
+            arguments: the states, in the same rows, in the order of :attr:`state_names`; then
                 first: [] int64, position of the first element in the whole parameter;
                 width: [] int64, distance between rows in the whole parameter;
                 numbers: [N] fp32, see :meth:`numbers`;
@@ -119,7 +120,7 @@ class ElementwiseOptimizer(TrainingOptimizer):
         """Update this rank's shard, a chunk at a time.
 
         Args:
-            settings: numbers, keys, skip and divisor of :meth:`update_chunk`.
+            settings: the arguments of :meth:`update_chunk` from the numbers on.
         """
         assert parameter.grad is not None
         tensors = [local_part(t) for t in (parameter, parameter.grad, *(state[name] for name in self.state_names))]
@@ -137,8 +138,13 @@ class ElementwiseOptimizer(TrainingOptimizer):
         compiled = weight.is_cuda if self._compiled is None else self._compiled
         update: Callable[..., None] = _compiled(self.update_chunk) if compiled else self.update_chunk
         for start in range(0, count, size):
+            end = min(start + size, count)
+            num_rows = (end - start) // min(row, end - start)
             # The data of a view is not a view: torch.compile would compile one variant for each kind of base of a view.
-            chunk = [tensor[start : start + size].view(-1, min(row, count - start)).data for tensor in flat]
+            chunk = [
+                tensor[start * len(tensor) // count : end * len(tensor) // count].view(num_rows, -1).data
+                for tensor in flat
+            ]
             update(*chunk, first + (start if consecutive else start // row * width), width, *settings)
 
 

@@ -13,6 +13,10 @@ from torch import Tensor
 from ..config.settings import OptimizerConfig, ParameterGroupConfig
 from ..errors import UserError
 
+BLOCK_SIZE = 256
+"""Consecutive elements of a row that have a common scale in 8-bit states, as in torchao."""
+_LEAST_8BIT = 4096
+"""Number of elements of the smallest matrix with 8-bit states, as in bitsandbytes and torchao."""
 Named = Sequence[tuple[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -103,6 +107,16 @@ def is_muons(name: str, ndim: int, config: OptimizerConfig, tables: Collection[s
     return is_matrix and name not in tables and not matches(name, config.muon.exclude)
 
 
+def has_8bit_states(shape: Sequence[int]) -> bool:
+    """Return whether ``adamw_8bit`` stores the states of a parameter in 8 bits: it does for matrices, or stacks of
+    them, whose rows consist of whole blocks.
+
+    Args:
+        shape: of the whole parameter, so that the layout of a run makes no difference.
+    """
+    return len(shape) > 1 and shape[-1] % BLOCK_SIZE == 0 and math.prod(shape) >= _LEAST_8BIT
+
+
 def require_same_optimizer(former: Mapping[str, Any], config: OptimizerConfig, folder: str | Path) -> None:
     """Refuse to continue from a checkpoint with the states of another optimizer.
 
@@ -148,6 +162,9 @@ def describe(config: OptimizerConfig, shapes: Shapes, tables: Collection[str]) -
 
 def _describe_kind(config: OptimizerConfig, shapes: Shapes, tables: Collection[str]) -> str:
     rates = f"learning rate {config.learning_rate:g}, weight decay {config.weight_decay:g}"
+    if config.name == "adamw_8bit":
+        coded = [shape for shape in shapes.values() if has_8bit_states(shape)]
+        return f"adamw_8bit, with 8-bit states of {_counted(coded)}, fp32 states of the rest; {rates}"
     if config.name != "muon":
         return f"{config.name}, {rates}"
     mine = [shape for name, shape in shapes.items() if is_muons(name, len(shape), config, tables)]

@@ -271,7 +271,7 @@ def state_bytes(architecture: Architecture, config: RunConfig) -> int:
     """
     tables = table_names_of(architecture)
     return sum(
-        math.prod(shape) * sum(state_itemsizes(name, len(shape), config.optimizer, tables))
+        int(math.prod(shape) * sum(state_itemsizes(name, shape, config.optimizer, tables)))
         for name, shape in learned(architecture, config).items()
     )
 

@@ -28,9 +28,15 @@ SHORT += ["--training.micro_batch_size", "2"]
 OPTIONS = {
     "muon": ["--optimizer.name", "muon"],
     "lion": ["--optimizer.name", "lion", "--optimizer.learning_rate", "1e-3", "--optimizer.min_learning_rate", "1e-4"],
+    "adamw_8bit": ["--optimizer.name", "adamw_8bit", "--model.architecture.intermediate_size", "512"],
     "child": ["--optimizer.child_tuning", "0.3"],
 }
-STATES = {"muon": {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}, "lion": {"step", "exp_avg"}}
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+STATES = {
+    "muon": {*ADAMW, "momentum_buffer"},
+    "lion": {"step", "exp_avg"},
+    "adamw_8bit": {*ADAMW, "exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale"},
+}
 
 
 def options_of(name: str, folder: Path) -> list[str]:
@@ -118,7 +124,7 @@ def test_states_reshard_bitwise_and_four_ranks_continue(undisturbed, four_ranks,
 
 def test_another_optimizer_is_refused_on_resume(undisturbed, one_rank, even_file):
     name, folder = undisturbed
-    other = [*SHORT, "--optimizer.name", "lion" if name != "lion" else "adamw", "--run_folder", str(folder)]
+    other = [*options_of(name, folder), "--optimizer.name", "lion" if name != "lion" else "adamw"]
     line = tiny_run.refusal(one_rank, even_file, other)
     assert "optimizer.name is" in line and "set it back" in line and "\n" not in line
 
@@ -132,3 +138,4 @@ def test_the_size_of_a_checkpoint_is_known(undisturbed, one_rank, even_file):
     assert checkpoint_bytes(config, run.start.architecture) == size
     [line] = [line for line in describe_start(run) if line.startswith("optimizer ")]
     assert ("muon for 14 parameters" in line) == (name == "muon")
+    assert ("8-bit states of 2 parameters with 32,768 elements" in line) == (name == "adamw_8bit")

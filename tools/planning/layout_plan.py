@@ -151,7 +151,7 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
 
 def dtypes(config: RunConfig) -> str:
     """Describe the dtypes of weights and optimizer states."""
-    weights, states = config.training.weight_dtype, config.optimizer.state_dtype
+    weights, states = config.training.weight_dtype, config.optimizer.states
     return f"{weights} weights and states" if weights == states else f"{weights} weights and {states} states"
 
 

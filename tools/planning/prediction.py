@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
+from ...engine.optim.groups import BLOCK_SIZE
 from ...engine.parallel.layout import Layout
 from .gpus import Gpu
 from .offload import offload_seconds
@@ -122,14 +123,17 @@ def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
 
     Clipping reads the gradient. The optimizer reads it, and reads and writes the weight and the states: two moments of
     AdamW, the momentum of Lion and Muon. PyTorch's fused AdamW, for fp32, also writes the clipped gradient. The
-    products of Muon are not included. An average reads the weight, and is read and written.
+    products of Muon are not included, and all states of ``adamw_8bit`` count as 8-bit ones. An average reads the
+    weight, and is read and written.
     """
-    weight, state = bytes_of(config.training.weight_dtype), bytes_of(config.optimizer.state_dtype)
+    weight = bytes_of(config.training.weight_dtype)
+    state = 1 + 4 / BLOCK_SIZE if config.optimizer.name == "adamw_8bit" else bytes_of(config.optimizer.state_dtype)
     passes = 3 if weight == state == 4 and config.optimizer.name == "adamw" else 2
     num_states = 1 if config.optimizer.name in ("lion", "muon") else 2
     average = config.training.average_bytes
     averaging = weight + 2 * average if average else 0
-    return passes * gradient_bytes(config, num_micro_batches) + 2 * (weight + num_states * state) + averaging
+    moved = round(2 * (weight + num_states * state))
+    return passes * gradient_bytes(config, num_micro_batches) + moved + averaging
 
 
 def gradient_bytes(config: RunConfig, num_micro_batches: int) -> int:

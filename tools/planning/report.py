@@ -227,7 +227,7 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
         "layout": plan.layout._asdict(),
         "parallel": dataclasses.asdict(plan.config.parallel),
         "weight_dtype": plan.config.training.weight_dtype,
-        "state_dtype": plan.config.optimizer.state_dtype,
+        "state_dtype": plan.config.optimizer.states,
         "micro_batch_size": plan.config.training.micro_batch_size,
         "micro_batches": plan.batches.num_micro_batches,
         "gpu": dataclasses.asdict(cluster.gpu),

@@ -109,7 +109,7 @@ def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator
         yield Change({"parallel.tensor": 2 * layout.tensor, **_shared_by_all(config)})
     if training.sequence_length >= 2 * layout.context * _LEAST_TOKENS:
         yield Change({"parallel.context": 2 * layout.context, **_shared_by_all(config)})
-    if config.optimizer.state_dtype != "bf16":
+    if config.optimizer.has_state_dtype and config.optimizer.state_dtype != "bf16":
         yield Change({"optimizer.state_dtype": "bf16"}, _NEW_RUN)
     if training.weight_dtype != "bf16":
         yield Change({"training.weight_dtype": "bf16"}, _NEW_RUN)

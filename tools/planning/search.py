@@ -104,7 +104,7 @@ def search(
 def narrower(config: RunConfig) -> list[RunConfig]:
     """Return the run with bf16 optimizer states, and with bf16 weights too, if it does not have these already."""
     found = []
-    if config.optimizer.state_dtype != "bf16":
+    if config.optimizer.has_state_dtype and config.optimizer.state_dtype != "bf16":
         config = replace(config, optimizer=replace(config.optimizer, state_dtype="bf16"))
         found.append(config)
     if config.training.weight_dtype != "bf16":

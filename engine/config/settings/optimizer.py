@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-OPTIMIZERS = ("adamw", "muon", "lion")
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "lion")
 """The values of ``optimizer.name`` that are not import paths."""
 
 
@@ -59,7 +59,8 @@ class OptimizerConfig:
     """Optimizer and its learning rate."""
 
     name: str = "adamw"
-    """adamw: the usual choice. muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases;
+    """adamw: the usual choice. adamw_8bit: AdamW whose states of matrices take 2 bytes per parameter instead of 8;
+    needs torchao. muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases;
     needs fewer tokens for the same loss. lion: half the states of AdamW; use a third to a tenth of its learning rate.
     Or the import path of a subclass of ``torch.optim.Optimizer``, such as ``my_module.MyOptimizer``; its
     module is also found in the folder of the ``--config`` file. See docs/training_methods.md."""
@@ -95,7 +96,8 @@ class OptimizerConfig:
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the optimizer's states: AdamW's two moments take 8 or 4 bytes per parameter, see
     ``training.weight_dtype``; the momentum of Muon and Lion takes half. bf16: updates are computed in fp32 and stored
-    with stochastic rounding."""
+    with stochastic rounding. adamw_8bit has no choice: 8 bits for matrices whose rows are a multiple of 256 wide, fp32
+    for the rest."""
     clip_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""
     child_tuning: float | None = None
@@ -105,3 +107,13 @@ class OptimizerConfig:
     """Parameters with other learning rates or weight decays, by patterns of their names."""
     muon: MuonConfig = field(default_factory=MuonConfig)
     lion: LionConfig = field(default_factory=LionConfig)
+
+    @property
+    def has_state_dtype(self) -> bool:
+        """Whether ``state_dtype`` applies."""
+        return self.name in OPTIMIZERS and self.name != "adamw_8bit"
+
+    @property
+    def states(self) -> str:
+        """Describe the numbers that states consist of."""
+        return "8-bit" if self.name == "adamw_8bit" else self.state_dtype
