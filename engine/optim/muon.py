@@ -40,7 +40,7 @@ class Muon(TrainingOptimizer):
     """Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) with decoupled weight decay.
 
     ``momentum_buffer`` becomes ``momentum * momentum_buffer + (1 - momentum) * gradient``. With Nesterov momentum, the
-    same average of it and the gradient is orthogonalised, otherwise the buffer itself. The weight moves by the learning
+    same average of it and the gradient is orthogonalized, otherwise the buffer itself. The weight moves by the learning
     rate times ``scale`` of the result, as in ``torch.optim.Muon``.
 
     Matrices that are sharded are brought to one rank each, see :class:`~.matrix_exchange.MatrixExchange`. Stacks of
@@ -122,7 +122,7 @@ class Muon(TrainingOptimizer):
         return newton_schulz(direction.to(self._dtype), self._num_steps)
 
     def _direction(self, update: _Update) -> Tensor:
-        """Update the momentum of this rank's shard, and return its fp32 matrix to be orthogonalised."""
+        """Update the momentum of this rank's shard, and return its fp32 matrix to be orthogonalized."""
         assert update.parameter.grad is not None
         gradient = local_part(update.parameter.grad).float()
         if self.grad_scale is not None:

@@ -197,7 +197,7 @@ def _weights_and_gradients(dtype):
 
 
 def trained_in_shards(ranks, sizes, placements, dtypes):
-    """Results of :func:`_trained` on a mesh, and the number of matrices that each rank orthogonalised."""
+    """Results of :func:`_trained` on a mesh, and the number of matrices that each rank orthogonalized."""
     mesh = init_device_mesh("cpu", sizes)
     weights, gradients = _weights_and_gradients(dtypes[0])
     shards = [distribute_tensor(weight, mesh, placements, src_data_rank=None) for weight in weights]
@@ -241,7 +241,7 @@ def test_every_layout_has_the_bits_of_one_process(cluster, sizes, placements, dt
                 assert torch.equal(one, other)
     counts = [count for _, count in found]
     if placements != [Replicate()]:
-        # In each of the three steps, a matrix is orthogonalised on one rank, not on all.
+        # In each of the three steps, a matrix is orthogonalized on one rank, not on all.
         stacks = 3 * (len(counts) if all(p in (Shard(0), Replicate()) for p in placements) else 1)
         assert sum(counts) == 3 * (len(SHAPES) - 1) + stacks
         assert max(counts) - min(counts) <= 6  # one for each step, and kind of parameter

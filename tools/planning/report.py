@@ -145,7 +145,7 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
             "transfers overlap with computing, the update does not"
         )
     if plan.config.optimizer.name == "muon":
-        lines.append("not counted the products that orthogonalise Muon's matrices, and the memory of one of these")
+        lines.append("not counted the products that orthogonalize Muon's matrices, and the memory of one of these")
     if "." in plan.config.optimizer.name:
         lines.append(f"not counted the memory that a step of {plan.config.optimizer.name} needs beyond its states")
     return lines

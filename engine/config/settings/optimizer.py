@@ -36,7 +36,7 @@ class MuonConfig:
     learning rates apply (Moonlight). spectral: sqrt(max(1, rows / columns)) of the original Muon; its learning rates
     are about 0.02, and ``optimizer.groups`` then gives AdamW's parameters theirs."""
     newton_schulz_steps: int = 5
-    """Iterations that orthogonalise a matrix."""
+    """Iterations that orthogonalize a matrix."""
     newton_schulz_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Dtype of these iterations, and of the matrices that ranks exchange. auto: bf16 on a GPU, fp32 on a CPU."""
     exclude: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class OptimizerConfig:
     """Global gradient norm above which gradients are scaled down. 0: no clipping."""
     child_tuning: float | None = None
     """Probability with which an element of a parameter keeps its gradient in a step; the gradients that are kept are
-    divided by it (child-tuning without a task). Regularises a run on a small corpus. Null: all gradients are kept."""
+    divided by it (child-tuning without a task). Regularizes a run on a small corpus. Null: all gradients are kept."""
     groups: list[ParameterGroupConfig] = field(default_factory=list)
     """Parameters with other learning rates or weight decays, by patterns of their names."""
     muon: MuonConfig = field(default_factory=MuonConfig)
