@@ -1,4 +1,4 @@
-"""Orthogonalise matrices by the Newton-Schulz iteration of Muon."""
+"""Orthogonalize matrices by the Newton-Schulz iteration of Muon."""
 
 from __future__ import annotations
 
