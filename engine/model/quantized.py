@@ -201,6 +201,7 @@ def load_each(layers: Mapping[str, QuantizedLoraLinear], load: Callable[[dict[st
         weight = torch.empty(layer.out_features, layer.in_features, dtype=layer.computes_in, device=layer.device)
         load({name: weight})
         layer.quantize_(weight)
+        del weight  # before the next one is allocated
 
 
 def stand_ins(layers: Mapping[str, QuantizedLoraLinear]) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     if needed > available:
         raise UserError(
             f"model: ({total:,} parameters x {per_weight:.4g} bytes + {trained:,} trainable ones x {per_trained:.4g} "
-            f"bytes of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
-            "rank, which has "
+            f"bytes of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for "
+            "each rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 
