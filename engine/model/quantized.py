@@ -22,7 +22,7 @@ from .lora import LoraLinear
 
 NF4_BLOCK, SCALE_BLOCK = 64, 256
 """Elements of a matrix that share a scale, and scales that share a scale of scales (double quantization), as in the
-paper's section 4."""
+paper's section 3."""
 
 Buffers = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shapes and dtypes by name."""
