@@ -45,7 +45,7 @@ class QuantizedLoraLinear(LoraLinear):
 
     @property
     @abstractmethod
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The [out, in] matrix in :attr:`computes_in`, computed from the codes at each access."""
 
     @property
