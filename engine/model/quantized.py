@@ -99,7 +99,7 @@ class Nf4LoraLinear(QuantizedLoraLinear):
 
     @property
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """See :class:`QuantizedLoraLinear`."""
         functional = import_bitsandbytes().functional
         of_scales = functional.QuantState(
@@ -142,7 +142,7 @@ class Int8LoraLinear(QuantizedLoraLinear):
 
     @property
     @torch.no_grad()
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """See :class:`QuantizedLoraLinear`."""
         return (self.int8 * (self.scales / 127)[:, None]).to(self.computes_in)
 
