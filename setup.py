@@ -19,6 +19,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "__init__.py").read_text(e
 EXTRAS = {
     "gpu": ["flash-attn>=2.7", "triton>=3.2"],
     "fp8": ["torchao>=0.15"],
+    "qlora": ["bitsandbytes>=0.50"],
     "fast": ["fastokens==0.3.5"],  # young: its exactness was checked in this version
     "formats": ["pyarrow>=16", "openpyxl>=3.1", "pypdf[crypto]>=5.0", "lxml>=6.0"],
     "chat": ["jinja2>=3.1.6"],
@@ -49,6 +50,7 @@ EXTRAS = {
         "peft>=0.18",  # adapters of tests are compared with it
         "accelerate>=1.0",  # for peft
         "torchao>=0.15",  # 8-bit optimizers and weights are compared with it
+        "bitsandbytes>=0.50",  # for adapter.quantize_base
         "kernels",
         "triton>=3.6; sys_platform == 'linux'",
         "ruff>=0.9",
@@ -57,7 +59,7 @@ EXTRAS = {
     ],
 }
 # What users of any machine can install: no compiler, no GPU. swanlab and comet limit the versions of other packages.
-NOT_IN_ALL = ("gpu", "fp8", "docs", "dev", "swanlab", "comet")
+NOT_IN_ALL = ("gpu", "fp8", "qlora", "docs", "dev", "swanlab", "comet")
 EXTRAS["all"] = sorted({each for name in EXTRAS if name not in NOT_IN_ALL for each in EXTRAS[name]})
 
 

@@ -25,7 +25,7 @@ EXTRA_OF = {
     **{"flash_attn": "gpu", "triton": "gpu", "matplotlib": "benchmarks", "psutil": "benchmarks"},
     **{"datasets": "hub", "datatrove": "datatrove"},
     **{"wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio", "swanlab": "swanlab", "comet_ml": "comet"},
-    **{"lm_eval": "eval", "accelerate": "eval", "prometheus_client": "prometheus"},
+    **{"lm_eval": "eval", "accelerate": "eval", "prometheus_client": "prometheus", "bitsandbytes": "qlora"},
 }
 """Modules of optional packages, and the extra of setup.py that installs each."""
 _ROOT = Path(__file__).resolve().parents[1]

@@ -14,6 +14,7 @@ from .model import lora
 from .model.adapters import AdapterParameters
 from .model.architecture import Architecture
 from .model.implementations import meta_model
+from .model.quantized import QuantizedLoraLinear, load_each, shown_as_parameters, stand_ins
 from .optim import TrainingOptimizer, allocate_states
 from .parallel.data_parallel import copy_full_
 from .parallel.forward_backward import ModelParts
@@ -91,7 +92,8 @@ class RandomStart(Start):
     def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         for decoder in model.decoders:
-            decoder.initialize_(self.seed, copy_full_)
+            with shown_as_parameters(decoder, copy_full_) as copy_:
+                decoder.initialize_(self.seed, copy_)
         return []
 
     def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
@@ -116,18 +118,22 @@ class HuggingFaceStart(Start):
 
     def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
         """See :class:`Start`."""
-        return self._read({name: tensor for name, tensor in model_tensors(model).items() if name in names})
+        tensors = {name: tensor for name, tensor in model_tensors(model).items() if name in names}
+        return self._read(tensors, model.quantized_layers)
 
     def content_hash(self) -> str:
         """See :class:`Start`."""
         return content_hash(self.weights.weights)
 
-    def _read(self, tensors: dict[str, Tensor]) -> list[str]:
+    def _read(self, tensors: dict[str, Tensor], layers: Mapping[str, QuantizedLoraLinear] | None = None) -> list[str]:
         assert self.folder is not None
         where = f"weights     {self.folder}: "
         lines = [line if line.startswith("note: ") else where + line for line in self.weights.notes]
-        lines += check_casts(self.folder, self.weights.parameters.tensors, tensors, resuming=False)
+        layers = layers or {}
+        wanted = {**tensors, **stand_ins(layers)}
+        lines += check_casts(self.folder, self.weights.parameters.tensors, wanted, resuming=False)
         load_hf_tensors(self.weights, tensors)
+        load_each(layers, lambda some: load_hf_tensors(self.weights, some))
         return lines
 
 
@@ -149,18 +155,24 @@ class CheckpointStart(Start):
 
     def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
         """See :class:`Start`."""
-        return self._read({name: tensor for name, tensor in model_tensors(model).items() if name in names})
+        tensors = {name: tensor for name, tensor in model_tensors(model).items() if name in names}
+        return self._read(tensors, model.quantized_layers)
 
     def content_hash(self) -> str:
         """See :class:`Start`."""
         names = [name for name in self.parts.tensors if not name.startswith(STATE_PREFIXES)]
         return content_hash(self.parts.only(names))
 
-    def _read(self, tensors: Mapping[str, Tensor]) -> list[str]:
+    def _read(
+        self, tensors: Mapping[str, Tensor], layers: Mapping[str, QuantizedLoraLinear] | None = None
+    ) -> list[str]:
         assert self.folder is not None
+        folder, layers = self.folder, layers or {}
         require_model_tensors(self.folder, self.parts.tensors, meta_model(self.architecture))
-        casts = check_casts(self.folder, self.parts.tensors, tensors, resuming=self.resumed_from is not None)
-        load_tensors(self.folder, tensors, opened=self.parts)
+        wanted = {**tensors, **stand_ins(layers)}
+        casts = check_casts(folder, self.parts.tensors, wanted, resuming=self.resumed_from is not None)
+        load_tensors(folder, tensors, opened=self.parts)
+        load_each(layers, lambda some: load_tensors(folder, some, opened=self.parts))
         return casts
 
 

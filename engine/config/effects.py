@@ -86,7 +86,7 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            *("adapter.modules_to_save", "adapter.export"),
+            *("adapter.modules_to_save", "adapter.export", "adapter.quantize_base"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",

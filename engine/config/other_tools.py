@@ -78,6 +78,8 @@ LORA = {
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), "adapter.rslora"),
     **dict.fromkeys(("use_dora", "peft_use_dora"), "adapter.dora"),
     **dict.fromkeys(("finetuning_type", "use_lora", "peft_type"), "adapter.kind"),
+    **dict.fromkeys(("load_in_4bit", "quantization_bit", "bnb_4bit_quant_type"), "adapter.quantize_base"),
+    "load_in_8bit": "adapter.quantize_base: int8",
     **dict.fromkeys(("additional_target", "lora_modules_to_save"), "adapter.modules_to_save"),
 }
 LLAMA_FACTORY = {

@@ -69,7 +69,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        base = super().forward(x)
+        base = self.base_product(x, self.bias)
         dropped = x if self.dropout is None else self.dropout(x)
         update = self.lora_B(self.lora_A(dropped) * self.scaling)
         if self.lora_magnitude_vector is None:
@@ -77,10 +77,14 @@ class LoraLinear(nn.Linear):
         ratio = self.lora_magnitude_vector.float() / self._row_norms()
         # As differences from the base, which bf16 represents well.
         if dropped is not x:
-            directed = F.linear(dropped, self.weight)
+            directed = self.base_product(dropped, None)
         else:
             directed = base if self.bias is None else base - self.bias
         return base + (ratio - 1).to(base.dtype) * directed + ratio.to(base.dtype) * update
+
+    def base_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product [..., out] of ``x`` [..., in] and the frozen matrix, plus ``bias``."""
+        return F.linear(x, self.weight, bias)
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
@@ -88,10 +92,10 @@ class LoraLinear(nn.Linear):
 
         They count as constants in the backward pass (Liu et al., 2024, https://arxiv.org/abs/2402.09353, section 4.3).
         """
-        a, b = self.lora_A.weight, self.lora_B.weight.float()
-        both = (self.weight @ a.t()).float() * b
+        weight, a, b = self.weight, self.lora_A.weight, self.lora_B.weight.float()
+        both = (weight @ a.t()).float() * b
         square = (b @ (a.float() @ a.float().t())) * b
-        total = row_norms(self.weight).square() + 2 * self.scaling * both.sum(1) + self.scaling**2 * square.sum(1)
+        total = row_norms(weight).square() + 2 * self.scaling * both.sum(1) + self.scaling**2 * square.sum(1)
         return total.clamp(min=0).sqrt()
 
 

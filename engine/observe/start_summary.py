@@ -155,6 +155,8 @@ def _describe_adapter(run: Run) -> list[str]:
     dropout = f", dropout {config.dropout:g}" if config.dropout else ""
     saved = f"; {len(parameters.saved)} parameters of the base train fully" if parameters.saved else ""
     dtypes = f"{run.config.training.weight_dtype} trained, {run.config.training.precision} frozen"
+    if config.quantize_base != "none":
+        dtypes += f", its adapted matrices in {config.quantize_base}"
     return [
         f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
         f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",

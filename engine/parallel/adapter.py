@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from ..config.packages import require_quantization
 from ..config.settings import AdapterConfig, RunConfig, to_dict
 from ..errors import UserError
 from ..model.adapters import AdapterParameters, adapter_parameters
@@ -22,11 +23,13 @@ from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from ..model.lora import LoraLinear, TokenDropout, TokenNumbers
+from ..model.quantized import hold_quantized, quantized_bytes
 from . import pipeline
 
 
-def check(architecture: Architecture, config: RunConfig) -> None:
-    """Refuse patterns that match nothing, and layouts in which some rank would have no trainable parameters.
+def check(architecture: Architecture, config: RunConfig, world_size: int) -> None:
+    """Refuse patterns that match nothing, layouts in which some rank would have no trainable parameters, and a
+    quantized base where it is not implemented.
 
     Raises:
         UserError: names the setting.
@@ -39,6 +42,7 @@ def check(architecture: Architecture, config: RunConfig) -> None:
             "training.float8 is true with adapter.kind lora: products in float8 are not implemented for adapters; set "
             "training.float8 to false"
         )
+    _check_quantized(config, world_size)
     if parallel.pipeline == 1:
         return
     if parallel.pipeline_schedule.endswith("zero_bubble"):
@@ -56,6 +60,33 @@ def check(architecture: Architecture, config: RunConfig) -> None:
             )
 
 
+def _check_quantized(config: RunConfig, world_size: int) -> None:
+    kind, offload = config.adapter.quantize_base, config.parallel.cpu_offload
+    if kind == "none":
+        return
+    require_quantization(config.adapter)
+    if world_size > 1:
+        raise UserError(
+            f"adapter.quantize_base is {kind} on {world_size} ranks, but a quantized matrix is not divided over ranks; "
+            "use one rank, or set it to none and share the base by parallel.shard"
+        )
+    if offload:
+        raise UserError(
+            f"adapter.quantize_base is {kind}, but parallel.cpu_offload is {_shown(offload)}, and a quantized base "
+            "stays on the device; set one of them back"
+        )
+
+
+def base_bytes(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes of the weights of the base as they are held: in the compute dtype, or quantized."""
+    itemsize, kind = DTYPES[config.training.precision].itemsize, config.adapter.quantize_base
+    if kind == "none":
+        return architecture.num_parameters * itemsize
+    sizes = [(m.out_features, m.in_features) for m in adapter_parameters(architecture, config.adapter).modules.values()]
+    elements = sum(out_features * in_features for out_features, in_features in sizes)
+    return (architecture.num_parameters - elements) * itemsize + sum(quantized_bytes(kind, *size) for size in sizes)
+
+
 def apply(model: LanguageModel, config: RunConfig, device: torch.device) -> None:
     """Give ``model`` (on the meta device) the configured adapter; call after tensor parallelism, before sharding.
 
@@ -67,8 +98,8 @@ def apply(model: LanguageModel, config: RunConfig, device: torch.device) -> None
     if config.adapter.kind is None:
         return
     parameters = adapter_parameters(model.architecture, config.adapter)
-    _attach(model, parameters, config.seed, device)
     compute_dtype = DTYPES[config.training.precision]
+    _attach(model, parameters, config.seed, device, compute_dtype)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{prefix}.{name}"
@@ -77,7 +108,9 @@ def apply(model: LanguageModel, config: RunConfig, device: torch.device) -> None
     model.base_names = frozenset(parameters.frozen)
 
 
-def _attach(model: LanguageModel, parameters: AdapterParameters, seed: int, device: torch.device) -> None:
+def _attach(
+    model: LanguageModel, parameters: AdapterParameters, seed: int, device: torch.device, compute_dtype: torch.dtype
+) -> None:
     config, names = parameters.config, {module: name for name, module in model.named_modules()}
     for block in model.blocks:
         numbers = TokenNumbers()
@@ -86,7 +119,10 @@ def _attach(model: LanguageModel, parameters: AdapterParameters, seed: int, devi
             assert isinstance(module, nn.Linear)
             size = parameters.modules[name].in_features
             dropout = TokenDropout(config.dropout, numbers, seed, name, size, device) if config.dropout else None
-            _split_like_base(LoraLinear.attach(module, config.rank, parameters.scaling, config.dora, dropout))
+            adapted = LoraLinear.attach(module, config.rank, parameters.scaling, config.dora, dropout)
+            _split_like_base(adapted)
+            if config.quantize_base != "none":
+                hold_quantized(adapted, config.quantize_base, compute_dtype)
         if found and config.dropout:
             model.before_block(block, numbers.see)
 
@@ -110,7 +146,7 @@ def _split_like_base(linear: LoraLinear) -> None:
             module.register_parameter(name, nn.Parameter(part))
 
 
-_MEANING = ("kind", "rank", "alpha", "targets", "rslora", "dora", "modules_to_save")
+_MEANING = ("kind", "rank", "alpha", "targets", "rslora", "dora", "modules_to_save", "quantize_base")
 """Settings that determine which parameters a checkpoint holds, and what they compute."""
 
 

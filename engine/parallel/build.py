@@ -74,7 +74,7 @@ def check(
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config, architecture)
-    adapter.check(architecture, config)
+    adapter.check(architecture, config, world_size)
     groups.check(config.optimizer, trainable.learned(architecture, config))
     _check_offload(parallel, world_size)
     activation_offload.check(config)

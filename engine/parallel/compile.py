@@ -35,6 +35,13 @@ def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> 
             "document, which this run uses for attention, cannot be compiled inside a recomputed block; set "
             "parallel.recompute to none or training.compile to auto"
         )
+    quantized = config.adapter.quantize_base
+    if choice == "on" and quantized != "none":
+        raise UserError(
+            f"training.compile is on, but adapter.quantize_base is {quantized}, whose products are not compiled; set "
+            "training.compile to auto"
+        )
+    breaks = breaks or quantized != "none"
     return choice == "on" or (choice == "auto" and device.type == "cuda" and not breaks)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...kernels.attention import Choice
 from ..batch import Batch
 from ..model.language_model import LanguageModel, Loss
+from ..model.quantized import QuantizedLoraLinear, quantized_layers
 from .data_parallel import DataParallel
 from .mesh import Mesh
 
@@ -80,6 +81,11 @@ class ModelParts:
     def base_names(self) -> frozenset[str]:
         """The names of parameters that checkpoints do not contain, see :attr:`LanguageModel.base_names`."""
         return frozenset().union(*(decoder.base_names for decoder in self.decoders))
+
+    @property
+    def quantized_layers(self) -> dict[str, QuantizedLoraLinear]:
+        """Layers that hold a matrix of the base in few bits, by the name of the matrix; it is no parameter."""
+        return {name: layer for decoder in self.decoders for name, layer in quantized_layers(decoder).items()}
 
     def blocks(self) -> Iterator[nn.Module]:
         """Return the transformer blocks of this rank."""

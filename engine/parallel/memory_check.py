@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
 from ..system import total_memory
+from . import adapter as adapters
 from . import trainable
 from .layout import plan_layout
 
@@ -34,19 +35,19 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     training, adapter = config.training, config.adapter
     total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
     weight_bytes = DTYPES[training.weight_dtype].itemsize
-    per_weight = weight_bytes
+    per_weight: float = weight_bytes
     per_trained = weight_bytes + trainable.state_bytes(architecture, config) / trained + training.average_bytes
-    if adapter.kind is not None:  # weights of the base have the dtype of the computation
-        per_weight, per_trained = DTYPES[training.precision].itemsize, weight_bytes + per_trained
+    if adapter.kind is not None:  # weights of the base have the dtype of the computation, or few bits
+        per_weight, per_trained = adapters.base_bytes(architecture, config) / total, weight_bytes + per_trained
     needed = int(total * per_weight + trained * per_trained) // sharing
     on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
     available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
     if needed > available:
         raise UserError(
-            f"model: ({total:,} parameters x {per_weight} bytes + {trained:,} trainable ones x {per_trained:.4g} bytes "
-            f"of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for each "
-            "rank, which has "
+            f"model: ({total:,} parameters x {per_weight:.4g} bytes + {trained:,} trainable ones x {per_trained:.4g} "
+            f"bytes of gradients and optimizer states) / {sharing} ranks that share them = {needed / 1e9:,.1f} GB for "
+            "each rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
 

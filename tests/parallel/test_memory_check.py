@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from retemper.engine.config.settings import (
+    AdapterConfig,
     DataConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -66,6 +67,19 @@ def test_counts_what_training_keeps_for_each_parameter(monkeypatch: pytest.Monke
     ):
         assert not refused(a_run(trainable=selection), 4 * number + 12 * trained, monkeypatch)
         assert refused(a_run(trainable=selection), 4 * number + 12 * trained - 1, monkeypatch)
+
+
+def test_a_quantized_base_counts_with_its_codes_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: of every matrix of the blocks 4 bits, a byte per 64 elements, and 4 bytes per 64 x 256."""
+    quantized = AdapterConfig(kind="lora", rank=4, quantize_base="nf4")
+    run = replace(a_run(precision="bf16"), adapter=quantized)
+    layer = [*[(64, 64)] * 4, *[(64, 128)] * 3]
+    elements = 2 * sum(a * b for a, b in layer)
+    codes = 2 * sum(a * b // 2 + a * b // 64 + 4 * 1 + 4 + 4 * (16 + 256) for a, b in layer)
+    adapter = 16 * 2 * sum(4 * (a + b) for a, b in layer)
+    needed = 2 * (SMALL.num_parameters - elements) + codes + adapter
+    assert not refused(run, needed, monkeypatch)
+    assert refused(run, needed - 2, monkeypatch)
 
 
 def test_ranks_share_what_is_sharded_and_the_memory_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

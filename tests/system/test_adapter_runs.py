@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from retemper.engine import pretrain
 from retemper.engine.errors import UserError
+from retemper.engine.weights.base_identity import content_hash
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.checkpoint.tensors import stored_tensors
+from retemper.engine.weights.hugging_face.initial import open_weights
 
 STEPS = 8
 SAVED = {"model.norm.weight"}
@@ -94,6 +96,22 @@ def test_resumed_bitwise_from_a_base_in_other_files(one_rank, run_file, options,
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_base_is_resumed_bitwise(kind, one_rank, run_file, options, base, tmp_path):
+    """The codes are computed again from the base, whose hash is that of its files, and are in no checkpoint."""
+    options = [*options, "--adapter.quantize_base", kind]
+    undisturbed, resumed = (tmp_path / name for name in ("undisturbed", "resumed"))
+    tiny_run.train(one_rank, run_file, [*options, "--run_folder", str(undisturbed)])
+    tiny_run.train_until(one_rank, run_file, [*options, "--run_folder", str(resumed)], 5)
+    tiny_run.train(one_rank, run_file, [*options, "--run_folder", str(resumed)])
+    assert tiny_run.curve(resumed) == tiny_run.curve(undisturbed)
+    assert_same_end(resumed, undisturbed)
+    stored = stored_tensors(checkpoint(undisturbed, STEPS))
+    learns = {name for name in stored if not name.startswith("optimizer.")}
+    assert len(learns) == 3 * 2 * 7 + len(SAVED)
+    assert read_manifest(checkpoint(undisturbed, STEPS)).base["hash"] == content_hash(open_weights(base).weights)
+
+
 def test_another_base_is_refused(one_rank, run_file, options, undisturbed, base, tmp_path):
     elsewhere = in_one_file(base, tmp_path / "base", change=1.0)
     run = ["--run_folder", str(tiny_run.copy_of(undisturbed, tmp_path / "run")), "--training.train_tokens", "2560"]
@@ -108,6 +126,7 @@ def test_another_base_is_refused(one_rank, run_file, options, undisturbed, base,
         ("alpha 1", "adapter.alpha is 1", "with 32"),
         ("dora false", "adapter.dora is false", "with true"),
         ("targets ['*.q_proj']", "adapter.targets is ['*.q_proj']", "with ['*_proj']"),
+        ("quantize_base nf4", "adapter.quantize_base is nf4", "with none"),
         ("modules_to_save []", "adapter.modules_to_save is []", "with ['model.norm']"),
     ],
 )

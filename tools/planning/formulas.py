@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
 from ...engine.observe.flops import flops_per_token
-from ...engine.parallel import trainable
+from ...engine.parallel import adapter, trainable
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches
 from .options import ClusterSpec
@@ -55,8 +55,8 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     num_trained = _num_trained(config, architecture)
     mine, trained = architecture.num_parameters / split, num_trained / split
     weight, adapted = bytes_of(config.training.weight_dtype), config.adapter.kind is not None
-    # Of an adapter, the base is held in the compute dtype, and what is trained in the dtype of weights.
-    weights = 2 * mine + weight * trained if adapted else weight * mine
+    # Of an adapter, the base is held in the compute dtype or quantized, and what is trained in the dtype of weights.
+    weights = adapter.base_bytes(architecture, config) / split + weight * trained if adapted else weight * mine
     ranks = layout.shard * layout.context
     per_trained = trainable.state_bytes(architecture, config) / num_trained + config.training.average_bytes
     states = (weights + trained * per_trained) / ranks

@@ -83,6 +83,7 @@ GPUS = {
         # NVIDIA's GA102, AD102 and GB202 architecture papers, tensor cores with accumulation in fp32.
         Gpu("rtx-3090-24gb", 71e12, int(23.6 * GiB), 0.936e12, _PCIE4, _SHARED_NETWORK, (8, 6)),
         Gpu("rtx-4090-24gb", 165.2e12, int(23.6 * GiB), 1.008e12, _PCIE4, _SHARED_NETWORK, (8, 9)),
+        Gpu("rtx-4080-16gb", 97.5e12, int(15.6 * GiB), 0.7168e12, _PCIE4, _SHARED_NETWORK, (8, 9)),
         Gpu("rtx-5090-32gb", 209.5e12, int(31.3 * GiB), 1.792e12, _PCIE5, _SHARED_NETWORK, (12, 0)),
         # AMD Instinct MI300X, MI325X and MI355X data sheets: seven links of 64 (MI355X: 76.8) GB/s in one direction.
         Gpu("mi300x-192gb", 1307.4e12, int(191.6 * GiB), 5.3e12, 448e9, 50e9, (9, 4)),

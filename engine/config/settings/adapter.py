@@ -34,6 +34,9 @@ class AdapterConfig:
     dora: bool = False
     """Also train the length of every row of the adapted matrices, apart from its direction (DoRA, arXiv 2402.09353).
     Often better at low ranks; every pass computes the adapted matrices, which costs time and memory."""
+    quantize_base: Literal["none", "nf4", "int8"] = "none"
+    """Format of the frozen matrices of layers with an adapter, on one rank; needs bitsandbytes. nf4: 4 bits with double
+    quantization (QLoRA, arXiv 2305.14314). int8: 8 bits, closer to the base. Every pass computes them again."""
     export: Literal["merged", "peft", "both"] = "merged"
     """What ``checkpoint.export_hf`` writes at the end of the run. merged: the model with the adapter added to its
     weights, in ``hf/``. peft: the adapter alone as a folder of PEFT, in ``peft/``. both: both."""

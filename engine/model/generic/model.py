@@ -116,7 +116,8 @@ class TransformersModel(LanguageModel):
         kept = [(module._buffers, dict(module._buffers)) for module in self.modules()]
         super().materialize(device, weights_device)
         for buffers, values in kept:
-            buffers.update({name: value if value is None else value.to(device) for name, value in values.items()})
+            valued = {name: value for name, value in values.items() if value is None or not value.is_meta}
+            buffers.update({name: value if value is None else value.to(device) for name, value in valued.items()})
         for name in self.constants:
             owner, _, attribute = name.rpartition(".")
             constant = self.get_parameter(name).to(device)

@@ -69,7 +69,11 @@ def test_memory_and_operations_are_those_of_the_formulas(run_file: Path, pool: D
 
 @pytest.mark.parametrize(
     "overrides",
-    ["", pytest.param("--adapter.dora true --adapter.modules_to_save [lm_head]", marks=pytest.mark.slow)],
+    [
+        "",
+        "--adapter.quantize_base nf4",
+        pytest.param("--adapter.dora true --adapter.modules_to_save [lm_head]", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_of_one_rank_is_what_the_allocator_gives(overrides: str, run_file: Path, pool: DryRunPool) -> None:
     spec = plan_runs.spec_of(plan_runs.configure(run_file, f"{ADAPTER} {overrides}"), 1)
@@ -116,4 +120,11 @@ def test_formulas_and_checkpoints_know_the_adapter(run_file: Path, pool: DryRunP
     assert 0.5 * plan.peak_bytes < rough < plan.peak_bytes
     assert rough_prediction(config, Layout(), cluster).step == pytest.approx(plan.prediction.step, rel=0.15)
     whole = replace(config, adapter=replace(config.adapter, kind=None))
+    quantized = replace(config, adapter=replace(config.adapter, quantize_base="nf4"))
+    matrices = adapter_parameters(spec.architecture, config.adapter).modules.values()
+    elements = sum(linear.in_features * linear.out_features for linear in matrices)
+    saved = rough - rough_memory(quantized, Layout(), cluster, calibration)
+    tables = len(matrices) * 4 * (16 + 256 + 1)  # of the values of both kinds of codes, and the mean of the scales
+    # 4.127 bits per element: section 3 of the QLoRA paper.
+    assert saved == pytest.approx((2 - 4.127 / 8) * elements - tables, rel=1e-3)
     assert rough < 0.6 * rough_memory(whole, Layout(), cluster, calibration)
