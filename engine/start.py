@@ -194,8 +194,9 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
         assets = with_dtype(assets, dtypes_of(weights.parameters.tensors, weights.architecture.float32_tensors))
     assert assets.config is not None
     keep = config.checkpoint
-    if keep.export_hf or keep.export_best or keep.model_folders == "on":
-        _require_exportable(assets.config, assets, where)
+    asked = {"export_hf": keep.export_hf, "export_best": keep.export_best, "model_folders": keep.model_folders == "on"}
+    for key in [name for name, value in asked.items() if value][:1]:
+        _require_exportable(f"checkpoint.{key}", assets.config, assets, where)
     if weights is not None:
         return HuggingFaceStart(assets, weights.architecture, folder, weights=weights)
     if folder is None:
@@ -260,15 +261,15 @@ def _require_peft_form(config: RunConfig, base: Start, parameters: AdapterParame
         raise UserError(f"adapter.export is {config.adapter.export}: {error}") from None
 
 
-def _require_exportable(config: dict[str, Any], assets: HfAssets, where: str) -> None:
-    """Refuse now what the export at the end of the run would refuse."""
+def _require_exportable(key: str, config: dict[str, Any], assets: HfAssets, where: str) -> None:
+    """Refuse now what the export at the end of the run, which the setting ``key`` asks for, would refuse."""
     declared_dtype(text_config_of(config)[0], where)  # in which it writes the weights
     carried = Carried.in_checkpoint(assets, Path(where).parent.parent)
     if carried is not None:
         try:
             carried.open()
         except UserError as error:
-            raise UserError(f"the export at the end of the run: {error}") from None
+            raise UserError(f"{key}: {error}") from None
 
 
 def _register_code(model: ModelConfig, folder: str | None) -> Path | None:

@@ -181,7 +181,10 @@ def test_a_job_that_pdsh_started_is_ended_by_its_number(fakes, tmp_path):
     job = settings.job(0)
     started = pdsh.start(HOSTS[0], sys.executable, job)
     assert started.stdout is not None and started.stdout.readline() == b"ready\n"
-    assert node._pid_path(job["id"]).exists()
+    deadline = time.monotonic() + 20
+    while not node._pid_path(job["id"]).exists():  # written just after the job has started
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     pdsh.signal(HOSTS[0], sys.executable, job, started, "TERM")
     assert started.wait(timeout=20) == 0 and started.stdout.read() == b"saved\n"
     assert not node._pid_path(job["id"]).exists() and node.send_signal(job["id"], "TERM") == 1

@@ -30,7 +30,7 @@ def test_embeddings(models) -> None:
     expected = hf.get_input_embeddings()(tokens)
     if family == "granite":
         expected = expected * hf.config.embedding_multiplier
-    assert torch.equal(ours.model._embed(tokens), expected)
+    assert torch.equal(ours.model._embed(Batch.of_documents(tokens, [50])), expected)
 
 
 def test_norms(models) -> None:
