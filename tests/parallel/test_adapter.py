@@ -25,7 +25,7 @@ def options_of(adapter: str, layout: str = "") -> list[str]:
     for section, settings in (("adapter", adapter), ("parallel", layout)):
         for setting in settings.split():
             key, value = setting.split("=", 1)
-            place = "training" if key == "compile" else section
+            place = "training" if key in ("compile", "micro_batch_size") else section
             options += [f"--{place}.{key}", value]
     return options
 
@@ -79,7 +79,7 @@ def test_two_ranks_give_the_numbers_of_one(adapter, layout, two_ranks, reference
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tensor=2 shard=2", "context=2 tensor=2", "pipeline=2 shard=2"])
+@pytest.mark.parametrize("layout", ["tensor=2 shard=2", "context=2 tensor=2", "pipeline=2 shard=2 micro_batch_size=1"])
 def test_four_ranks_give_the_numbers_of_one(layout, four_ranks, reference):
     path, expected = reference("dora")
     assert_same(parity_run.joined(four_ranks.run(parity_run.five_steps, path, options_of(DORA, layout))), expected)
