@@ -68,6 +68,12 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
             return value
         return value * (some + steps * (others - some)) / some
 
+    def most_of(phase: str) -> dict[str, float]:
+        """Return the most of each kind in a phase; some small tensors exist only with one more micro-batch."""
+        most = _mixed(first.phase_most[phase], second.phase_most[phase], line)
+        added = more[0].phase_most[phase] if more else first.phase_most[phase]
+        return {kind: value + max(0.0, added[kind] - first.phase_most[phase][kind]) for kind, value in most.items()}
+
     few, many = _few_micro_batches(spec.config, spec.layout)
     counts = [_num_micro_batches(config, spec.layout) for config in (spec.config, few, many)]
     steps = (counts[0] - counts[1]) / (counts[2] - counts[1])
@@ -87,7 +93,7 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         line(first.trained, second.trained),
         _mixed(first.kept, second.kept, line),
         {name: _mixed(first.peaks[name], second.peaks[name], line) for name in first.peaks},
-        {name: _mixed(first.phase_most[name], second.phase_most[name], line) for name in first.phase_most},
+        {name: most_of(name) for name in first.phase_most},
         scaled(line(first.flops, second.flops), first.flops, more[0].flops if more else 0.0),
         collectives,
         scaled(
