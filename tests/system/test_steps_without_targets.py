@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.tensor import DTensor
 
 from retemper.engine import pretrain
+from retemper.engine.config.settings import TrainingConfig
 from retemper.engine.errors import UserError
 from retemper.engine.guards.step_guard import MAX_STEPS_WITHOUT_TARGETS, StepGuard
 from retemper.engine.observe.metrics_file import MetricsFile
@@ -140,7 +140,7 @@ def test_what_a_run_says_and_saves(sparse, one_rank, run_file, tmp_path, capfd):
 
 
 def step_guard(config=None):
-    config = config or SimpleNamespace(max_skipped_steps=1, loss_spike_zscore=None, max_rewinds=3)
+    config = config or TrainingConfig(train_tokens=1, max_skipped_steps=1)
     return StepGuard(config, Ranks(0, 1, torch.device("cpu")), lambda: "no checkpoint has been written", print)
 
 
@@ -165,7 +165,7 @@ def test_too_many_in_a_row_end_the_run():
 
 
 def test_neither_spikes_nor_skipped_steps_take_notice_of_it():
-    config = SimpleNamespace(max_skipped_steps=1, loss_spike_zscore=5.0, max_rewinds=3)
+    config = TrainingConfig(train_tokens=1, max_skipped_steps=1, loss_spike_zscore=5.0)
     guard, norm = step_guard(config), torch.tensor(1.0)
     for step in range(40):
         guard.should_skip(step, torch.tensor(2.0 + step % 3), norm)
