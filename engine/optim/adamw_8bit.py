@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from ...kernels.random_bits import random_bits
 from ..errors import UserError, install_command
-from .elementwise import ElementwiseOptimizer, sent, write
+from .elementwise import ElementwiseOptimizer, write
 from .groups import BLOCK_SIZE
-from .local import local_part
+from .local import local_part, sent
 
 
 class AdamW8bit(ElementwiseOptimizer):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...kernels.random_bits import random_bits, stream_key
 from ..config.settings import TrainingConfig
 from ..model.dtypes import DTYPES
-from .local import local_part
+from .local import local_part, sent
 from .positions import row_chunks
 from .stochastic_rounding import round_stochastically
 
@@ -68,7 +68,7 @@ class WeightAverage:
                     mean.add_((now.float() - mean).mul_(share))
             return
         keys_P2 = torch.tensor([stream_key(self._seed, step, f"ema.{name}") for name, _ in self._parameters])
-        keys_P2 = _sent(keys_P2.to(torch.int32), share.device)
+        keys_P2 = sent(keys_P2.to(torch.int32), share.device)
         for number, (whole, parameter, average) in enumerate(self._locals()):
             self._update_rounded(whole, parameter, average, share, keys_P2[number])
 
@@ -110,7 +110,3 @@ def build_average(
     if config.ema_decay is None:
         return None
     return WeightAverage(named_parameters, config.ema_decay, DTYPES[config.ema_dtype], seed)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

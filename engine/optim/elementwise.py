@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ...kernels.random_bits import stream_key
 from .base import TrainingOptimizer
-from .local import local_part
+from .local import local_part, sent
 from .stochastic_rounding import round_stochastically
 
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
@@ -170,8 +170,3 @@ def shard_place(parameter: Tensor) -> tuple[int, int]:
     assert not sharded or parameter.ndim == 2, f"{parameter.placements} of {tuple(parameter.shape)}"
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return offset[0] * width + (offset[1] if sharded else 0), width
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor``, of the host, on ``device``, without a host sync."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

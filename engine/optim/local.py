@@ -1,7 +1,8 @@
-"""Return this rank's part of a tensor."""
+"""Return this rank's part of a tensor, and send small tensors to its device."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -9,3 +10,8 @@ from torch.distributed.tensor import DTensor
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of ``tensor`` that this rank holds: all of it, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor``, of the host, on ``device``, without a host sync."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
