@@ -122,7 +122,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     stop.exit_if_agreed()
     with report_if_slow("loading the weights", say), memory.explained(lambda: "the start, loading the weights"):
         casts = ranks.fail_together(lambda: start.load_into(model, optimizer))
-        casts += ranks.fail_together(lambda: load_average(start.folder if start.resumed_from else None, optimizer))
+        casts += ranks.fail_together(lambda: load_average(start.folder, start.resumed_tensors, optimizer))
 
     across, pinned = config.data.attend_across_documents, ranks.device.type == "cuda"
     data = TrainingData(catalog.train, order, plan, mesh.data_rank, architecture.vocab_size, across, pinned)

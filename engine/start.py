@@ -202,7 +202,9 @@ def open_start(config: RunConfig, found: StartFolder) -> Start:
     if folder is None:
         architecture = parse_architecture(assets.config, where, model.implementation)
         return RandomStart(assets, architecture, seed=config.seed)
-    parts, resumed_from = open_parameters(Path(folder), assets.config), found.manifest if found.resumes else None
+    assert found.manifest is not None
+    parts = open_parameters(Path(folder), found.manifest, assets.config)
+    resumed_from = found.manifest if found.resumes else None
     architecture = architecture_of_tensors(assets.config, where, parts.tensors, model.implementation)
     return CheckpointStart(assets, architecture, folder, resumed_from, parts=parts)
 

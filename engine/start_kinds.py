@@ -76,6 +76,11 @@ class Start(ABC):
         """For the manifests of checkpoints: ``folder`` and ``hash`` of the base of an adapter; empty without one."""
         return {}
 
+    @property
+    def resumed_tensors(self) -> TensorParts | None:
+        """The tensors of the checkpoint from which the run continues; None for a new run."""
+        return None
+
     def at_checkpoint(self, folder: Path, manifest: Manifest) -> Start:
         """Return the start of the same run from a later checkpoint of it, to which it rolls back."""
         parts = open_tensors(folder)
@@ -145,6 +150,11 @@ class CheckpointStart(Start):
     parts: TensorParts
     """The tensors of the checkpoint."""
 
+    @property
+    def resumed_tensors(self) -> TensorParts | None:
+        """See :class:`Start`."""
+        return None if self.resumed_from is None else self.parts
+
     def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
         if self.resumed_from is None:
@@ -190,6 +200,11 @@ class AdapterStart(Start):
     """The tensors of the checkpoint from which the run continues: of all that learns, and its optimizer states."""
     base_is_loaded: bool = False
     """Whether the model has the weights of the base, and only what learns is read."""
+
+    @property
+    def resumed_tensors(self) -> TensorParts | None:
+        """See :class:`Start`."""
+        return self.parts
 
     def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""

@@ -83,7 +83,7 @@ def roll_back(run: Run, rollback: Rollback) -> None:
     checkpoint, manifest = rollback.checkpoint, rollback.manifest
     earlier = run.ranks.fail_together(lambda: start.at_checkpoint(checkpoint, manifest))
     run.ranks.fail_together(lambda: earlier.load_into(run.model, run.optimizer))
-    run.say(*run.ranks.fail_together(lambda: load_average(earlier.folder, run.optimizer)))
+    run.say(*run.ranks.fail_together(lambda: load_average(earlier.folder, earlier.resumed_tensors, run.optimizer)))
     run.progress = rollback.progress
     run.validation.continue_from(manifest)
     run.guards.step_guard.load_state_dict(rollback.health)

@@ -18,7 +18,7 @@ from retemper.engine.weights.adapters.base import BaseRecord
 from retemper.engine.weights.adapters.opening import open_parameters
 from retemper.engine.weights.adapters.stored import StoredAdapter
 from retemper.engine.weights.checkpoint.assets import HfAssets
-from retemper.engine.weights.checkpoint.manifest import Manifest
+from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.weights.checkpoint.store import CheckpointStore
 from retemper.engine.weights.hugging_face.model import open_hf_model
 from retemper.engine.weights.saving import save_tensors
@@ -83,10 +83,11 @@ def save_adapter(base: Path, run_folder: Path, ranks: Ranks, start: Path | None 
     model = open_hf_model(base)
     tensors = random_adapter(model.architecture, CONFIG)
     states = {f"optimizer.exp_avg.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    opened = open_parameters(start, read_manifest(start), model.config) if start else model.weights
     manifest = Manifest(
         kind="training",
         step=3,
-        base=BaseRecord.of(start or base, open_parameters(start, model.config) if start else model.weights).to_dict(),
+        base=BaseRecord.of(start or base, opened).to_dict(),
         config={"model": {"initialize_from": str(base)}, "adapter": dataclasses.asdict(CONFIG)},
     )
     store = CheckpointStore(run_folder, ranks, keep_last=1, keep_best=False)

@@ -25,7 +25,6 @@ from ...engine.files.atomic import sync_file, sync_path
 from ...engine.files.outputs import open_new
 from .dataset_files import BIN, IDX, JSON, MASK, METADATA, refuse_existing_outputs
 from .hashed_file import FileArray, FileRange, HashedFile, IntegerSlices
-from .windows import sequence_lengths
 
 __all__ = ["FileArray", "FileRange", "IndexedDatasetWriter", "best_dtype"]
 
@@ -236,7 +235,7 @@ class IndexedDatasetWriter:
     def _add_single_sequences(self, lengths: IntegerSlices) -> None:
         """Append documents to the index, with one sequence each, or those of ``longest``, or none without tokens."""
         for part in slices(len(lengths)):
-            self._add_index(*sequence_lengths(lengths[part], self._longest))
+            self._add_index(*_sequence_lengths(lengths[part], self._longest))
 
     def _add_index(self, lengths: IntegerSlices, ends: IntegerSlices) -> None:
         """Append sequences, and documents that end after ``ends`` of these, to the index."""
@@ -315,3 +314,21 @@ def _check_size(part: FileRange, expected: int) -> None:
     size = min(part.stop, os.path.getsize(part.path)) - part.start
     if size != expected:
         raise ValueError(f"{os.fspath(part.path)}: {size} bytes, but its documents' lengths sum to {expected} bytes")
+
+
+def _sequence_lengths(
+    lengths: npt.NDArray[np.integer], longest: int | None
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Return the lengths of the sequences of documents of ``lengths`` [documents], and where each document's end.
+
+    A document is one sequence, or sequences of ``longest`` tokens and a last one of at most as many; one without tokens
+    has none.
+    """
+    if longest is None:
+        return lengths[lengths > 0], np.cumsum(lengths > 0)
+    counts = -(-lengths // longest)
+    ends = np.cumsum(counts)
+    sequences = np.full(int(counts.sum()), longest, np.int64)
+    filled = counts > 0
+    sequences[ends[filled] - 1] = lengths[filled] - (counts[filled] - 1) * longest
+    return sequences, ends

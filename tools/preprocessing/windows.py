@@ -108,21 +108,3 @@ def windows_of(options: PreprocessOptions, begin: tuple[int, ...]) -> Windows | 
             f"{len(begin)} tokens that documents begin with"
         )
     return windows
-
-
-def sequence_lengths(
-    lengths: npt.NDArray[np.integer], longest: int | None
-) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
-    """Return the lengths of the sequences of documents of ``lengths`` [documents], and where each document's end.
-
-    A document is one sequence, or sequences of ``longest`` tokens and a last one of at most as many; one without tokens
-    has none.
-    """
-    if longest is None:
-        return lengths[lengths > 0], np.cumsum(lengths > 0)
-    counts = -(-lengths // longest)
-    ends = np.cumsum(counts)
-    sequences = np.full(int(counts.sum()), longest, np.int64)
-    filled = counts > 0
-    sequences[ends[filled] - 1] = lengths[filled] - (counts[filled] - 1) * longest
-    return sequences, ends

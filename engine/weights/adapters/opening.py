@@ -109,17 +109,18 @@ def open_adapted(
     return AdaptedModel(folder, record, place, name, architecture, base, weights, adapter)
 
 
-def open_parameters(folder: Path, config: dict[str, Any]) -> TensorParts:
+def open_parameters(folder: Path, manifest: Manifest, config: dict[str, Any]) -> TensorParts:
     """Return the tensors of the checkpoint ``folder``; if it holds an adapter, the parameters of the merged model.
 
     Args:
         folder: of the checkpoint.
+        manifest: of the checkpoint.
         config: content of its ``config.json``.
 
     Raises:
         UserError: it cannot be read, or its base model is missing.
     """
-    manifest, stored = read_manifest(folder), open_tensors(folder)
+    stored = open_tensors(folder)
     return open_adapted(folder, manifest, stored, config).parameters if manifest.base else stored
 
 
@@ -146,7 +147,7 @@ def _open_base(
         return opened.architecture, opened.parameters, opened.weights
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    stored = open_parameters(folder, config)
+    stored = open_parameters(folder, read_manifest(folder), config)
     weights = stored.only(name for name in stored.tensors if not name.startswith(STATE_PREFIXES))
     architecture = architecture_of_tensors(config, where, weights.tensors, requested)
     model = meta_model(architecture)
