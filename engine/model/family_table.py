@@ -18,8 +18,8 @@ QkNorm = Literal["head", "full"]
 """Whether queries and keys are normalized per head, or over all heads together."""
 WindowPattern = Literal["none", "all", "qwen", "from_layer", "periodic", "without_rope"]
 """none: no layer has a window. all: every layer has. qwen: see ``use_sliding_window`` and ``max_window_layers``.
-from_layer: those from ``max_window_layers`` on. periodic: ``layer_types``, by default all but every n-th. without_rope: layers without rotary positions, if
-``use_sliding_window``."""
+from_layer: those from ``max_window_layers`` on. periodic: ``layer_types``, by default all but every n-th. without_rope:
+layers without rotary positions, if ``use_sliding_window``."""
 RopePattern = Literal["all", "by_layer_type", "windowed", "no_rope_layers"]
 """The layers with rotary positions. by_layer_type: all, but ``rope_parameters`` differ between layers with a window and
 without. windowed: those with a window. no_rope_layers: those with a 1 in that key, by default all but every n-th."""

@@ -1,4 +1,4 @@
-"""Linear layers of experts against their float64 reference: values, both gradients, the contract of the operators."""
+"""Linear layers of experts against their float64 reference: values, gradients, and contracts of the operators."""
 
 from __future__ import annotations
 
