@@ -358,13 +358,14 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Map [T, H] to [T, H]."""
-        chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
+        routing = self.gate(hidden_TH)
         if self.shared_expert is None:
-            return chosen_TH
+            return self.experts(hidden_TH, routing)
         shared_TH = self.shared_expert(hidden_TH)
         if self.shared_expert_gate is not None:
             shared_TH = self.shared_expert_gate(hidden_TH).sigmoid() * shared_TH
-        return chosen_TH + shared_TH
+        # Last, because recomputation stops before the last product.
+        return self.experts(hidden_TH, routing) + shared_TH
 
 
 def _feed_forward(architecture: DecoderArchitecture, number: int) -> FeedForward | MixtureOfExperts:
