@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,3 +32,38 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     Both are [..., F] of one dtype, which is returned. With silu this is SwiGLU, with gelu GeGLU.
     """
     return ACTIVATIONS[activation](gate) * up
+
+
+def weighted_gated(gate: Tensor, up: Tensor, weights: Tensor, activation: str = "silu") -> Tensor:
+    """Return :func:`gated` of ``gate`` and ``up``, each row times its weight.
+
+    Only the arguments are kept for the backward pass.
+
+    Args:
+        gate: [R, F].
+        up: [R, F] of the same dtype.
+        weights: [R] fp32.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Returns:
+        [R, F] in the dtype of ``gate``.
+    """
+    return _WeightedGated.apply(gate, up, weights, activation)
+
+
+class _WeightedGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up, weights)
+        ctx.activation = activation
+        return gated(gate, up, activation).mul_(weights[:, None].to(gate.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        gate, up, weights = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            product = gated(*leaves, ctx.activation)
+        grad_gate, grad_up = torch.autograd.grad(product, leaves, grad * weights[:, None].to(grad.dtype))
+        grad_weights = (grad * product.detach()).sum(-1, dtype=torch.float32).to(weights.dtype)
+        return grad_gate, grad_up, grad_weights, None

@@ -30,6 +30,8 @@ from ...kernels.rms_norm import rms_norm
 from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
+from .expert_settings import ExpertSettings
+from .experts import Experts, Router
 from .families import DecoderArchitecture
 from .language_model import Attend, ChangeEmbeddings, LanguageModel, Loss, SameInput
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
@@ -235,7 +237,7 @@ class Block(nn.Module):
         self.self_attn = Attention(architecture, number)
         self._add_norm(architecture, self._names.after_attention)
         self._add_norm(architecture, self._names.before_mlp)
-        self.mlp = FeedForward(architecture)
+        self.mlp = _feed_forward(architecture, number)
         self._add_norm(architecture, self._names.after_mlp)
 
     def _add_norm(self, architecture: DecoderArchitecture, name: str | None) -> None:
@@ -320,9 +322,9 @@ class Attention(SameInput):
 class FeedForward(SameInput):
     """Feed-forward layer; the activation of a gate may multiply the inner features."""
 
-    def __init__(self, architecture: DecoderArchitecture):
+    def __init__(self, architecture: DecoderArchitecture, inner: int):
         super().__init__()
-        hidden, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
+        hidden, bias = architecture.hidden_size, architecture.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias) if architecture.gated else None
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
@@ -339,6 +341,37 @@ class FeedForward(SameInput):
             return self.down_proj(ACTIVATIONS[self._activation](self.up_proj(hidden_TH)))
         gate, up = self.project(hidden_TH)
         return self.down_proj(gated(gate, up, self._activation))
+
+
+class MixtureOfExperts(nn.Module):
+    """Feed-forward layers of which a router chooses some for each token, and in some families one for all tokens."""
+
+    def __init__(self, architecture: DecoderArchitecture, settings: ExpertSettings):
+        super().__init__()
+        hidden = architecture.hidden_size
+        self.gate = Router(settings, hidden)
+        self.experts = Experts(settings, hidden, architecture.activation)
+        shared = settings.shared_intermediate_size
+        self.shared_expert = FeedForward(architecture, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if settings.shared_gate else None
+
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        """Map [T, H] to [T, H]."""
+        chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
+        if self.shared_expert is None:
+            return chosen_TH
+        shared_TH = self.shared_expert(hidden_TH)
+        if self.shared_expert_gate is not None:
+            shared_TH = self.shared_expert_gate(hidden_TH).sigmoid() * shared_TH
+        return chosen_TH + shared_TH
+
+
+def _feed_forward(architecture: DecoderArchitecture, number: int) -> FeedForward | MixtureOfExperts:
+    """Return the feed-forward layer of the block ``number``."""
+    settings = architecture.experts
+    if settings is not None and settings.layers[number]:
+        return MixtureOfExperts(architecture, settings)
+    return FeedForward(architecture, architecture.intermediate_size)
 
 
 _RMS_WEIGHT_OFFSETS = {"rms": None, "rms_fp32": 0.0, "rms_plus_one": 1.0}

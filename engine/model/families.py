@@ -16,6 +16,8 @@ from .config_file import INLINE
 from .config_keys import account_for_keys, require_known_keys, unread_keys
 from .config_reader import ConfigReader
 from .config_reader import NotNative as NotNative  # raised here; the reader of keys defines it
+from .expert_keys import read_experts
+from .expert_settings import ExpertSettings
 from .family_table import FAMILIES, BlockNorms, Family, NormKind, QkNorm
 from .layer_pattern import rotary_layers, sliding_windows
 from .rope_settings import RopeSettings, read_rope
@@ -70,6 +72,8 @@ class DecoderArchitecture(Architecture):
     """Factor of the attention scores; None: 1 / sqrt(head_dim)."""
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    experts: ExpertSettings | None = None
+    """The experts; None: every layer has one feed-forward layer."""
 
     @property
     def implementation(self) -> Implementation:
@@ -83,19 +87,50 @@ class DecoderArchitecture(Architecture):
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         norm = h * (1 + self.norm_bias)
         biases = (q + 2 * kv) * self.qkv_bias + h * self.output_bias
-        biases += (self._inner_projections * self.intermediate_size + h) * self.mlp_bias
         qk_norms = {None: 0, "head": 2 * d, "full": q + kv}[self.qk_norm]
         norms = sum(name is not None for name in self.block_norms) * norm + qk_norms
         embeddings = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return self.block_matrices + self.num_layers * (biases + norms) + embeddings + norm
+        vectors = self.num_layers * (biases + norms) + self._feed_forward_biases + norm
+        return self._attention_matrices + self._feed_forward_matrices(active=False) + vectors + embeddings
 
     @property
     def block_matrices(self) -> int:
         """See :class:`Architecture`."""
+        return self._attention_matrices + self._feed_forward_matrices(active=True)
+
+    def active_elements(self, shape: tuple[int, ...]) -> float:
+        """See :class:`Architecture`. Of stacked experts, those count that a token uses."""
+        elements = super().active_elements(shape)
+        if len(shape) == 3 and self.experts is not None:
+            return elements * self.experts.per_token / self.experts.num_experts
+        return elements
+
+    @property
+    def _attention_matrices(self) -> int:
         h, d = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        mlp = (self._inner_projections + 1) * h * self.intermediate_size
-        return self.num_layers * (h * (q + 2 * kv) + q * h + mlp)
+        return self.num_layers * (h * (q + 2 * kv) + q * h)
+
+    def _feed_forward_matrices(self, active: bool) -> int:
+        """Return the elements of the feed-forward layers, of all experts or only of those that a token uses."""
+        h, matrices, experts = self.hidden_size, self._inner_projections + 1, self.experts
+        if experts is None:
+            return self.num_layers * matrices * h * self.intermediate_size
+        count = experts.per_token if active else experts.num_experts
+        inner = count * experts.intermediate_size + experts.shared_intermediate_size
+        mixture = matrices * h * inner + h * experts.num_experts + h * experts.shared_gate
+        return experts.num_layers * mixture + self._dense_layers * matrices * h * self.intermediate_size
+
+    @property
+    def _feed_forward_biases(self) -> int:
+        biases = (self._inner_projections * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        experts = self.experts
+        selection = experts.num_layers * experts.num_experts * experts.selection_bias if experts is not None else 0
+        return self._dense_layers * biases + selection
+
+    @property
+    def _dense_layers(self) -> int:
+        return self.num_layers - (0 if self.experts is None else self.experts.num_layers)
 
     @property
     def _inner_projections(self) -> int:
@@ -121,7 +156,9 @@ class DecoderArchitecture(Architecture):
 
     def shortened(self, num_layers: int) -> DecoderArchitecture:
         """See :class:`Architecture`. Its blocks are like the first one."""
-        return replace(self, num_layers=num_layers, sliding_windows=self.sliding_windows[:1] * num_layers)
+        experts = self.experts and replace(self.experts, layers=self.experts.layers[-1:] * num_layers)
+        windows = self.sliding_windows[:1] * num_layers
+        return replace(self, num_layers=num_layers, sliding_windows=windows, experts=experts)
 
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
         """See :class:`Architecture`."""
@@ -177,6 +214,7 @@ def parse_decoder_architecture(config: dict[str, Any], where: str = INLINE) -> D
         gated=family.gated,
         ropes=_ropes(reader, family, head_dim, windows),
         rounds_embedding_scale=family.rounds_embedding_scale,
+        experts=read_experts(reader, family, num_layers),
         **_scalars(reader, family),
     )
     if architecture.num_parameters > _MOST_PARAMETERS:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from .expert_settings import Scoring
+
 NormKind = Literal["rms", "rms_fp32", "rms_plus_one", "layer_norm"]
 """rms_fp32 scales before it casts back from fp32, rms scales after. rms_plus_one scales by one plus the weight."""
 QkNorm = Literal["head", "full"]
@@ -42,6 +44,55 @@ _SANDWICH = BlockNorms(
 _GLM_SANDWICH = BlockNorms(
     "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"
 )
+
+_LAYER_KEYS: dict[str, list[str]] = {
+    "all": [],
+    "sparse_step": ["decoder_sparse_step", "mlp_only_layers"],
+    "first_dense": ["first_k_dense_replace"],
+}
+_SHARED_KEYS: dict[str, list[str]] = {
+    "none": [],
+    "own_size": ["shared_expert_intermediate_size"],
+    "number": ["n_shared_experts"],
+}
+_SCORING_KEYS: dict[str, list[str]] = {
+    "softmax": ["router_aux_loss_coef"],
+    "sigmoid": ["n_group", "topk_group", "routed_scaling_factor"],
+}
+
+
+class ExpertFamily(NamedTuple):
+    """The facts about the experts of a ``model_type``. The defaults are those of Qwen3."""
+
+    num_experts: str = "num_experts"
+    """Key of their number."""
+    num_experts_alias: str | None = "num_local_experts"
+    """Another name of that key, which transformers also writes."""
+    intermediate_size: str = "moe_intermediate_size"
+    """Key of their inner width."""
+    layers: Literal["all", "sparse_step", "first_dense"] = "sparse_step"
+    """The layers with experts. all: every layer. sparse_step: every ``decoder_sparse_step``-th but those in
+    ``mlp_only_layers``. first_dense: all but the first ``first_k_dense_replace``."""
+    shared: Literal["none", "own_size", "number"] = "none"
+    """The expert of all tokens. own_size: its width is ``shared_expert_intermediate_size``, and it has a gate. number:
+    ``n_shared_experts`` times that of an expert."""
+    scoring: Scoring = "softmax"
+    """sigmoid: as DeepSeek-V3, with groups, a bias for the choice and ``routed_scaling_factor``."""
+    normalize: bool | str = "norm_topk_prob"
+
+    @property
+    def read_keys(self) -> tuple[str, ...]:
+        """Return the keys of these facts."""
+        keys: list[str | None] = [
+            self.num_experts,
+            self.num_experts_alias,
+            self.intermediate_size,
+            "num_experts_per_tok",
+        ]
+        keys += _LAYER_KEYS[self.layers] + _SHARED_KEYS[self.shared] + _SCORING_KEYS[self.scoring]
+        keys += [self.normalize] if isinstance(self.normalize, str) else []
+        return tuple(key for key in keys if key is not None)
+
 
 Scalar = tuple[str, float]
 """A field of the architecture, and the exponent that is applied to the key's value to get it."""
@@ -129,6 +180,8 @@ class Family:
     """Projections in files that are several projections of the decoder, one after the other."""
     fused_by_head: bool = False
     """Whether fused projections alternate head by head."""
+    experts: ExpertFamily | None = None
+    """The experts of a mixture-of-experts model."""
 
     @property
     def read_keys(self) -> frozenset[str]:
@@ -137,12 +190,14 @@ class Family:
         names = [self.norm_eps, self.activation, self.rope_theta_key, self.partial_rotary_key]
         names += [flag for flag in flags if isinstance(flag, str)]
         lists = f"{self.keys} {self.dropouts} {self.unimplemented}".split()
-        return frozenset((*names, *self.scalars, *lists))
+        return frozenset((*names, *self.scalars, *lists, *(self.experts.read_keys if self.experts else ())))
 
 
 _ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "output_bias": "attention_bias"}
 _LLAMA_BIASES: dict[str, Any] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
+
+_QWEN_MOE = {"max_position_embeddings": 32768, "router_aux_loss_coef": 0.001}
 
 _MINISTRAL3_ROPE = {
     "rope_type": "yarn",
@@ -180,6 +235,58 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(defaults=_QWEN, qkv_bias=True, windows="qwen"),
     "qwen3": Family(defaults={**_QWEN, "head_dim": 128}, **_ATTENTION_BIAS, qk_norm="head", windows="qwen"),
+    "qwen2_moe": Family(
+        defaults={
+            **_QWEN_MOE,
+            "num_key_value_heads": 16,
+            "qkv_bias": True,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        qkv_bias="qkv_bias",
+        unimplemented="use_sliding_window",
+        ignored="sliding_window max_window_layers",
+        experts=ExpertFamily(shared="own_size"),
+    ),
+    "qwen3_moe": Family(
+        defaults={
+            **_QWEN_MOE,
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        **_ATTENTION_BIAS,
+        qk_norm="head",
+        unimplemented="use_sliding_window",
+        ignored="sliding_window",
+        experts=ExpertFamily(),
+    ),
+    "mixtral": Family(
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+        default_norm_eps=1e-5,
+        windows="all",
+        rope_theta=1e6,
+        dropouts="attention_dropout router_jitter_noise",
+        names={"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+        experts=ExpertFamily("num_local_experts", "num_experts", "intermediate_size", layers="all", normalize=True),
+    ),
+    "olmoe": Family(
+        defaults={
+            "max_position_embeddings": 4096,
+            "num_experts_per_tok": 8,
+            "router_aux_loss_coef": 0.01,
+        },
+        default_norm_eps=1e-5,
+        **_ATTENTION_BIAS,
+        qk_norm="full",
+        experts=ExpertFamily(intermediate_size="intermediate_size", layers="all"),
+    ),
     "olmo2": Family(
         defaults={"max_position_embeddings": 2048},
         **_ATTENTION_BIAS,

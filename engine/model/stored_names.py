@@ -22,7 +22,9 @@ def stored_pieces(family: Family, shapes: Mapping[str, tuple[int, ...]], head_di
     pieces = {}
     for name, shape in shapes.items():
         fused = _fused_part(family, name)
-        if fused is not None:
+        if family.experts is not None and ".experts." in name:
+            pieces[name] = _pieces_of_experts(family, name, shape)
+        elif fused is not None:
             pieces[name] = _pieces_of_part(family, name, fused, shapes, head_dim)
         elif (stored := _stored_name(family, name)) != name:
             start = (0,) * len(shape)
@@ -43,6 +45,15 @@ def _fused_part(family: Family, name: str) -> tuple[str, str] | None:
             if f".{part}." in name:
                 return fused, part
     return None
+
+
+def _pieces_of_experts(family: Family, name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """Return where the matrix of each expert is stored, as a tensor of its own."""
+    sizes, start = shape[1:], (0,) * (len(shape) - 1)
+    return [
+        Piece(_stored_name(family, name.replace(".experts.", f".experts.{expert}.")), start, sizes, (expert, *start))
+        for expert in range(shape[0])
+    ]
 
 
 def _pieces_of_part(
