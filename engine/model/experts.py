@@ -20,6 +20,9 @@ from ...kernels.grouped_linear import grouped_linear
 from ...kernels.token_permutation import combine, expand, order_by_expert, weights_of_rows
 from .expert_settings import ExpertSettings
 
+SELECTION_BIAS = "e_score_correction_bias"
+"""Name of the biases for the choice of experts."""
+
 
 class Routing(NamedTuple):
     """The experts of each token."""

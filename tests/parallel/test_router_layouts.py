@@ -1,0 +1,115 @@
+"""Losses of routers are those of the global batch: the same gradients, counts and values in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mixtures
+import parity_run
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from retemper.engine import pretrain
+from retemper.engine.config.parser import parse_config
+from retemper.engine.evaluation import count_targets
+from retemper.engine.parallel.process_group import Ranks
+
+COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.02}
+CASES = [
+    (1, "training.micro_batch_size=4"),
+    (1, "parallel.recompute=full"),
+    (2, "parallel.shard=2"),
+    (2, "parallel.context=2"),
+    (2, "parallel.pipeline=2"),
+    pytest.param(1, "parallel.recompute=selective", marks=pytest.mark.slow),
+    pytest.param(2, "parallel.replicate=2", marks=pytest.mark.slow),
+    pytest.param(2, "parallel.shard=2 parallel.reduce_gradients=step", marks=pytest.mark.slow),
+    pytest.param(
+        2,
+        "parallel.pipeline=2 parallel.pipeline_schedule=interleaved_zero_bubble parallel.pipeline_stages_per_rank=2 "
+        "parallel.reshard_after_forward=false",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(4, "parallel.pipeline=2 parallel.shard=2", marks=pytest.mark.slow),
+]
+
+
+class Outcome(NamedTuple):
+    """What a rank has to show of the third step."""
+
+    losses: list[float]
+    """Of all steps."""
+    gradients: dict[str, Tensor]
+    numbers: Any
+    state: dict[str, str]
+
+
+def write_run(folder: Path, **training: Any) -> Path:
+    path = parity_run.write_run(folder, parity_run.Model("qwen3", tied=False, packed=True))
+    config = yaml.safe_load(path.read_text())
+    family = mixtures.FAMILIES["qwen3_moe"]
+    config["model"]["architecture"] |= {"model_type": "qwen3_moe", "initializer_range": 0.2, **family}
+    config["training"] |= training
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def three_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
+    run = pretrain.build(parse_config(["--config", str(path), *overrides]), ranks)
+    accumulate, gradients, losses = run.forward_backward.accumulate_gradients, {}, []
+
+    def accumulate_gradients(*arguments: Any) -> Tensor:
+        loss = accumulate(*arguments)
+        gradients.update(parity_run._whole({name: p.grad for name, p in run.model.named_parameters()}))
+        return loss
+
+    run.forward_backward.accumulate_gradients = accumulate_gradients  # type: ignore[method-assign]
+    for step in range(3):
+        batches = run.data.micro_batches(step * parity_run.GLOBAL_BATCH)
+        num_targets = ranks.all_reduce(count_targets(batches, run.mesh))
+        losses.append(ranks.all_reduce(pretrain.one_step(run, batches, num_targets).loss.item()))
+    routers = run.model.routers
+    assert routers is not None and routers.numbers is not None
+    return Outcome(losses, gradients, routers.read(routers.numbers.tolist()), routers.state_dict())
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("routers"), **COEFFICIENTS)
+
+
+@pytest.fixture(scope="module")
+def expected(one_rank, path):
+    return three_steps(one_rank, path, [])
+
+
+@pytest.mark.parametrize(("world_size", "settings"), CASES)
+def test_same_as_one_process(world_size, settings, path, expected, one_rank, request):
+    options = [part for setting in settings.split() for part in ("--" + setting).split("=")]
+    if world_size == 1:
+        outcomes = [three_steps(one_rank, path, options)]
+    else:
+        cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
+        outcomes = cluster.run(three_steps, path, options)
+    found: set[str] = set()
+    for outcome in outcomes:
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert outcome.state == expected.state and outcome.numbers.loads == expected.numbers.loads
+        assert outcome.numbers[:2] == pytest.approx(expected.numbers[:2], rel=1e-5)
+        for name, tensor in outcome.gradients.items():
+            assert (tensor - expected.gradients[name]).norm() <= 1e-4 * expected.gradients[name].norm(), name
+            found.add(name)
+    assert found == expected.gradients.keys()
+
+
+def test_the_losses_are_in_the_gradients_and_not_in_the_loss(one_rank, path, expected):
+    plain = three_steps(one_rank, path, ["--training.router_aux_loss_coef", "0", "--training.router_z_loss_coef", "0"])
+    assert plain.losses[0] == expected.losses[0]
+    gate = "model.layers.0.mlp.gate.weight"
+    assert (plain.gradients[gate] - expected.gradients[gate]).norm() > 0.1 * plain.gradients[gate].norm()
+    total = sum(int(number) for number in expected.state["0"].split())
+    assert total == 2 * 32 * parity_run.GLOBAL_BATCH and len(expected.state) == 4
+    assert all(torch.isfinite(gradient).all() for gradient in expected.gradients.values())
