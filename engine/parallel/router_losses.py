@@ -84,6 +84,8 @@ class RouterLosses:
         self._aux_factor = self.aux_loss_coef * settings.num_experts * share
         self._z_factor = 2 * training.router_z_loss_coef * share
         self._rate = training.router_bias_update_rate
+        self.updates_biases = moves and settings.selection_bias
+        """Whether there are biases that may change."""
         rows, experts = len(self.layers), settings.num_experts
         # fp64 holds every count exactly, so that the sums over ranks have the same bits in every layout.
         self._totals = torch.zeros(rows, 2 * experts + 1, dtype=torch.float64, device=device)
@@ -101,7 +103,7 @@ class RouterLosses:
         self._biases: list[tuple[int, Tensor]] = []
         for number, router in routers.items():
             row = self.layers.index(number)
-            if moves and settings.selection_bias and router.weight.requires_grad:
+            if self.updates_biases and router.weight.requires_grad:
                 self._biases.append((row, local_part(router.e_score_correction_bias)))
             router.observe = Meter(self, row) if counts else None
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import mixtures
 import parity_run
 import pytest
+import tiny_run
 import torch
 import yaml
 from torch import Tensor
@@ -16,6 +17,7 @@ from retemper.engine import pretrain
 from retemper.engine.config.parser import parse_config
 from retemper.engine.evaluation import count_targets
 from retemper.engine.parallel.process_group import Ranks
+from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 
 COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.02}
 CASES = [
@@ -113,3 +115,63 @@ def test_the_losses_are_in_the_gradients_and_not_in_the_loss(one_rank, path, exp
     total = sum(int(number) for number in expected.state["0"].split())
     assert total == 2 * 32 * parity_run.GLOBAL_BATCH and len(expected.state) == 4
     assert all(torch.isfinite(gradient).all() for gradient in expected.gradients.values())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(one_rank, path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    parity_run.run_until(one_rank, path, ["--run_folder", str(folder)], parity_run.STEPS)
+    return folder
+
+
+def manifest(folder: Path, step: int) -> Manifest:
+    return read_manifest(folder / "checkpoints" / f"step-{step:08}")
+
+
+def test_a_resumed_run_has_the_same_bits_and_a_rollback_the_load_of_its_checkpoint(
+    one_rank, path, undisturbed, tmp_path
+):
+    options = ["--run_folder", str(tmp_path)]
+    parity_run.run_until(one_rank, path, options, 4)  # saved at 3
+    run = pretrain.build(parse_config(["--config", str(path), *options]), one_rank)
+    pretrain.train(run)
+    last = parity_run.STEPS
+    expected, actual = (parity_run.checkpoint(folder, last) for folder in (undisturbed, tmp_path))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+    loads = manifest(undisturbed, last).router_load
+    assert loads and loads == manifest(tmp_path, last).router_load and loads != manifest(tmp_path, 3).router_load
+    routers = run.model.routers
+    assert routers is not None and routers.numbers is not None and routers.state_dict() == loads
+    ours, theirs = parity_run.records(tmp_path), parity_run.records(undisturbed)
+    keys = ["loss", "router_aux_loss", "router_z_loss", "expert_load_max", "expert_load/layer_3"]
+    assert [[record[key] for key in keys] for record in ours] == [[record[key] for key in keys] for record in theirs]
+    assert ours[-1]["router_aux_loss"] == routers.read(routers.numbers.tolist()).aux_loss > 2
+
+    saved = tmp_path / "checkpoints" / "step-00000003"
+    run.start.at_checkpoint(saved, manifest(tmp_path, 3)).load_into(run.model, run.optimizer)
+    assert routers.state_dict() == manifest(tmp_path, 3).router_load
+
+
+def test_a_checkpoint_without_the_load_begins_uniform_and_says_so(one_rank, path, undisturbed, tmp_path):
+    folder = tiny_run.copy_of(undisturbed, tmp_path / "run")
+    saved = folder / "checkpoints" / f"step-{parity_run.STEPS:08}" / "manifest.json"
+    tiny_run.rewrite_manifest(saved, lambda content: content.pop("router_load"))
+    options = ["--config", str(path), "--run_folder", str(folder), "--training.train_tokens", str(9 * 8 * 32)]
+    run = pretrain.build(parse_config(options), one_rank)
+    assert run.model.routers is not None and run.model.routers.state_dict() == {}
+    assert [line for line in run.remarks if "no load of experts" in line]
+    run = pretrain.build(parse_config([*options, "--training.router_aux_loss_coef", "0"]), one_rank)
+    assert not [line for line in run.remarks if "no load of experts" in line]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_layout_continues(two_ranks, one_rank, path, undisturbed, tmp_path):
+    options = ["--run_folder", str(tmp_path)]
+    two_ranks.run(parity_run.run_until, path, [*options, "--parallel.pipeline", "2"], 4)
+    parity_run.run_until(one_rank, path, options, parity_run.STEPS)
+    assert manifest(tmp_path, parity_run.STEPS).router_load == manifest(undisturbed, parity_run.STEPS).router_load
+    actual = parity_run.checkpoint(tmp_path, parity_run.STEPS)
+    for name, tensor in parity_run.checkpoint(undisturbed, parity_run.STEPS).items():
+        assert (actual[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

@@ -8,6 +8,7 @@ import mixtures
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retemper.engine.config.settings import ParallelConfig, TrainingConfig
 from retemper.engine.model.expert_settings import ExpertSettings
@@ -263,3 +264,41 @@ def test_models_without_experts_have_no_losses():
     from packed_model import tiny_decoder
 
     assert router_losses.attach([tiny_decoder()], training(), CPU, counts=True) is None
+
+
+def test_one_layer_has_k_times_the_loss_of_megatron():
+    """The relation that docs/training_methods.md gives; Megatron-Core sums over layers."""
+    from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func, z_loss_func
+
+    _, losses = sigmoid_router()
+    losses.begin_step(None)
+    logits = torch.randn(TOKENS, 4)
+    scores, experts = logits.softmax(-1), logits.topk(2).indices
+    lse = logits.logsumexp(-1)
+    losses.settings = replace(SIGMOID, scoring="softmax")
+    losses.add(0, scores, scores, lse, experts)
+    losses.update(APPLIED)
+    counts = torch.bincount(experts.flatten(), minlength=4)
+    aux = switch_load_balancing_loss_func(scores, counts, TOKENS, 2, 4, 1.0)
+    assert losses.numbers is not None
+    found = losses.read(losses.numbers.tolist())
+    assert found.aux_loss == pytest.approx(2 * aux.item(), rel=1e-5)
+    assert found.z_loss == pytest.approx(z_loss_func(logits, 1.0).item(), rel=1e-5)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of values of tensors, which wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device():
+    _, losses = sigmoid_router(router_aux_loss_coef=0.5)
+    with HostReads() as reads:
+        losses.begin_step(torch.tensor(2.0))
+        losses.update(APPLIED)
+    assert reads.count == 0

@@ -66,9 +66,9 @@ class TrainingConfig:
     model. 0: none."""
     router_aux_loss_coef: float | None = None
     """Factor of the load-balancing loss of a mixture of experts, a mean over its layers and over all tokens of the
-    global batch. It keeps the load of the experts even. Null: ``router_aux_loss_coef`` of the model's config.json.
-    0: none. Only gradients contain it; the metrics show it as ``router_aux_loss``. See "Router losses" in
-    docs/training_methods.md."""
+    global batch. It keeps the load of the experts even. Null: ``router_aux_loss_coef`` of the model's config.json, or
+    0 if it has none. 0: no loss. Only gradients contain it; the metrics show it as ``router_aux_loss``. See "Router
+    losses" in docs/training_methods.md."""
     router_z_loss_coef: float = 0.0
     """Factor of a penalty on large logits of routers, such as 1e-3: (log of the sum of exp(logits))^2, a mean over the
     layers with experts and over all tokens. Only gradients contain it; the metrics show it as ``router_z_loss``.
