@@ -144,8 +144,12 @@ def test_evaluations_and_passes_outside_of_a_step_do_not_count():
     assert parts.routers._totals[:, :6].sum(-1).tolist() == [2 * TOKENS] * 2
     parts.end_step(APPLIED)
     state = parts.routers.state_dict()
+    ours.zero_grad()
     ours(batch).backward()
+    outside = mixtures.gradients(ours)
     assert parts.routers.state_dict() == state
+    without = step(with_losses(ours), [batch], 1)
+    assert_close(outside, without, 0.0)
 
 
 def test_a_skipped_step_leaves_the_state():
