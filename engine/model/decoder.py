@@ -30,7 +30,7 @@ from ...kernels.rope import apply_rope_to_pair, rope_cos_sin
 from ..batch import Batch
 from .architecture import LayerRange
 from .expert_settings import ExpertSettings
-from .experts import SELECTION_BIAS, Experts, Router
+from .experts import Experts, Router
 from .families import DecoderArchitecture
 from .language_model import Attend, ChangeEmbeddings, LanguageModel, Loss, SameInput
 from .local_copy import local_copy
@@ -56,7 +56,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
-        self.constants = frozenset(name for name, _ in self.named_parameters() if name.endswith(SELECTION_BIAS))
+        self.constants = architecture.float32_tensors.intersection(name for name, _ in self.named_parameters())
         self.loss: Loss = self._loss_sum
         self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 

@@ -21,9 +21,6 @@ from ...kernels.token_permutation import combine, expand, order_by_expert, weigh
 from .expert_settings import ExpertSettings
 from .local_copy import local_copy
 
-SELECTION_BIAS = "e_score_correction_bias"
-"""Name of the biases for the choice of experts."""
-
 
 class Routing(NamedTuple):
     """The experts of each token."""
