@@ -20,12 +20,31 @@ from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 
 COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.02}
+BIASED = {
+    "model_type": "glm4_moe",
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "head_dim": 8,
+    "attention_bias": True,
+}
+"""GLM-4.5: sigmoid scores, groups, a bias for the choice, a dense layer."""
 CASES = [
     (1, "training.micro_batch_size=4"),
     (1, "parallel.recompute=full"),
     (2, "parallel.shard=2"),
     (2, "parallel.context=2"),
+    (2, "parallel.tensor=2"),
     (2, "parallel.pipeline=2"),
+    (2, "parallel.expert=2"),
+    pytest.param(4, "parallel.expert=2 parallel.tensor=2", marks=pytest.mark.slow),
+    pytest.param(4, "parallel.expert=2 parallel.shard=4 parallel.recompute=full", marks=pytest.mark.slow),
     pytest.param(1, "parallel.recompute=selective", marks=pytest.mark.slow),
     pytest.param(2, "parallel.replicate=2", marks=pytest.mark.slow),
     pytest.param(2, "parallel.shard=2 parallel.reduce_gradients=step", marks=pytest.mark.slow),
@@ -47,12 +66,12 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor]
     numbers: Any
     state: dict[str, str]
+    biases: dict[str, Tensor]
 
 
-def write_run(folder: Path, **training: Any) -> Path:
+def write_run(folder: Path, family: dict[str, Any], **training: Any) -> Path:
     path = parity_run.write_run(folder, parity_run.Model("qwen3", tied=False, packed=True))
     config = yaml.safe_load(path.read_text())
-    family = mixtures.FAMILIES["qwen3_moe"]
     config["model"]["architecture"] |= {"model_type": "qwen3_moe", "initializer_range": 0.2, **family}
     config["training"] |= training
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -65,7 +84,8 @@ def three_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
 
     def accumulate_gradients(*arguments: Any) -> Tensor:
         loss = accumulate(*arguments)
-        gradients.update(parity_run._whole({name: p.grad for name, p in run.model.named_parameters()}))
+        learned = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+        gradients.update(parity_run._whole(learned))
         return loss
 
     run.forward_backward.accumulate_gradients = accumulate_gradients  # type: ignore[method-assign]
@@ -75,12 +95,13 @@ def three_steps(ranks: Ranks, path: Path, overrides: list[str]) -> Outcome:
         losses.append(ranks.all_reduce(pretrain.one_step(run, batches, num_targets).loss.item()))
     routers = run.model.routers
     assert routers is not None and routers.numbers is not None
-    return Outcome(losses, gradients, routers.read(routers.numbers.tolist()), routers.state_dict())
+    biases = {name: tiny_run.whole(p) for name, p in run.model.named_parameters() if name in run.model.constants}
+    return Outcome(losses, gradients, routers.read(routers.numbers.tolist()), routers.state_dict(), biases)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("routers"), **COEFFICIENTS)
+    return write_run(tmp_path_factory.mktemp("routers"), mixtures.FAMILIES["qwen3_moe"], **COEFFICIENTS)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +109,25 @@ def expected(one_rank, path):
     return three_steps(one_rank, path, [])
 
 
+@pytest.fixture(scope="module")
+def biased(one_rank, tmp_path_factory):
+    path = write_run(tmp_path_factory.mktemp("biased"), BIASED, **COEFFICIENTS, router_bias_update_rate=0.05)
+    return path, three_steps(one_rank, path, [])
+
+
 @pytest.mark.parametrize(("world_size", "settings"), CASES)
 def test_same_as_one_process(world_size, settings, path, expected, one_rank, request):
+    check(world_size, settings, path, expected, one_rank, request)
+
+
+@pytest.mark.parametrize("settings", ["parallel.shard=2", "parallel.tensor=2", "parallel.pipeline=2"])
+def test_biases_are_the_same_on_all_ranks(settings, biased, one_rank, request):
+    path, expected = biased
+    assert len(expected.biases) == 3 and all(bias.any() for bias in expected.biases.values())
+    check(2, settings, path, expected, one_rank, request)
+
+
+def check(world_size, settings, path, expected, one_rank, request):
     options = [part for setting in settings.split() for part in ("--" + setting).split("=")]
     if world_size == 1:
         outcomes = [three_steps(one_rank, path, options)]
@@ -97,14 +135,18 @@ def test_same_as_one_process(world_size, settings, path, expected, one_rank, req
         cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
         outcomes = cluster.run(three_steps, path, options)
     found: set[str] = set()
+    biases: set[str] = set()
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         assert outcome.state == expected.state and outcome.numbers.loads == expected.numbers.loads
         assert outcome.numbers[:2] == pytest.approx(expected.numbers[:2], rel=1e-5)
+        for name, bias in outcome.biases.items():
+            assert torch.equal(bias, expected.biases[name]), name
+            biases.add(name)
         for name, tensor in outcome.gradients.items():
             assert (tensor - expected.gradients[name]).norm() <= 1e-4 * expected.gradients[name].norm(), name
             found.add(name)
-    assert found == expected.gradients.keys()
+    assert found == expected.gradients.keys() and biases == expected.biases.keys()
 
 
 def test_the_losses_are_in_the_gradients_and_not_in_the_loss(one_rank, path, expected):
