@@ -27,6 +27,7 @@ from . import (
     neftune,
     pipeline,
     recompute,
+    router_losses,
     tensor,
     trainable,
 )
@@ -187,7 +188,9 @@ def build_model(
     built = [build_stage(stages[number]) for number in numbers]
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
     prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows)
-    parts = ModelParts(decoders)
+    # With tensor parallelism all ranks route the same tokens, and their gradients are summed.
+    routers = router_losses.attach(decoders, training, ranks.device, counts=mesh.coordinate.tensor == 0)
+    parts = ModelParts(decoders, routers)
     if parallel.pipeline > 1:
         count = choices.num_micro_batches
         return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)
