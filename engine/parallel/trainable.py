@@ -71,7 +71,7 @@ def selected(selection: Selection, names: Iterable[str], tables: Collection[str]
 
 
 def parameters_of(architecture: Architecture) -> Mapping[str, ParameterFacts]:
-    """Return the parameters of the whole model by name, without constants."""
+    """Return the parameters of the whole model that can learn by gradients, by name."""
     return _parameters_of(architecture)
 
 
@@ -82,7 +82,7 @@ def _parameters_of(architecture: Architecture) -> Mapping[str, ParameterFacts]:
     return {
         name: ParameterFacts(tuple(parameter.shape), blocks.get(id(parameter)))
         for name, parameter in model.named_parameters()
-        if name not in model.constants
+        if parameter.requires_grad and name not in model.constants
     }
 
 
@@ -215,7 +215,7 @@ def apply(model: LanguageModel, config: TrainingConfig, adapter: AdapterConfig |
         return
     if config.trainable == "all":
         return
-    named = {name: p for name, p in model.named_parameters() if name not in model.constants}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in model.constants}
     names = selected(config.trainable, named, model.architecture.tables)
     for name, parameter in named.items():
         parameter.requires_grad_(name in names)
