@@ -244,7 +244,6 @@ def test_every_layout_has_the_bits_of_one_process(cluster, sizes, placements, dt
         # In each of the three steps, a matrix is orthogonalized on one rank, not on all.
         # The part of a stack that several ranks share is orthogonalized on one of them.
         shared = math.prod(size for size, place in zip(sizes, placements, strict=True) if place == Shard(1))
-        copied = any(place == Replicate() for place in placements)
         stacks = 3 * len(counts) // shared
         assert sum(counts) == 3 * (len(SHAPES) - 1) + stacks
         assert max(counts) - min(counts) <= 6  # one for each step, and kind of parameter
