@@ -49,7 +49,7 @@ class Learning:
     head_input: bool = True
     """Whether the head's input needs one: something else learns."""
     added: int = 0
-    """Elements of the matrices of an adapter, all of which learn."""
+    """Elements of the matrices of an adapter that multiply a token, all of which learn."""
 
 
 ALL = Learning()
@@ -90,8 +90,8 @@ def learning(architecture: Architecture, config: TrainingConfig, adapter: Adapte
     """Return what the backward pass computes. Within the first block that learns, all gradients are counted."""
     if adapter is not None and adapter.kind is not None:
         parameters = adapter_parameters(architecture, adapter)
-        added = sum(math.prod(shape) for shape in parameters.added.values() if len(shape) == 2)
-        return _learning(architecture, parameters.saved, _reached(parameters), added)
+        added = sum(architecture.active_elements(shape) for shape in parameters.added.values())
+        return _learning(architecture, parameters.saved, _reached(parameters), round(added))
     if config.trainable == "all":
         return ALL
     names = selected(config.trainable, parameters_of(architecture), architecture.tables)
