@@ -65,19 +65,27 @@ class RowNumbers:
 
     def __init__(self, tokens: TokenNumbers, num_experts: int):
         self._tokens, self._num_experts = tokens, num_experts
-        self.values: Tensor | None = None
-        """[R] int64; None outside of training."""
+        self._values: Tensor | None = None
+
+    @property
+    def are_training(self) -> bool:
+        """Whether the tokens are those of training, which have numbers."""
+        return self._tokens.values is not None
+
+    def of_rows(self, count: int) -> Tensor:
+        """Return the [count] int64 numbers of the rows that the experts compute now."""
+        assert self._values is not None and len(self._values) == count, "the experts compute other rows"
+        return self._values
 
     def see(self, order: RowOrder) -> None:
         """Take the rows that the experts begin to compute."""
         numbers_T = self._tokens.values
         if numbers_T is None:
-            self.values = None
             return
         ends_E = order.ends_E
         places_R = torch.arange(len(order.choices_R), dtype=ends_E.dtype, device=ends_E.device)
         experts_R = torch.searchsorted(ends_E, places_R, right=True)
-        self.values = numbers_T[order.tokens_R] * self._num_experts + experts_R
+        self._values = numbers_T[order.tokens_R] * self._num_experts + experts_R
 
 
 class RowDropout:
@@ -108,10 +116,9 @@ class RowDropout:
             rows_RI: the input, of whose features this rank may have a part.
             weight_ERI: that multiplies them and is divided as they are.
         """
-        numbers_R = self._numbers.values
-        if numbers_R is None:
+        if not self._numbers.are_training:
             return rows_RI
-        features = self._features
+        numbers_R, features = self._numbers.of_rows(len(rows_RI)), self._features
         if isinstance(weight_ERI, DTensor):
             shape, offset = compute_local_shape_and_global_offset(
                 weight_ERI.shape, weight_ERI.device_mesh, weight_ERI.placements

@@ -200,11 +200,20 @@ def _describe_ranks(run: Run) -> list[str]:
         f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {training.precision} "
         f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
-        f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
+        f"layers in {_describe_products(run)}; weights kept in {training.weight_dtype}, "
         f"optimizer states: {config.optimizer.states}",
         *_describe_offload(run),
         *_describe_average(training),
     ]
+
+
+def _describe_products(run: Run) -> str:
+    """Return the dtypes of the products of linear layers."""
+    training, architecture = run.config.training, run.start.architecture
+    if not training.float8:
+        return training.precision
+    has_experts = getattr(architecture, "experts", None) is not None
+    return f"float8, experts in {training.precision}" if has_experts else "float8"
 
 
 def _describe_offload(run: Run) -> list[str]:
