@@ -56,6 +56,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.constants = architecture.float32_tensors.intersection(name for name, _ in self.named_parameters())
         self.loss: Loss = self._loss_sum
         self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 

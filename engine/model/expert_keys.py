@@ -25,7 +25,7 @@ def read_experts(reader: ConfigReader, family: Family, num_layers: int) -> Exper
     layers = _layers(reader, row, num_layers)
     if not any(layers):
         return None
-    count = reader.size(_count_key(reader, row), MOST_EXPERTS)
+    count = reader.size(_count_key(reader, row), MOST_EXPERTS, default=row.default_num_experts)
     width = reader.size(row.intermediate_size, _LARGEST_WIDTH)
     groups = 1 if row.scoring == "softmax" else reader.size("n_group", MOST_EXPERTS, default=1)
     groups_per_token = 1 if row.scoring == "softmax" else reader.size("topk_group", MOST_EXPERTS, default=1)
