@@ -46,6 +46,13 @@ def check(architecture: Architecture, config: RunConfig, world_size: int) -> Non
             "training.float8 to false"
         )
     _check_quantized(config, world_size)
+    stacks = [name for name, linear in parameters.modules.items() if linear.num_experts is not None]
+    if config.adapter.dropout and parallel.expert > 1 and stacks:
+        raise UserError(
+            f"adapter.dropout is {config.adapter.dropout:g}, but parallel.expert is {parallel.expert}, and a rank does "
+            f"not know which tokens of other ranks the experts of {stacks[0]} compute; set one of them back, or leave "
+            "the experts out of adapter.targets"
+        )
     if parallel.pipeline == 1:
         return
     if parallel.pipeline_schedule.endswith("zero_bubble"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import parity_run
 import pytest
 import torch
 from torch import nn
@@ -147,3 +148,17 @@ def test_every_layout_has_the_numbers_of_one_process(kind, four_ranks):
                     torch.testing.assert_close(one, other, rtol=tolerance, atol=1e-6, msg=lambda m, n=layout: n + m)
                 else:
                     assert torch.equal(one, other), layout
+
+
+@pytest.mark.parametrize("layout", ["expert 2 tensor 2 shard 2"])
+def test_a_run_with_muon_has_the_numbers_of_one_process(layout, one_rank, four_ranks, tmp_path):
+    """Losses and first gradients; later ones differ more, since Muon scales small singular values up."""
+    path = parity_run.write_run(tmp_path, parity_run.Model("qwen2_moe", tied=False, packed=True))
+    muon = ["--optimizer.name", "muon", "--optimizer.learning_rate", "0.003", "--training.micro_batch_size", "2"]
+    words = layout.split()
+    axes = [word for name, size in zip(words[::2], words[1::2], strict=True) for word in (f"--parallel.{name}", size)]
+    expected = parity_run.five_steps(one_rank, path, muon)
+    found = parity_run.joined(four_ranks.run(parity_run.five_steps, path, [*muon, *axes]))
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    for name, tensor in expected.parameters.items():
+        assert (found.parameters[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
