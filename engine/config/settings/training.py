@@ -111,8 +111,8 @@ class TrainingConfig:
     """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
     float8: bool = False
-    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
-    ``precision``. Stored weights and optimizer states do not change."""
+    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head and
+    the experts of a mixture stay in ``precision``. Stored weights and optimizer states do not change."""
     fuse_projections: bool = False
     """Compute queries, keys and values by one matrix product, and gate and up by another. Their weights are views of
     one matrix; parameters and checkpoints do not change, and results differ by rounding. Only for native models on one
