@@ -16,7 +16,7 @@ The operator is opaque to torch.compile and to selective recomputation, which st
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -128,10 +128,14 @@ def ring_attention(
 
 def scratch_bytes(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> int:
     """Return the bytes that the operator holds besides its arguments and results, for backends of bf16 kernels."""
-    pair = k.numel() + v.numel()
-    wide, output = 4 * q.numel(), q.element_size() * q.numel()
-    buffers = 2 * k.element_size() * pair
-    return buffers + wide + output + (3 * 4 * pair if backward else 0)
+    pair, size = k.numel() + v.numel(), q.element_size()
+    # Two buffers of keys and values. The output in fp32; that of a block is gone before the result is there.
+    buffers, output = 2 * size * pair, 4 * (q.numel() // q.shape[-1]) * v.shape[-1]
+    if not backward:
+        return buffers + output
+    # The gradient of all queries in fp32; sums of those of keys and values that arrive, that leave, and of this rank.
+    # The gradients of the first block are gone before the results are there, and those of its keys are smaller.
+    return buffers + 4 * q.numel() + 3 * 4 * pair - size * pair
 
 
 @torch.library.custom_op("retemper::ring_attention", mutates_args=())
@@ -155,11 +159,13 @@ def _ring(
     lse = q.new_full((q.shape[1], len(q)), -torch.inf, dtype=wide)
     if sinks is not None:  # a key whose value is zero
         lse.copy_(sinks.to(wide)[:, None].expand_as(lse))
-    for blocks, keys, values in _around(k, v, _plan(offsets, ranks, window), ranks):
+
+    def compute(blocks: Step, keys: Tensor, values: Tensor) -> None:
         for block in blocks:
             rows = block.queries
-            partial = attend(q[rows], keys[block.keys], values[block.keys], block, options)
-            merge(out[rows], lse[:, rows], *partial)
+            merge(out[rows], lse[:, rows], *attend(q[rows], keys[block.keys], values[block.keys], block, options))
+
+    _around(k, v, _plan(offsets, ranks, window), ranks, compute)
     return out.to(q.dtype), lse
 
 
@@ -198,23 +204,22 @@ def _ring_backward(
     ranks = _resolve_process_group(group)
     options = BlockOptions(backend, scale, window, softcap)
     dq = torch.zeros_like(q, dtype=lse.dtype)
-    travelling: _Exchange | None = None
-    for blocks, keys, values in _around(k, v, _plan(offsets, ranks, window), ranks):
+    travelling: list[_Exchange] = []
+
+    def compute(blocks: Step, keys: Tensor, values: Tensor) -> None:
         gradients = torch.zeros(k.numel() + v.numel(), dtype=lse.dtype, device=k.device)
         dk, dv = _unpacked(gradients, k, v)
         for block in blocks:
             rows, seen = block.queries, block.keys
-            found = attend_backward(
-                grad[rows], q[rows], keys[seen], values[seen], out[rows], lse[:, rows], block, options
-            )
-            for total, part in zip((dq[rows], dk[seen], dv[seen]), found, strict=True):
-                total += part
+            tensors = grad[rows], q[rows], keys[seen], values[seen], out[rows], lse[:, rows]
+            _add((dq[rows], dk[seen], dv[seen]), attend_backward(*tensors, block, options))
         # The sums of the earlier ranks follow their keys, one step later.
-        if travelling is not None:
-            gradients += travelling.received()
-        travelling = _Exchange(gradients, ranks)
-    assert travelling is not None
-    dk, dv = _unpacked(travelling.received(), k, v)
+        if travelling:
+            gradients += travelling.pop().received()
+        travelling.append(_Exchange(gradients, ranks))
+
+    _around(k, v, _plan(offsets, ranks, window), ranks, compute)
+    dk, dv = _unpacked(travelling.pop().received(), k, v)
     return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 
@@ -248,15 +253,24 @@ def _plan(offsets: Tensor, ranks: dist.ProcessGroup, window: int | None) -> tupl
 
 
 def _around(
-    k: Tensor, v: Tensor, steps: tuple[Step, ...], group: dist.ProcessGroup
-) -> Iterator[tuple[Step, Tensor, Tensor]]:
-    """Yield (blocks, keys, values) of each step. The keys and values of the next step travel meanwhile."""
+    k: Tensor,
+    v: Tensor,
+    steps: tuple[Step, ...],
+    group: dist.ProcessGroup,
+    compute: Callable[[Step, Tensor, Tensor], None],
+) -> None:
+    """Call ``compute(blocks, keys, values)`` for each step. The keys and values of the next step travel meanwhile."""
     packed = torch.cat((k.reshape(-1), v.reshape(-1)))
     for number, blocks in enumerate(steps):
         exchange = _Exchange(packed, group) if number + 1 < len(steps) else None
-        yield blocks, *_unpacked(packed, k, v)
+        compute(blocks, *_unpacked(packed, k, v))
         if exchange is not None:
-            packed = exchange.received()
+            packed, exchange = exchange.received(), None  # frees the buffer that was sent
+
+
+def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total += part
 
 
 def _unpacked(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

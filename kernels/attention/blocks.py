@@ -85,7 +85,7 @@ def merge(out_LNE: Tensor, lse_NL: Tensor, block_out_LNE: Tensor, block_lse_NL: 
     """
     both_NL = torch.logaddexp(lse_NL, block_lse_NL)
     share_LN1, block_share_LN1 = ((x - both_NL).exp().T[..., None] for x in (lse_NL, block_lse_NL))
-    out_LNE.mul_(share_LN1).addcmul_(block_out_LNE.to(out_LNE.dtype), block_share_LN1)
+    out_LNE.mul_(share_LN1).addcmul_(block_out_LNE, block_share_LN1)
     lse_NL.copy_(both_NL)
 
 

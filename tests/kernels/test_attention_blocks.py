@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retemper.kernels.attention import blocks
+from retemper.kernels.attention import blocks, flash, flash_blocks
 from retemper.kernels.attention.blocks import Block, BlockOptions, attend, attend_backward, merge
 from retemper.kernels.attention.flash_blocks import mask_of
 
@@ -117,3 +117,56 @@ def test_masks_of_kernels(lag, window):
     seen = visible(block, window)
     assert seen.any(1).all()
     assert torch.equal(kernel_mask(block, window), seen)
+
+
+def kernel_weights(q, k, lse, offsets, mask, options):
+    """Probabilities and scores of kernels whose mask is aligned at the end, by definition."""
+    assert q.shape[1:] == k.shape[1:] or q.shape[1] % k.shape[1] == 0
+    copies = q.shape[1] // k.shape[1]
+    scores = torch.einsum("lnd,snd->nls", q, k.repeat_interleave(copies, dim=1)) * options.softmax_scale
+    edges = zip(*(x.tolist() for x in offsets[:2]), strict=True)
+    seen, before = torch.zeros(scores.shape[1:], dtype=torch.bool), next(edges)
+    for after in edges:
+        rows, columns = torch.arange(before[0], after[0]), torch.arange(before[1], after[1])
+        aligned = rows[:, None] - before[0] + before[1] + len(columns) - len(rows)
+        inside = torch.ones(len(rows), len(columns), dtype=torch.bool)
+        inside &= (columns >= aligned - mask.left) if mask.left >= 0 else True
+        inside &= (columns <= aligned + mask.right) if mask.right >= 0 else True
+        seen[before[0] : after[0], before[1] : after[1]] = inside
+        before = after
+    scores = scores.masked_fill(~seen, -math.inf)
+    lse = scores.logsumexp(-1) if lse is None else lse
+    return (scores - lse[..., None]).exp(), lse
+
+
+def kernel_forward(q, k, v, offsets, mask, options):
+    weights, lse = kernel_weights(q, k, None, offsets, mask, options)
+    copies = q.shape[1] // k.shape[1]
+    return torch.einsum("nls,sne->lne", weights, v.repeat_interleave(copies, dim=1)), lse
+
+
+def kernel_backward(grad, q, k, v, out, lse, offsets, mask, options):
+    assert grad.shape == out.shape == q.shape
+    weights, _ = kernel_weights(q, k, lse, offsets, mask, options)
+    copies = q.shape[1] // k.shape[1]
+    many_k, many_v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+    delta = (grad * out).sum(-1).T
+    scores = weights * (torch.einsum("lne,sne->nls", grad, many_v) - delta[..., None]) * options.softmax_scale
+    dk, dv = torch.einsum("nls,lnd->snd", scores, q), torch.einsum("nls,lne->sne", weights, grad)
+    return torch.einsum("nls,snd->lnd", scores, many_k), *(x.unflatten(1, (-1, copies)).sum(2) for x in (dk, dv))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared heads", "copied heads"])
+@pytest.mark.parametrize(("block", "window"), BLOCKS.values(), ids=BLOCKS)
+def test_what_kernels_are_called_with(block, window, shared, monkeypatch):
+    """Kernels by their documentation, in place of those of a GPU: values and keys of one size, offsets, masks."""
+    monkeypatch.setattr(flash_blocks, "_aten_forward", kernel_forward)
+    monkeypatch.setattr(flash_blocks, "_aten_backward", kernel_backward)
+    monkeypatch.setattr(flash, "_shares_heads", shared)
+    q, k, v, upstream = tensors(sum(block.query_lengths), sum(block.key_lengths))
+    plain, kernels = (BlockOptions(backend, 0.3, window) for backend in ("per_document", "varlen"))
+    wanted, actual = (attend(q, k, v, block, options) for options in (plain, kernels))
+    lse = wanted[1] + 0.5  # over more keys than those of the block
+    more = [attend_backward(upstream, q, k, v, wanted[0], lse, block, options) for options in (plain, kernels)]
+    for ours, theirs in zip((*actual, *more[1]), (*wanted, *more[0]), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6 if not shared else 1e-12, atol=1e-6)

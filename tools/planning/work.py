@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -108,7 +110,10 @@ class WorkCounter:
         query, key, value = args[1:4] if backward else args[:3]
         offsets, name = args[6:8] if backward else args[4:6]
         group = dist.distributed_c10d._resolve_process_group(name)
-        steps = ring.plan_ring(tuple(offsets.diff().tolist()), group.rank(), group.size(), None)
+        with unset_fake_temporarily():
+            edges = offsets.tolist()
+        lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
+        steps = ring.plan_ring(lengths, group.rank(), group.size(), None)
         pairs = sum(block.num_pairs for blocks in steps for block in blocks)
         self.flops += (5 if backward else 2) * 2 * query.shape[1] * query.shape[2] * pairs
         pair, ranks = key.numel() + value.numel(), group.size()
