@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import flash, per_document, self_check
-from .blocks import BLOCK_BACKENDS
+from .block import BLOCK_BACKENDS
 from .plan import FA3, FA4, FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARLEN, WITH_SINKS, WITH_SOFTCAP
 
 BACKENDS = {

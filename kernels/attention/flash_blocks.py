@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import flash
-from .blocks import Block, BlockOptions
+from .block import Block, BlockOptions
 from .plan import FLASH_ATTN
 
 
