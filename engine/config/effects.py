@@ -271,6 +271,11 @@ RULES = (
         "optimizer.schedule constant without a warm-up has the same rate everywhere",
     ),
     Rule(
+        ("parallel.context_kind",),
+        lambda now: now.config.parallel.context > 1,
+        "parallel.context is 1",
+    ),
+    Rule(
         ("parallel.recompute_every",),
         lambda now: now.config.parallel.recompute != "none",
         "parallel.recompute is none",

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ...kernels.attention import Choice
 from ..batch import Batch
+from ..model.attention_choice import ContextKind
 from ..model.language_model import LanguageModel, Loss
 from ..model.quantized import QuantizedLoraLinear, quantized_layers
+from .context import own_tokens
 from .data_parallel import DataParallel
 from .mesh import Mesh
 from .router_losses import RouterLosses
@@ -26,10 +28,18 @@ class BatchPreparer:
         device: of the model.
         attention: result of ``choose_attention``.
         windows: attention windows of the model's layers.
+        kind: how context-parallel ranks compute attention.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, attention: Choice, windows: Iterable[int | None]):
-        self.mesh, self.device = mesh, device
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        attention: Choice,
+        windows: Iterable[int | None],
+        kind: ContextKind = "heads",
+    ):
+        self.mesh, self.device, self._kind = mesh, device, kind
         self._attention, self._windows = attention, tuple(windows)
 
     def __call__(self, batch: Batch) -> Batch:
@@ -39,10 +49,13 @@ class BatchPreparer:
             self._attention.backend,
             self._windows,
             equal_lengths_backend=self._attention.equal_lengths_backend,
+            in_blocks=self._kind == "ring",
         )
-        count = len(batch.tokens) // self.mesh.layout.context
-        first = self.mesh.coordinate.context * count
-        return batch.tokens_in(slice(first, first + count))
+        return batch.tokens_in(*self.own_tokens(len(batch.tokens)))
+
+    def own_tokens(self, num_tokens: int) -> tuple[slice, ...]:
+        """Return which of a batch's tokens this rank computes, in its order."""
+        return own_tokens(num_tokens, self.mesh.coordinate.context, self.mesh.layout.context, self._kind)
 
 
 class ModelParts:
