@@ -35,13 +35,21 @@ def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> 
             "document, which this run uses for attention, cannot be compiled inside a recomputed block; set "
             "parallel.recompute to none or training.compile to auto"
         )
+    # The sizes of the exchange of tokens are read on the host as well, which only divides the graph of other blocks.
+    exchanges = config.parallel.expert > 1 and config.parallel.recompute != "none"
+    if choice == "on" and exchanges:
+        raise UserError(
+            f"training.compile is on with parallel.recompute {config.parallel.recompute}, but the exchange of tokens "
+            f"of parallel.expert {config.parallel.expert} cannot be compiled inside a recomputed block; set "
+            "parallel.recompute to none or training.compile to auto"
+        )
     quantized = config.adapter.quantize_base
     if choice == "on" and quantized != "none":
         raise UserError(
             f"training.compile is on, but adapter.quantize_base is {quantized}, whose products are not compiled; set "
             "training.compile to auto"
         )
-    breaks = breaks or quantized != "none"
+    breaks = breaks or exchanges or quantized != "none"
     return choice == "on" or (choice == "auto" and device.type == "cuda" and not breaks)
 
 
@@ -62,5 +70,7 @@ def _take_any_packing(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
     """Prevent compiled blocks from making a graph for each number of documents, or for each longest document."""
     batch, *others = inputs
     torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+    if batch.attention is not None and batch.attention.offsets is not None:
+        torch._dynamo.maybe_mark_dynamic(batch.attention.offsets, 0)
     # A plain int is a constant of the first graph, and variable only in a second one.
     return batch._replace(max_seqlen=_DYNAMIC_INT(batch.max_seqlen)), *others
