@@ -80,6 +80,7 @@ TESTS = [
     "tests/kernels/test_cross_entropy_products.py",
     "tests/test_step.py::test_a_step_on_a_gpu_does_not_wait[overrides0]",
     "tests/kernels/test_attention_gpu.py",
+    "tests/kernels/test_mixture_gpu.py",
 ]
 """Tests of the correctness stage, which take about a minute."""
 TEST_MARKS = "gpu and not slow"
