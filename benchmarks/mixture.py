@@ -9,6 +9,7 @@ before anything is measured. Times are of this process's CPU time on CPUs, so th
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -42,15 +43,20 @@ class Shape(NamedTuple):
     width: int
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, by default that of this process."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by default that of this process."""
     parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     for name, default in zip(Shape._fields, (2048, 1024, 64, 8, 256), strict=True):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help="size")
     parser.add_argument("--dtype", default="fp32,bf16", metavar="NAMES", help="fp32, bf16, or both")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured passes of each; the median counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="results")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default that of this process."""
+    options = parse_arguments(arguments)
     names = options.dtype.split(",")
     if unknown := [name for name in names if name not in DTYPES]:
         raise UserError(f"--dtype {options.dtype}: {unknown[0]} is unknown; use {', '.join(DTYPES)}")
