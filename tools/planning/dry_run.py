@@ -85,8 +85,8 @@ class RankSpec:
     """Bytes that PyTorch may use of it; None: unknown, and the loss has the budget of a small GPU."""
     place: int = 0
     """Place in the pipeline; ranks that differ only in other axes do the same."""
-    blocks_per_stage: int | None = None
-    """Overrides the number of the model."""
+    stage_blocks: tuple[int, ...] | None = None
+    """Numbers of the blocks that each stage has, instead of its own."""
     whole_steps: bool = True
     """Make the optimizer's states by a step, as a run does. False: by an empty one, in half the time."""
 
@@ -243,17 +243,17 @@ def _num_stages(spec: RankSpec) -> int:
 
 
 def _shortened(spec: RankSpec) -> RankSpec:
-    """Return the spec with a model of ``blocks_per_stage``."""
-    if spec.blocks_per_stage is None:
+    """Return the spec with a model of ``stage_blocks``."""
+    if spec.stage_blocks is None:
         return spec
-    return replace(spec, architecture=spec.architecture.shortened(spec.blocks_per_stage * _num_stages(spec)))
+    return replace(spec, architecture=spec.architecture.shortened(spec.stage_blocks * _num_stages(spec)))
 
 
 def even_stages(spec: RankSpec) -> list[LayerRange] | None:
-    """Return the layers of each stage, if all have ``blocks_per_stage``."""
-    if spec.blocks_per_stage is None:
+    """Return the layers of each stage, if all have ``stage_blocks``."""
+    if spec.stage_blocks is None:
         return None
-    blocks = spec.blocks_per_stage
+    blocks = len(spec.stage_blocks)
     return [LayerRange(stage * blocks, (stage + 1) * blocks) for stage in range(_num_stages(spec))]
 
 

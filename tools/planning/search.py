@@ -198,7 +198,8 @@ def calibrate(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> Cali
         one = replace(config, training=training, parallel=parallel)
         gpu = cluster.gpu
         spec = RankSpec(one, cluster.architecture, Layout(), 1, gpu.capability, gpu.memory, whole_steps=False)
-        specs += [replace(spec, blocks_per_stage=blocks) for blocks in (1, 2)]
+        last = cluster.architecture.num_layers - 1  # of a mixture, the first blocks may have no experts
+        specs += [replace(spec, stage_blocks=(last,) * blocks) for blocks in (1, 2)]
     usages = pool.run(specs)
     kept = {}
     for number, mode in enumerate(modes):
