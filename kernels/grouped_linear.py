@@ -14,6 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 _ALIGNED_BYTES = 16
 """``torch._grouped_mm`` needs rows of matrices that begin at multiples of this."""
+GROUPED_CAPABILITY = (9, 0)
+"""Compute capability of the GPUs that have it."""
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -42,7 +44,11 @@ def grouped_linear_reference(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -
 
 
 def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0):
+    if (
+        x.device.type != "cuda"
+        or x.dtype != torch.bfloat16
+        or torch.cuda.get_device_capability(x.device) < GROUPED_CAPABILITY
+    ):
         return False
     return all(size * x.element_size() % _ALIGNED_BYTES == 0 for size in weight.shape[1:])
 

@@ -36,7 +36,7 @@ from .gpu_paths import (
 )
 from .memory import MemoryCounter
 from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
-from .work import Collective, CollectiveTotal, WorkCounter
+from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork, WorkCounter
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class RankUsage:
     collectives: dict[Collective, CollectiveTotal]
     sent_activations: float = 0.0
     """Bytes of activations that are sent to host memory."""
+    experts: ExpertWork = NO_EXPERTS
+    """Work of the experts, if the model has any."""
 
     @property
     def most(self) -> dict[str, float]:
@@ -229,12 +231,13 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             rank.declare_states()
         counter.reset_peaks()
         kept, work.flops, work.collectives, sent[0] = dict(counter.bytes), 0.0, {}, 0.0
+        work.experts = NO_EXPERTS
         rank.one_step()
     sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
     peaks, most = counter.peaks, counter.most
-    work_done = work.flops, work.collectives, sent[0]
+    work_done = work.flops, work.collectives, sent[0], work.experts
     return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, *work_done)
 
 

@@ -9,6 +9,7 @@ sizes.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ...engine.parallel.pipeline import cut_layers, stage_numbers
 from ...engine.parallel.trainable import is_same_in_every_block
 from ...engine.schedule import plan_batches
 from .dry_run import RankSpec, RankUsage
-from .work import CollectiveTotal
+from .work import CollectiveTotal, ExpertWork
 
 RunAll = Callable[[list[RankSpec]], list[RankUsage]]
 """Dry runs several ranks, possibly concurrently."""
@@ -118,11 +119,10 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         added = more[0].phase_most[phase] if more else first.phase_most[phase]
         return {kind: value + max(0.0, added[kind] - first.phase_most[phase][kind]) for kind, value in most.items()}
 
-    def total(field: str) -> float:
+    def total(read: Callable[[RankUsage], float]) -> float:
         """Extrapolate a number that grows with the micro-batches."""
-        here = getattr(first, field)
-        value = line(here, *(getattr(other, field) for other in others))
-        return scaled(value, here, getattr(more[0], field) if more else 0.0)
+        value = line(read(first), *map(read, others))
+        return scaled(value, read(first), read(more[0]) if more else 0.0)
 
     few, many = _few_micro_batches(spec.config, spec.layout)
     counts = [_num_micro_batches(config, spec.layout) for config in (spec.config, few, many)]
@@ -144,9 +144,10 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         lines(first.kept, *(other.kept for other in others)),
         {name: lines(first.peaks[name], *(other.peaks[name] for other in others)) for name in first.peaks},
         {name: most_of(name) for name in first.phase_most},
-        total("flops"),
+        total(lambda usage: usage.flops),
         collectives,
-        total("sent_activations"),
+        total(lambda usage: usage.sent_activations),
+        ExpertWork(*(total(operator.attrgetter(f"experts.{name}")) for name in ExpertWork._fields)),
     )
 
 

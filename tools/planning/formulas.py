@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
+from ...engine.model.families import DecoderArchitecture
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel import adapter, trainable
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches
 from .options import ClusterSpec
 from .prediction import StepPrediction, bytes_of, gradient_bytes, predict
-from .work import Collective, CollectiveTotal, sent_bytes
+from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork, sent_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def rough_prediction(config: RunConfig, layout: Layout, cluster: ClusterSpec) ->
         _flops(config, layout, architecture) * count,
         _collectives(config, layout, cluster, count),
         _num_trained(config, architecture) / (layout.pipeline * layout.tensor * layout.shard * layout.context),
+        experts=_expert_work(config, layout, architecture, count),
     )
 
 
@@ -99,6 +101,21 @@ def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> flo
     forward = flops_per_token(architecture, length, causal_halved=True) / 3
     again = {"none": 0.0, "selective": 0.06, "full": 1.0}[config.parallel.recompute] / config.parallel.recompute_every
     return (both + again * forward) * _tokens(config, layout) / layout.pipeline
+
+
+def _expert_work(config: RunConfig, layout: Layout, architecture: Architecture, count: int) -> ExpertWork:
+    """Return the work of the experts of one rank in ``count`` micro-batches: in each pass, three products read the
+    experts, or write their gradients, and read or write rows.
+    """
+    experts = architecture.experts if isinstance(architecture, DecoderArchitecture) else None
+    if experts is None:
+        return NO_EXPERTS
+    hidden, inner = architecture.hidden_size, experts.intermediate_size / layout.tensor
+    rows = _tokens(config, layout) * layout.tensor * experts.per_token
+    passes = 3 + (1 / config.parallel.recompute_every if config.parallel.recompute == "full" else 0)
+    times = count * passes * 3 * experts.num_layers / layout.pipeline
+    size = 2 * (experts.num_experts * hidden * inner + rows * (hidden + inner))
+    return ExpertWork(times * 2 * rows * hidden * inner, times * size)
 
 
 def _collectives(

@@ -87,6 +87,7 @@ class LayoutPlan:
             rank.trained,
             rank.parameters,
             rank.sent_activations,
+            rank.experts,
         )
 
     @property

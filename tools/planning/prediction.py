@@ -18,7 +18,7 @@ from ...engine.parallel.layout import Layout
 from .gpus import Gpu
 from .offload import offload_seconds
 from .options import Assumptions
-from .work import Collective, CollectiveTotal
+from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork
 
 _WAITED_FOR = ("tensor", "pipeline")
 
@@ -59,13 +59,14 @@ def predict(
     trained: float,
     parameters: float | None = None,
     sent_activations: float = 0.0,
+    experts: ExpertWork = NO_EXPERTS,
 ) -> StepPrediction:
     """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters.
 
     ``parameters`` are all of them, if some are frozen; ``sent_activations`` are the bytes of activations that go to
-    host memory in a step.
+    host memory in a step; ``experts`` is the work of experts, whose operations are also in ``flops``.
     """
-    computing = flops / (gpu.flops * assumptions.efficiency)
+    computing = flops / (gpu.flops * assumptions.efficiency) + expert_seconds(experts, gpu, assumptions)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
         seconds = sent.sent / (bandwidth(collective, gpu) * assumptions.link_efficiency)
@@ -92,6 +93,17 @@ def predict(
         (computing + waiting) * idle_share(config, layout, num_micro_batches),
         moved.waiting if config.parallel.cpu_offload else optimizer,
     )
+
+
+def expert_seconds(experts: ExpertWork, gpu: Gpu, assumptions: Assumptions) -> float:
+    """Return what experts take longer than their operations alone.
+
+    A grouped product of few rows for each expert is bound by reading the experts: it takes as long as its operations,
+    or as its factors and results pass the memory once, if that is longer. Rows that are sorted pass it as well.
+    """
+    memory = gpu.memory_bandwidth * assumptions.link_efficiency
+    computing = experts.flops / (gpu.flops * assumptions.efficiency)
+    return max(0.0, experts.bytes / memory - computing) + experts.moved / memory
 
 
 def bandwidth(collective: Collective, gpu: Gpu) -> float:

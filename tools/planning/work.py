@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ...engine.parallel.layout import AXES, Layout
+from ...kernels import grouped_linear as _operators  # noqa: F401 - registers them
 
 _KINDS = {
     "all-gather": ("allgather", "all_gather"),
@@ -28,9 +29,31 @@ sent."""
 _NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_dtensor")
 
 
-_GROUPED = tuple(
-    getattr(torch.ops.aten, name) for name in ("_grouped_mm", "_scaled_grouped_mm") if hasattr(torch.ops.aten, name)
+_GROUPED = (
+    *(getattr(torch.ops.aten, name) for name in ("_grouped_mm", "_scaled_grouped_mm") if hasattr(torch.ops.aten, name)),
+    torch.ops.retemper.grouped_linear,
+    torch.ops.retemper.grouped_linear_weight_gradient,
 )
+_BAGS = (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only)
+"""Sums of rows."""
+
+
+class ExpertWork(NamedTuple):
+    """What experts add to the time of a rank beyond operations, which are counted with all others."""
+
+    flops: float = 0.0
+    """Floating-point operations of the grouped products, which are also in the sum of all."""
+    bytes: float = 0.0
+    """Bytes of the factors and results of the grouped products. Each expert of the rank is read, if every expert has
+    rows."""
+    moved: float = 0.0
+    """Bytes that are read and written to sort rows by expert, and to sum the rows of a token."""
+
+    def __add__(self, other: Any) -> ExpertWork:
+        return ExpertWork(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NO_EXPERTS = ExpertWork()
 
 
 class Collective(NamedTuple):
@@ -69,6 +92,7 @@ class WorkCounter:
     gpus_per_node: int
     document_length: int
     flops: float = 0.0
+    experts: ExpertWork = NO_EXPERTS
     collectives: dict[Collective, CollectiveTotal] = field(default_factory=dict)
 
     def add_flops(self, count: float) -> None:
@@ -81,13 +105,22 @@ class WorkCounter:
         if operator.namespace == "torch_attn":
             self._count_attention(operator, args)
         elif packet in _GROUPED:
-            self.flops += _grouped_flops(args[0], args[1], result)
+            self._count_grouped(args[0], args[1], result)
+        elif packet == torch.ops.aten.index and args[0].is_floating_point() and args[0].dim() == 2:
+            self.experts += ExpertWork(moved=2 * _bytes(result))
+        elif packet in _BAGS:
+            self.experts += ExpertWork(moved=_bytes(args[0]) + _bytes(result[0]))
         elif packet in flop_registry:
             # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
             share = 0.5 if "attention" in operator._schema.name else 1
             self.flops += share * flop_registry[packet](*args, **kwargs, out_val=result)
         elif operator.namespace in _NAMESPACES:
             self._count_collective(operator, args, kwargs, result)
+
+    def _count_grouped(self, one: Tensor, other: Tensor, result: Tensor) -> None:
+        flops = _grouped_flops(one, other, result)
+        self.flops += flops
+        self.experts += ExpertWork(flops, _bytes((one, other, result)))
 
     def _count_attention(self, operator: Any, args: Any) -> None:
         # q @ k and p @ v forward; backward these again and four more products, less one (Dao, 2023,

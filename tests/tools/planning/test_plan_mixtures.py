@@ -8,7 +8,11 @@ import plan_runs
 import pytest
 
 from retemper.tools.planning.extrapolation import dry_run_short
+from retemper.tools.planning.gpus import GPUS
+from retemper.tools.planning.options import Assumptions
 from retemper.tools.planning.pool import DryRunPool
+from retemper.tools.planning.prediction import expert_seconds
+from retemper.tools.planning.work import ExpertWork
 
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 
@@ -50,6 +54,26 @@ def test_operations_are_those_of_the_chosen_experts(tmp_path, pool):
     matrices = 2 * (attention + experts + router) + 4096 * hidden
     pairs = 2 * 7 * 2 * q * 256 / 2
     assert usage.flops == pytest.approx(tokens * (6 * matrices + pairs), rel=1e-9)
+    # The products of experts, each of which reads or writes all experts, and rows of both sides. In bf16.
+    rows, count = 2 * tokens, 2 * 3 * 3 * usage_micro_batches(config)
+    found = usage.experts
+    assert found.flops == pytest.approx(2 * tokens * 6 * experts)
+    assert found.bytes == pytest.approx(
+        2 * (count * 8 * hidden * inner + 2 * 3 * 3 * rows * (hidden + inner)), rel=1e-9
+    )
+    assert found.moved > 0
+
+
+def usage_micro_batches(config) -> int:
+    return config.training.global_batch_size // config.training.micro_batch_size
+
+
+def test_grouped_products_of_few_rows_take_as_long_as_reading_the_experts():
+    """989 TFLOP/s x 0.5 and 3.35 TB/s x 0.8."""
+    gpu, assumed = GPUS["h100-80gb"], Assumptions(8, efficiency=0.5, link_efficiency=0.8)
+    second = 989e12 * 0.5
+    assert expert_seconds(ExpertWork(second, 3.35e12 * 0.8 * 1.5, 0.0), gpu, assumed) == pytest.approx(0.5)
+    assert expert_seconds(ExpertWork(second, 3.35e12 * 0.8 * 0.5, 3.35e12 * 0.8), gpu, assumed) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
