@@ -185,5 +185,6 @@ def _settings(plan: LayoutPlan, configured: RunConfig) -> str:
         lines += ["    optimizer:", f"      state_dtype: {optimizer.state_dtype}"]
     lines.append("    parallel:")
     lines += [f"      {axis}: {size}" for axis, size in layout._asdict().items() if size > 1 and axis != "shard"]
+    lines += [f"      expert: {parallel.expert}"] if parallel.expert > 1 else []
     lines += ["      shard: auto", f"      recompute: {parallel.recompute}"]
     return "\n".join(lines)

@@ -213,7 +213,8 @@ def dry_run(spec: RankSpec) -> RankUsage:
 
 def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
     """Return what ``ranks`` holds and does in a step, on tensors with or without values."""
-    work = WorkCounter(spec.layout, spec.gpus_per_node, spec.config.training.sequence_length)
+    length, expert = spec.config.training.sequence_length, spec.config.parallel.expert
+    work = WorkCounter(spec.layout, spec.gpus_per_node, length, expert)
     counter = MemoryCounter(work.count_operator)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fresh_constants())

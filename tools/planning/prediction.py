@@ -10,6 +10,7 @@ which is bound by memory, are added.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
@@ -107,13 +108,16 @@ def expert_seconds(experts: ExpertWork, gpu: Gpu, assumptions: Assumptions) -> f
 
 
 def bandwidth(collective: Collective, gpu: Gpu) -> float:
-    """Return the bytes per second that each rank of a ring can send.
+    """Return the bytes per second that each rank of a group can send.
 
     Between nodes, rings use the network cards of all the group's ranks in a node, and each carries its part of the
-    traffic.
+    traffic. In an all-to-all, the network card of each rank carries what this rank sends to other nodes.
     """
     if collective.per_node == collective.ranks:
         return gpu.intra_node
+    if collective.kind == "all-to-all":
+        share = (collective.ranks - collective.per_node) / (collective.ranks - 1)
+        return min(gpu.inter_node / share, gpu.intra_node / (1 - share) if share < 1 else math.inf)
     between = gpu.inter_node * collective.per_node
     return between if collective.per_node == 1 else min(gpu.intra_node, between)
 

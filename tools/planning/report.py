@@ -9,6 +9,7 @@ from ...engine.observe.flops import flops_per_token
 from ...engine.observe.progress import duration
 from ...engine.parallel.trainable import learning
 from ...kernels.grouped_linear import GROUPED_CAPABILITY
+from .experts import describe_missing
 from .layout_plan import LayoutPlan, digits, gib, shown_layout
 from .memory import KINDS
 from .prediction import StepPrediction
@@ -63,7 +64,8 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
     if offloaded:
         lines += ["", f"host        {gib(plan.host_bytes)} GiB of host memory for each rank, and pinned buffers"]
     lines += ["", f"memory      {_sizes(plan)}"]
-    return lines
+    missing = describe_missing(plan)
+    return lines if missing is None else [*lines, missing]
 
 
 def _sizes(plan: LayoutPlan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ...engine.parallel.layout import AXES, Layout
+from ...engine.parallel.layout import Layout
 from ...kernels import grouped_linear as _operators  # noqa: F401 - registers them
 
 _KINDS = {
@@ -86,11 +86,14 @@ class WorkCounter:
         layout: of the ranks.
         gpus_per_node: consecutive ranks are in one node.
         document_length: tokens of each document, for the operations of attention.
+        expert: see below.
     """
 
     layout: Layout
     gpus_per_node: int
     document_length: int
+    expert: int = 1
+    """``parallel.expert``: groups along these ranks get the names ``expert`` and ``expert_shard``."""
     flops: float = 0.0
     experts: ExpertWork = NO_EXPERTS
     collectives: dict[Collective, CollectiveTotal] = field(default_factory=dict)
@@ -140,23 +143,38 @@ class WorkCounter:
         size = max(_bytes(value) for value in (*args, result))
         ranks = dist.get_process_group_ranks(group)
         nodes = Counter(rank // self.gpus_per_node for rank in ranks)
-        key = Collective(kind, self._axes(ranks), len(ranks), max(nodes.values()))
+        key = Collective(kind, self._expert_axes(kind, ranks) or self._axes(ranks), len(ranks), max(nodes.values()))
         entry = self.collectives.setdefault(key, CollectiveTotal())
         entry.count += 1
         entry.size += size
         entry.sent += sent_bytes(kind, size, len(ranks))
 
     def _axes(self, ranks: Iterable[int]) -> tuple[str, ...]:
-        places = []
-        for rank in ranks:
-            place = []
-            for size in reversed(self.layout):
-                rank, index = divmod(rank, size)
-                place.append(index)
-            places.append(place[::-1])
-        return tuple(
-            axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len(set(indices)) > 1
-        )
+        return _differing(ranks, self.layout._asdict())
+
+    def _expert_axes(self, kind: str, ranks: Sequence[int]) -> tuple[str, ...]:
+        """Return the axis of a group that exists because ranks share experts; nothing for others."""
+        sharing = self.layout.shard * self.layout.context
+        if self.expert == 1 or len(ranks) == 1:
+            return ()
+        sizes = {"pipeline": self.layout.pipeline, "replicate": self.layout.replicate}
+        sizes |= {"expert_shard": sharing // self.expert, "expert": self.expert, "tensor": self.layout.tensor}
+        axes = _differing(ranks, sizes)
+        if axes not in (("expert",), ("expert_shard",)) or len(ranks) != sizes[axes[0]]:
+            return ()
+        return axes if len(ranks) < sharing or kind == "all-to-all" else ()
+
+
+def _differing(ranks: Iterable[int], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the axes along which ``ranks`` differ, of a mesh with axes of these sizes, outermost first."""
+    places = []
+    for rank in ranks:
+        place = []
+        for size in reversed(sizes.values()):
+            rank, index = divmod(rank, size)
+            place.append(index)
+        places.append(place[::-1])
+    return tuple(axis for axis, indices in zip(sizes, zip(*places, strict=True), strict=True) if len(set(indices)) > 1)
 
 
 def _grouped_flops(one: Tensor, other: Tensor, result: Tensor) -> float:
