@@ -114,7 +114,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
-    mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
+    mesh, memory = build_mesh(layout, ranks.device.type, config.parallel.expert), MemoryGuard(config, ranks)
     with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed, model.table_names)

@@ -108,6 +108,7 @@ RANGES = {
     "parallel.replicate": _FROM_1,
     "parallel.context": _FROM_1,
     "parallel.tensor": _FROM_1,
+    "parallel.expert": _FROM_1,
     "parallel.pipeline_stages_per_rank": _FROM_1,
     "parallel.prefetch_blocks": _FROM_0,
     "parallel.recompute_every": _FROM_1,

@@ -367,6 +367,7 @@ ELSEWHERE = {
     "training.compile": "engine/parallel/compile.py: enabled refuses what cannot be compiled",
     "training.float8": "engine/parallel/float8.py: enabled refuses a device without it",
     "training.fuse_projections": "engine/parallel/fused_projections.py: check refuses what it does not work with",
+    "parallel.expert": "engine/parallel/expert.py: check refuses it for a model without experts",
     "parallel.async_tensor": "engine/parallel/build.py: check refuses it without tensor parallelism",
 }
 """Settings that are refused or reported elsewhere, where the necessary facts are known."""

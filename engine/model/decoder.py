@@ -21,7 +21,6 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from ...kernels.activations import ACTIVATIONS, gated
 from ...kernels.attention import attention
@@ -34,6 +33,7 @@ from .expert_settings import ExpertSettings
 from .experts import Experts, Router
 from .families import DecoderArchitecture
 from .language_model import Attend, ChangeEmbeddings, LanguageModel, Loss, SameInput
+from .local_copy import local_copy
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -357,13 +357,13 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Map [T, H] to [T, H]."""
-        chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
-        if self.shared_expert is None:
-            return chosen_TH
-        shared_TH = self.shared_expert(hidden_TH)
+        shared_TH = None if self.shared_expert is None else self.shared_expert(hidden_TH)
         if self.shared_expert_gate is not None:
             shared_TH = self.shared_expert_gate(hidden_TH).sigmoid() * shared_TH
-        return chosen_TH + shared_TH
+        # Last in the forward pass is first in the backward pass: FSDP then knows that a recomputed block is in it, and
+        # does not gather the experts once more.
+        chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
+        return chosen_TH if shared_TH is None else chosen_TH + shared_TH
 
 
 def _feed_forward(architecture: DecoderArchitecture, number: int) -> FeedForward | MixtureOfExperts:
@@ -390,26 +390,14 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map [..., width] to [..., width]; with a residual, return the norm of ``residual + x`` and that sum."""
-        weight = _local_copy(self.weight)
+        weight = local_copy(self.weight)
         if self.kind == "layer_norm":
             x = x if residual is None else residual + x
-            bias = None if self.bias is None else _local_copy(self.bias)
+            bias = None if self.bias is None else local_copy(self.bias)
             normalized = F.layer_norm(x, weight.shape, weight, bias, self.eps)
             return normalized if residual is None else (normalized, x)
         offset = _RMS_WEIGHT_OFFSETS[self.kind]
         return rms_norm(x, weight, self.eps, residual, weight_offset=offset, average=self.average)
-
-
-def _local_copy(weight: Tensor) -> Tensor:
-    """Return this rank's weight as a plain tensor.
-
-    With tensor parallelism, ranks with copies of it see different tokens or heads, so its gradient is the sum of
-    theirs. Of a weight that is split over ranks, each has the gradient of its part.
-    """
-    if not isinstance(weight, DTensor):
-        return weight
-    copied = all(placement.is_replicate() for placement in weight.placements)
-    return weight.to_local(grad_placements=[Partial()] if copied else None)
 
 
 def _rotation(rope: RopeSettings, batch: Batch) -> Rotation:

@@ -19,6 +19,7 @@ from ...kernels.activations import weighted_gated
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.token_permutation import combine, expand, order_by_expert, weights_of_rows
 from .expert_settings import ExpertSettings
+from .local_copy import local_copy
 
 
 class Routing(NamedTuple):
@@ -54,7 +55,7 @@ class Router(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Routing:
         """Route [T, H]."""
-        logits_TE = F.linear(hidden_TH.float(), self.weight.float())
+        logits_TE = F.linear(hidden_TH.float(), local_copy(self.weight).float())
         scores_TE = self._scores(logits_TE)
         experts_TK = self._choose(scores_TE.detach())
         if self.observe is not None:
@@ -91,7 +92,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows_RI: Tensor, ends_E: Tensor) -> Tensor:
         """Map [R, in] rows sorted by expert to [R, out]."""
-        return grouped_linear(rows_RI, self.weight, ends_E)
+        return grouped_linear(rows_RI, local_copy(self.weight), ends_E)
 
 
 class Experts(nn.Module):

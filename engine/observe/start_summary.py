@@ -194,7 +194,7 @@ def _describe_ranks(run: Run) -> list[str]:
     config, training, ranks, choices = run.config, run.config.training, run.ranks, run.choices
     compiled = "compiled" if choices.compiled else "not compiled"
     return [
-        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {training.precision} "
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh}, compute in {training.precision} "
         f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
         f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "

@@ -21,6 +21,7 @@ from . import (
     adapter,
     context,
     data_parallel,
+    expert,
     float8,
     fused_projections,
     neftune,
@@ -70,6 +71,7 @@ def check(
         )
     _check_implementation(config, architecture)
     fused_projections.check(config, architecture, world_size == parallel.tensor * parallel.pipeline)
+    expert.check(architecture, parallel)
     tensor.check(architecture, config)
     context.check(architecture, parallel, training.sequence_length)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
@@ -136,8 +138,8 @@ def build_model(
     stages: list[LayerRange] | None = None,
     materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
-    """Build the model: meta device -> tensor -> adapter -> context -> float8 -> recompute -> compile -> offload ->
-    freeze -> shard -> materialize.
+    """Build the model: meta device -> tensor -> expert -> adapter -> context -> float8 -> recompute -> compile ->
+    offload -> freeze -> shard -> materialize.
 
     Weights are loaded afterwards.
 
@@ -166,6 +168,7 @@ def build_model(
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
+        expert.apply(model, mesh.experts)
         adapter.apply(model, config, ranks.device)
         context.apply(model, mesh.context_group)
         neftune.apply(model, config, mesh)
@@ -176,7 +179,7 @@ def build_model(
         if parallel.offload_activations:
             activation_offload.apply(model, ranks.device)
         trainable.apply(model, training, config.adapter)
-        wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
+        wrapped = data_parallel.wrap(model, mesh, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
         wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
         return model, wrapped
