@@ -42,20 +42,35 @@ def describe_missing(plan: LayoutPlan) -> str | None:
     if plan.fits or settings_of(architecture) is None:
         return None
     ranks = layout.shard * layout.context
-    share, shown = parameters_of(architecture) / (layout.pipeline * layout.tensor * ranks), config.parallel.expert
+    share = parameters_of(architecture) / (layout.pipeline * layout.tensor * ranks)
     held = share * (_bytes_of_state(config, architecture) + gradient_bytes(config, plan.batches.num_micro_batches))
-    layer = parameters_of_layer(architecture) / (layout.tensor * shown)
-    gathered = 2 * layer * (1 + config.parallel.prefetch_blocks) + 4 * layer
-    remedies = ["more ranks to share them", "optimizer.state_dtype bf16", "parallel.cpu_offload true"]
-    larger = [size for size in sizes_of(architecture, ranks) if size > shown]
-    if larger and ranks > 1:
-        saved = gathered * (1 - shown / larger[-1])
-        remedies.insert(0, f"parallel.expert {larger[-1]} (gathers {gib(saved)} GiB less)")
+    gathered = _gathered_bytes(plan, config.parallel.expert)
     return (
         f"experts     do not fit: with gradients and states this rank's share of them takes {gib(held)} GiB, and the "
         f"experts and gradients of a layer, while it computes, up to {gib(gathered)} GiB; what helps: "
-        f"{', '.join(remedies)}"
+        f"{', '.join(_remedies(plan, ranks))}"
     )
+
+
+def _remedies(plan: LayoutPlan, ranks: int) -> list[str]:
+    experts, shown = settings_of(plan.cluster.architecture), plan.config.parallel.expert
+    assert experts is not None
+    found = []
+    larger = [size for size in sizes_of(plan.cluster.architecture, ranks) if size > shown]
+    if larger:
+        saved = _gathered_bytes(plan, shown) - _gathered_bytes(plan, larger[-1])
+        found.append(f"parallel.expert {larger[-1]} (gathers {gib(saved)} GiB less)")
+    if experts.num_experts % ranks:  # FSDP divides stacks of experts by whole experts
+        found.append(f"parallel.tensor, because {experts.num_experts} experts are unequal shares of {ranks} ranks")
+    return [*found, "more ranks to share them", "optimizer.state_dtype bf16", "parallel.cpu_offload true"]
+
+
+def _gathered_bytes(plan: LayoutPlan, expert: int) -> float:
+    """Return the bytes of the gathered experts of a layer and of those prefetched, in bf16, and of a layer's gradients
+    in fp32.
+    """
+    layer = parameters_of_layer(plan.cluster.architecture) / (plan.layout.tensor * expert)
+    return 2 * layer * (1 + plan.config.parallel.prefetch_blocks) + 4 * layer
 
 
 def _bytes_of_state(config: RunConfig, architecture: Architecture) -> float:
