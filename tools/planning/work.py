@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,7 +165,7 @@ class WorkCounter:
         return axes if len(ranks) < sharing or kind == "all-to-all" else ()
 
 
-def _differing(ranks: Iterable[int], sizes: Mapping[str, int]) -> tuple[str, ...]:
+def _differing(ranks: Iterable[int], sizes: dict[str, int]) -> tuple[str, ...]:
     """Return the axes along which ``ranks`` differ, of a mesh with axes of these sizes, outermost first."""
     places = []
     for rank in ranks:
