@@ -132,7 +132,7 @@ class ElementwiseOptimizer(TrainingOptimizer):
         first, width = self._places[parameter]
         size = CHUNK_ELEMENTS.get(weight.device.type, 2**16)
         consecutive = weight.shape[1:] == parameter.shape[1:]  # in the whole parameter; a chunk is then one long row
-        row = size if consecutive else weight.shape[1]
+        row = size if consecutive else math.prod(weight.shape[divided_dim(parameter) :])
         size = max(1, size // row) * row
         flat, count = [tensor.view(-1) for tensor in tensors], weight.numel()
         compiled = weight.is_cuda if self._compiled is None else self._compiled
@@ -159,14 +159,25 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
     return torch.compile(update, dynamic=True)
 
 
+def divided_dim(parameter: Tensor) -> int:
+    """Return the dimension after the first that is divided over ranks, 0 if none is. A shard has its rows from there
+    on: they are consecutive in the whole parameter.
+    """
+    if not isinstance(parameter, DTensor):
+        return 0
+    divided = [dim for dim in range(1, parameter.ndim) if any(place.is_shard(dim) for place in parameter.placements)]
+    assert len(divided) <= 1, f"{parameter.placements} of {tuple(parameter.shape)}"
+    return divided[0] if divided else 0
+
+
 def shard_place(parameter: Tensor) -> tuple[int, int]:
     """Return the position of the first element of this rank's shard in the whole parameter, and the distance of its
     rows there.
     """
-    width = math.prod(parameter.shape[1:])
+    dim = divided_dim(parameter)
+    width = math.prod(parameter.shape[max(dim, 1) :])
     if not isinstance(parameter, DTensor):
         return 0, width
-    sharded = [dim for dim in range(1, parameter.ndim) if any(place.is_shard(dim) for place in parameter.placements)]
-    assert not sharded or parameter.ndim == 2, f"{parameter.placements} of {tuple(parameter.shape)}"
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0] * width + (offset[1] if sharded else 0), width
+    sizes = [math.prod(parameter.shape[after:]) for after in range(1, parameter.ndim + 1)]
+    return sum(start * size for start, size in zip(offset, sizes, strict=True)), width
