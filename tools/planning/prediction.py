@@ -119,6 +119,8 @@ def bandwidth(collective: Collective, gpu: Gpu) -> float:
         share = (collective.ranks - collective.per_node) / (collective.ranks - 1)
         return min(gpu.inter_node / share, gpu.intra_node / (1 - share) if share < 1 else math.inf)
     between = gpu.inter_node * collective.per_node
+    if collective.kind == "send":  # of two neighbours in different nodes
+        return gpu.inter_node
     return between if collective.per_node == 1 else min(gpu.intra_node, between)
 
 
