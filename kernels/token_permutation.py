@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,7 +79,8 @@ def combine(y_RH: Tensor, order: RowOrder) -> Tensor:
 
 
 def _sum_of_rows(rows_RH: Tensor, rows_TK: Tensor) -> Tensor:
-    return rows_RH[rows_TK].sum(1)
+    """Return [T, H] without an intermediate [T, K, H]. Rows are added in the order of the choices."""
+    return F.embedding_bag(rows_TK, rows_RH, mode="sum")
 
 
 class _Expand(torch.autograd.Function):

@@ -56,6 +56,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.constants = architecture.float32_tensors.intersection(name for name, _ in self.named_parameters())
         self.loss: Loss = self._loss_sum
         self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 
@@ -110,6 +111,14 @@ class Decoder(LanguageModel):
     def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
         """See :class:`LanguageModel`."""
         block.forward = functools.partial(_seeing, see, block.forward)
+
+    def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
+        """See :class:`LanguageModel`."""
+        super().materialize(device, weights_device)
+        for name in self.constants:
+            bias = self.get_parameter(name)
+            bias.data = bias.data.to(device)
+        return self
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.activations import weighted_gated
 from ...kernels.grouped_linear import grouped_linear
-from ...kernels.token_permutation import combine, expand, order_by_expert, weights_of_rows
+from ...kernels.token_permutation import RowOrder, combine, expand, order_by_expert, weights_of_rows
 from .expert_settings import ExpertSettings
 from .local_copy import local_copy
 
@@ -106,6 +106,8 @@ class Experts(nn.Module):
         self.down_proj = GroupedLinear(count, inner, hidden_size)
         self.num_experts, self._activation = count, activation
         self.dispatch: Dispatch = self._dispatch
+        self.see_rows: Callable[[RowOrder], object] | None = None
+        """Called with the rows before they are computed, if adapters draw a mask for each."""
 
     def forward(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
         """Map [T, H] to [T, H]."""
@@ -122,5 +124,7 @@ class Experts(nn.Module):
 
     def _dispatch(self, compute: Compute, hidden_TH: Tensor, routing: Routing) -> Tensor:
         order = order_by_expert(routing.experts_TK, self.num_experts)
+        if self.see_rows is not None:
+            self.see_rows(order)
         rows_RH, weights_R = expand(hidden_TH, order), weights_of_rows(routing.weights_TK, order)
         return combine(compute(rows_RH, weights_R, order.ends_E), order)

@@ -14,5 +14,5 @@ def local_copy(weight: Tensor) -> Tensor:
     """
     if not isinstance(weight, DTensor):
         return weight
-    copied = all(placement.is_replicate() for placement in weight.placements)
-    return weight.to_local(grad_placements=[Partial()] if copied else None)
+    summed = [Partial() if placement.is_replicate() else placement for placement in weight.placements]
+    return weight.to_local(grad_placements=summed)

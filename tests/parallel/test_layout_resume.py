@@ -27,6 +27,8 @@ LAYOUTS = {
     "pipeline 2 x tensor 2": (4, ["--parallel.pipeline", "2", "--parallel.tensor", "2"]),
     "tensor 2 x shard 2": (4, ["--parallel.tensor", "2"]),
     "context 2 x replicate 2": (4, ["--parallel.context", "2", "--parallel.replicate", "2"]),
+    "context 2": (2, ["--parallel.context", "2"]),
+    "context 2, ring": (2, ["--parallel.context", "2", "--parallel.context_kind", "ring"]),
 }
 EXPERT_LAYOUTS = {
     "expert 2": (2, ["--parallel.expert", "2"]),
@@ -79,6 +81,8 @@ def undisturbed(one_rank, tmp_path_factory):
         ("pipeline 2 x tensor 2", "shard 2"),
         pytest.param("context 2 x replicate 2", "pipeline 2 x tensor 2", marks=pytest.mark.slow),
         pytest.param("shard 2", "tensor 2 x shard 2", marks=pytest.mark.slow),
+        pytest.param("context 2", "context 2, ring", marks=pytest.mark.slow),
+        pytest.param("context 2, ring", "one rank", marks=pytest.mark.slow),
         pytest.param("tensor 2", "pipeline 2, interleaved", marks=pytest.mark.slow),
         pytest.param("pipeline 2, interleaved", "context 2 x replicate 2", marks=pytest.mark.slow),
         pytest.param("tensor 2 x shard 2", "one rank", marks=pytest.mark.slow),
