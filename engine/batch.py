@@ -57,10 +57,16 @@ class Batch(NamedTuple):
         """Return the same batch in page-locked memory."""
         return self._replace(**{name: value.pin_memory() for name, value in self._tensors()})
 
-    def tokens_in(self, part: slice) -> Batch:
-        """Return the same batch with only the tokens in ``part``; offsets and attention stay those of all tokens."""
+    def tokens_in(self, *parts: slice) -> Batch:
+        """Return the same batch with only the tokens in ``parts``; offsets and attention stay those of all tokens."""
         per_token = ("tokens", "targets", "position_ids", "token_numbers", "loss_weights")
-        return self._replace(**{name: value[part] for name, value in self._tensors() if name in per_token})
+        return self._replace(
+            **{
+                name: value[parts[0]] if len(parts) == 1 else torch.cat([value[part] for part in parts])
+                for name, value in self._tensors()
+                if name in per_token
+            }
+        )
 
     def _tensors(self) -> Iterator[tuple[str, Any]]:
         return ((name, value) for name, value in self._asdict().items() if isinstance(value, Tensor))
@@ -76,6 +82,7 @@ class Batch(NamedTuple):
         windows: Iterable[int | None],
         *,
         equal_lengths_backend: str | None = None,
+        in_blocks: bool = False,
     ) -> Batch:
         """Return this batch, whose offsets are in host memory, on ``device`` with its attention planned.
 
@@ -87,9 +94,15 @@ class Batch(NamedTuple):
             attention_backend: result of ``choose_attention``.
             windows: attention windows of the model's layers.
             equal_lengths_backend: see :func:`plan_attention`.
+            in_blocks: see :func:`plan_attention`.
         """
         plan = self.attention or plan_attention(
-            attention_backend, self.cu_seqlens, windows, device, equal_lengths_backend=equal_lengths_backend
+            attention_backend,
+            self.cu_seqlens,
+            windows,
+            device,
+            equal_lengths_backend=equal_lengths_backend,
+            in_blocks=in_blocks,
         )
         batch = self.to(device)
         # Padding needs only the shape, which the host knows.

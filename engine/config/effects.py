@@ -28,6 +28,10 @@ class Situation:
     """True if gradients are summed over ranks."""
     num_micro_batches: int = 1
     """Micro-batches in a step of one rank."""
+    has_router_losses: bool = True
+    """False if the model has no experts, or is computed by transformers."""
+    has_selection_biases: bool = True
+    """False if no router chooses experts with a bias that may change."""
     device: str = "cpu"
     resumed: Mapping[str, Any] | None = None
     """Configuration of the checkpoint that the run continues from."""
@@ -267,6 +271,11 @@ RULES = (
         "optimizer.schedule constant without a warm-up has the same rate everywhere",
     ),
     Rule(
+        ("parallel.context_kind",),
+        lambda now: now.config.parallel.context > 1,
+        "parallel.context is 1",
+    ),
+    Rule(
         ("parallel.recompute_every",),
         lambda now: now.config.parallel.recompute != "none",
         "parallel.recompute is none",
@@ -286,6 +295,16 @@ RULES = (
         ("training.initial_loss_scale", "training.loss_scale_window", "training.min_loss_scale"),
         lambda now: now.config.training.precision == "fp16",
         "training.precision auto did not choose fp16, which alone scales the loss",
+    ),
+    Rule(
+        ("training.router_aux_loss_coef", "training.router_z_loss_coef"),
+        lambda now: now.has_router_losses,
+        "the model has no experts, or its modules are those of transformers, whose routers have no losses here",
+    ),
+    Rule(
+        ("training.router_bias_update_rate",),
+        lambda now: now.has_selection_biases,
+        "no router of the model chooses experts with a bias that training may change",
     ),
     Rule(
         ("parallel.reduce_gradients",),

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from ...kernels.attention import BACKENDS, PER_DOCUMENT, Choice, UnusableBackend, choose_attention_backend
-from ..config.settings import RunConfig
+from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
 from .architecture import Architecture
 from .dtypes import DTYPES
+
+ContextKind = Literal["heads", "ring"]
+
+
+def context_kind(parallel: ParallelConfig, architecture: Architecture) -> ContextKind:
+    """Return how context-parallel ranks compute attention; see ``parallel.context_kind``."""
+    if parallel.context_kind != "auto":
+        return parallel.context_kind
+    return "heads" if heads_problem(parallel, architecture) is None else "ring"
+
+
+def heads_problem(parallel: ParallelConfig, architecture: Architecture) -> str | None:
+    """Return why ``parallel.context`` ranks cannot exchange heads, both sides of the division; None if they can."""
+    size, tensor = parallel.context, parallel.tensor
+    heads, kv_heads = architecture.num_attention_heads // tensor, architecture.num_key_value_heads // tensor
+    share = f" / parallel.tensor {tensor}" if tensor > 1 else ""
+    if heads % size:
+        return (
+            f"parallel.context {size} does not divide the {heads} attention heads of a rank "
+            f"({architecture.num_attention_heads}{share})"
+        )
+    if kv_heads % size and size % kv_heads:
+        return (
+            f"parallel.context {size} neither divides the {kv_heads} key/value heads of a rank "
+            f"({architecture.num_key_value_heads}{share}) nor is a multiple of them"
+        )
+    return None
+
+
+def _describe_context(parallel: ParallelConfig, architecture: Architecture) -> str:
+    """Return what context-parallel ranks do, and why, as the end of a line; empty if there are none."""
+    if parallel.context == 1:
+        return ""
+    if parallel.context_kind != "auto":
+        reason = "as configured"
+    elif (problem := heads_problem(parallel, architecture)) is not None:
+        reason = problem
+    else:
+        reason = "the numbers of heads allow it"
+    if context_kind(parallel, architecture) == "heads":
+        return f"; {parallel.context} ranks exchange heads for tokens ({reason})"
+    return f"; ring attention over {parallel.context} ranks ({reason})"
 
 
 def choose_attention(config: RunConfig, architecture: Architecture, device: torch.device) -> Choice:
@@ -18,16 +62,18 @@ def choose_attention(config: RunConfig, architecture: Architecture, device: torc
         UserError: ``training.attention_backend`` names one that cannot work here.
     """
     try:
-        return choose_for_model(
+        choice = choose_for_model(
             config.training.attention_backend,
             architecture,
             device,
             DTYPES[config.training.precision],
             longest=config.training.sequence_length,
             equal_lengths=config.data.attend_across_documents,
+            in_blocks=config.parallel.context > 1 and context_kind(config.parallel, architecture) == "ring",
         )
     except UnusableBackend as error:
         raise UserError(f"training.attention_backend: {error}") from None
+    return choice._replace(reason=choice.reason + _describe_context(config.parallel, architecture))
 
 
 def choose_for_model(
@@ -38,6 +84,7 @@ def choose_for_model(
     *,
     longest: int | None = None,
     equal_lengths: bool = False,
+    in_blocks: bool = False,
 ) -> Choice:
     """Return an attention backend that computes all layers of a model.
 
@@ -48,6 +95,7 @@ def choose_for_model(
         dtype: of queries, keys and values.
         longest: maximum length of a document. A window at least as long is full attention.
         equal_lengths: see :func:`choose_attention_backend`.
+        in_blocks: see :func:`choose_attention_backend`.
 
     Raises:
         UnusableBackend: ``requested`` cannot work here.
@@ -69,4 +117,5 @@ def choose_for_model(
         value_head_dim=architecture.value_head_dim,
         softcap=architecture.attention_softcap is not None,
         sinks=architecture.attention_sinks,
+        in_blocks=in_blocks,
     )

@@ -101,12 +101,14 @@ def _budget_used(run: Run) -> list[str]:
 
 
 def _situation(run: Run) -> Situation:
-    layout, resumed = run.mesh.layout, run.start.resumed_from
+    layout, resumed, routers = run.mesh.layout, run.start.resumed_from, run.model.routers
     return Situation(
         run.config,
         same_weights=layout.replicate > 1 or layout.tensor > 1,
         reduces=layout.data_parallel * layout.context > 1,
         num_micro_batches=run.plan.num_micro_batches,
+        has_router_losses=routers is not None,
+        has_selection_biases=routers is not None and routers.updates_biases,
         device=run.ranks.device.type,
         resumed=resumed.config if resumed else None,
         step=run.progress.step,

@@ -11,6 +11,7 @@ from ...kernels.attention import Choice as AttentionChoice
 from ..config.settings import ParallelConfig, RunConfig
 from ..errors import UserError
 from ..model.architecture import Architecture, LayerRange
+from ..model.attention_choice import context_kind
 from ..model.decoder import Decoder
 from ..model.dtypes import DTYPES
 from ..model.implementations import meta_model
@@ -27,6 +28,7 @@ from . import (
     neftune,
     pipeline,
     recompute,
+    router_losses,
     tensor,
     trainable,
 )
@@ -73,7 +75,7 @@ def check(
     fused_projections.check(config, architecture, world_size == parallel.tensor * parallel.pipeline)
     expert.check(architecture, parallel)
     tensor.check(architecture, config)
-    context.check(architecture, parallel, training.sequence_length)
+    context.check(architecture, parallel, training)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
     trainable.check(config, architecture)
     adapter.check(architecture, config, world_size)
@@ -156,7 +158,7 @@ def build_model(
         UserError: a requested implementation cannot run here.
     """
     training, parallel = config.training, config.parallel
-    compute_dtype = DTYPES[training.precision]
+    compute_dtype, kind = DTYPES[training.precision], context_kind(parallel, architecture)
     numbers = pipeline.stage_numbers(
         parallel.pipeline_schedule, mesh.coordinate.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
     )
@@ -170,7 +172,7 @@ def build_model(
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
         expert.apply(model, mesh.experts)
         adapter.apply(model, config, ranks.device)
-        context.apply(model, mesh.context_group)
+        context.apply(model, mesh.context_group, kind)
         neftune.apply(model, config, mesh)
         float8.apply(model, training, ranks.device)
         recompute.apply(model, parallel, training.fuse_projections)
@@ -186,8 +188,10 @@ def build_model(
 
     built = [build_stage(stages[number]) for number in numbers]
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
-    prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows)
-    parts = ModelParts(decoders)
+    prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows, kind)
+    # With tensor parallelism all ranks route the same tokens, and their gradients are summed.
+    routers = router_losses.attach(decoders, training, ranks.device, counts=mesh.coordinate.tensor == 0)
+    parts = ModelParts(decoders, routers)
     if parallel.pipeline > 1:
         count = choices.num_micro_batches
         return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)

@@ -70,5 +70,7 @@ def _take_any_packing(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
     """Prevent compiled blocks from making a graph for each number of documents, or for each longest document."""
     batch, *others = inputs
     torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+    if batch.attention is not None and batch.attention.offsets is not None:
+        torch._dynamo.maybe_mark_dynamic(batch.attention.offsets, 0)
     # A plain int is a constant of the first graph, and variable only in a second one.
     return batch._replace(max_seqlen=_DYNAMIC_INT(batch.max_seqlen)), *others

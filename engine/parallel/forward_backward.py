@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ...kernels.attention import Choice
 from ..batch import Batch
+from ..model.attention_choice import ContextKind
 from ..model.language_model import LanguageModel, Loss
 from ..model.quantized import QuantizedLoraLinear, quantized_layers
+from .context import own_tokens
 from .data_parallel import DataParallel
 from .mesh import Mesh
+from .router_losses import RouterLosses
 
 
 class BatchPreparer:
@@ -25,10 +28,18 @@ class BatchPreparer:
         device: of the model.
         attention: result of ``choose_attention``.
         windows: attention windows of the model's layers.
+        kind: how context-parallel ranks compute attention.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, attention: Choice, windows: Iterable[int | None]):
-        self.mesh, self.device = mesh, device
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        attention: Choice,
+        windows: Iterable[int | None],
+        kind: ContextKind = "heads",
+    ):
+        self.mesh, self.device, self._kind = mesh, device, kind
         self._attention, self._windows = attention, tuple(windows)
 
     def __call__(self, batch: Batch) -> Batch:
@@ -38,10 +49,13 @@ class BatchPreparer:
             self._attention.backend,
             self._windows,
             equal_lengths_backend=self._attention.equal_lengths_backend,
+            in_blocks=self._kind == "ring",
         )
-        count = len(batch.tokens) // self.mesh.layout.context
-        first = self.mesh.coordinate.context * count
-        return batch.tokens_in(slice(first, first + count))
+        return batch.tokens_in(*self.own_tokens(len(batch.tokens)))
+
+    def own_tokens(self, num_tokens: int) -> tuple[slice, ...]:
+        """Return which of a batch's tokens this rank computes, in its order."""
+        return own_tokens(num_tokens, self.mesh.coordinate.context, self.mesh.layout.context, self._kind)
 
 
 class ModelParts:
@@ -51,10 +65,11 @@ class ModelParts:
 
     Args:
         decoders: with memory for their parameters.
+        routers: the losses of their routers; None: they have no experts.
     """
 
-    def __init__(self, decoders: list[LanguageModel]):
-        self.decoders = decoders
+    def __init__(self, decoders: list[LanguageModel], routers: RouterLosses | None = None):
+        self.decoders, self.routers = decoders, routers
         # Every step asks for them, and finding them in a model takes the host longer than to compute with them.
         self._named = [named for decoder in decoders for named in decoder.named_parameters()]
         self._unique = [parameter for decoder in decoders for parameter in _unique_parameters(decoder)]
@@ -86,6 +101,16 @@ class ModelParts:
     def quantized_layers(self) -> dict[str, QuantizedLoraLinear]:
         """Layers that hold a matrix of the base in few bits, by the name of the matrix; it is no parameter."""
         return {name: layer for decoder in self.decoders for name, layer in quantized_layers(decoder).items()}
+
+    def begin_step(self, loss_scale: Tensor | None) -> None:
+        """Prepare the backward passes of a step whose loss is multiplied by ``loss_scale``; None: one."""
+        if self.routers is not None:
+            self.routers.begin_step(loss_scale)
+
+    def end_step(self, skip: Tensor) -> None:
+        """Update what no gradient does, unless ``skip``, [] fp32 on the device, is 1. All ranks must call this."""
+        if self.routers is not None:
+            self.routers.update(skip)
 
     def blocks(self) -> Iterator[nn.Module]:
         """Return the transformer blocks of this rank."""

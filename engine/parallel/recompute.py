@@ -27,6 +27,7 @@ _ATTENTIONS = (
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
     "flex_attention",
+    "retemper::ring_attention",
 )
 """Operators by name, because the existing ones depend on the installation. Attention computed from plain matrix
 products (aten::bmm) is not included: its scores are exactly what must not be stored.

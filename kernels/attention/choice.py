@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import flash, per_document, self_check
+from .block import BLOCK_BACKENDS
 from .plan import FA3, FA4, FLASH_ATTN, FLEX, PER_DOCUMENT, SDPA, VARLEN, WITH_SINKS, WITH_SOFTCAP
 
 BACKENDS = {
@@ -59,6 +60,8 @@ class Setting:
     """True if some layer caps its scores."""
     sinks: bool
     """True if some layer has attention sinks."""
+    in_blocks: bool = False
+    """True if attention is computed in blocks of documents (ring attention)."""
 
     @property
     def is_special(self) -> bool:
@@ -77,6 +80,7 @@ def choose_attention_backend(
     value_head_dim: int | None = None,
     softcap: bool = False,
     sinks: bool = False,
+    in_blocks: bool = False,
 ) -> Choice:
     """Return the backend of a run. On a GPU this checks the kernels that depend on its software.
 
@@ -90,6 +94,7 @@ def choose_attention_backend(
         value_head_dim: E; None for D.
         softcap: some layer caps its scores.
         sinks: some layer has attention sinks.
+        in_blocks: attention is computed by :mod:`.blocks`.
 
     Raises:
         UnusableBackend: ``requested`` cannot work here.
@@ -105,6 +110,7 @@ def choose_attention_backend(
         value_head_dim=value_head_dim or head_dim,
         softcap=softcap,
         sinks=sinks,
+        in_blocks=in_blocks,
     )
     if requested == "auto":
         backend = next(name for name in BACKENDS if _preferred(name, setting) and obstacle(name, setting) is None)
@@ -135,7 +141,7 @@ def _checked(choice: Choice, setting: Setting, automatic: bool) -> Choice:
         if problem is not None:
             choice = _noted(choice, f"keys and values are copied for all heads, because without copies {problem}")
     usual = choice.backend in (VARLEN, FLASH_ATTN) and not setting.windowed
-    replaces = automatic and usual and setting.capability[0] >= 9
+    replaces = automatic and usual and setting.capability[0] >= 9 and not setting.in_blocks
     if (choice.backend == SDPA or replaces) and _suits_cudnn(setting):
         problem = self_check.cudnn_problem(*kernels)
         per_document.use_cudnn(problem is None)
@@ -184,9 +190,11 @@ def obstacle(backend: str, setting: Setting) -> str | None:
     """Return why ``backend`` cannot be used, as the end of a sentence that begins with its name; None if it can."""
     if backend == PER_DOCUMENT:
         return None
+    if setting.in_blocks and backend not in BLOCK_BACKENDS:
+        return "cannot attend to parts of documents, as ring attention does (parallel.context_kind)"
     if setting.softcap and backend not in WITH_SOFTCAP:
         return "cannot cap scores, which this model does (softcap)"
-    if setting.sinks and backend not in WITH_SINKS:
+    if setting.sinks and backend not in WITH_SINKS and not setting.in_blocks:
         return "has no attention sinks, which this model uses"
     if backend == SDPA:
         return None if setting.equal_lengths else "is for documents of one length (data.attend_across_documents: true)"
@@ -216,7 +224,10 @@ def _flash_obstacle(backend: str, setting: Setting) -> str | None:
         wanted = " or ".join(f"{major}.x" for major in generations) if backend in (FA3, FA4) else "8.0 or newer"
         return f"needs compute capability {wanted}, and the GPU has {'.'.join(map(str, setting.capability))}"
     if backend == FLASH_ATTN:
-        return import_problem("flash_attn", "flash_attn_varlen_func") or _softcap_problem(setting)
+        problem = import_problem("flash_attn", "flash_attn_varlen_func") or _softcap_problem(setting)
+        if problem is None and setting.in_blocks:  # since version 2.7
+            return import_problem("flash_attn.flash_attn_interface", "_wrapped_flash_attn_varlen_forward")
+        return problem
     if backend == VARLEN:
         built = torch.backends.cuda.is_flash_attention_available()
         return None if built else "needs a PyTorch that was built with flash attention"

@@ -86,7 +86,7 @@ def flash_attn_2(
 
     # Not passed otherwise: old versions of the package do not have the argument.
     options = {} if softcap is None else {"softcap": softcap}
-    length = _kernel_length(max_seqlen)
+    length = kernel_length(max_seqlen)
     return flash_attn_varlen_func(
         q_TND,
         k_TKD,
@@ -125,7 +125,7 @@ def varlen_attention(
             k_TKD, v_TKD = (x.repeat_interleave(groups, dim=1) for x in (k_TKD, v_TKD))
         elif VARLEN_HAS_ENABLE_GQA:
             options["enable_gqa"] = True
-    length = _kernel_length(max_seqlen)
+    length = kernel_length(max_seqlen)
     output = varlen.varlen_attn(
         q_TND,
         k_TKD,
@@ -164,7 +164,13 @@ def share_heads(works: bool) -> None:
     _shares_heads = works
 
 
-def _kernel_length(max_seqlen: int) -> int:
+def heads_are_shared() -> bool:
+    """Return whether ``varlen_attn`` takes K key and value heads as they are."""
+    return _shares_heads
+
+
+def kernel_length(max_seqlen: int) -> int:
+    """Return the length that the kernels are told for a longest document of ``max_seqlen`` tokens."""
     # The kernels need only an upper bound. For queries of length one they use a decoding path that counts the documents
     # and is wrong if some have no token (Dao-AILab/flash-attention#1537).
     return max(max_seqlen, 2)

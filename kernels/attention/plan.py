@@ -42,6 +42,9 @@ class AttentionPlan:
     """A ``BlockMask`` for each window that was planned or used."""
     make_mask: Callable[[int | None], Any] | None = None
     """Makes the ``BlockMask`` of a window; only for a backend that needs masks."""
+    offsets: Tensor | None = None
+    """[documents + 1] int32 in host memory; only for attention in blocks. Code that moves a module's arguments to
+    the device does not see it."""
     function: Callable[..., Any] | None = None
     """The callable that runs the backend, if it is not the module's own."""
 
@@ -64,6 +67,7 @@ def plan_attention(
     device: torch.device,
     *,
     equal_lengths_backend: str | None = None,
+    in_blocks: bool = False,
 ) -> AttentionPlan:
     """Return the plan of a packing.
 
@@ -74,11 +78,15 @@ def plan_attention(
             prepares for them is then made when they are first used.
         device: where the attention runs.
         equal_lengths_backend: replaces ``backend`` if all documents have one length, and no window is shorter.
+        in_blocks: the tokens are on several ranks, which compute :mod:`.blocks`.
 
     Raises:
         ValueError: ``sdpa`` with documents of different lengths.
     """
     windows = set(windows)
+    if in_blocks:
+        flash.use_implementation(flash.IMPLEMENTATIONS.get(backend))
+        return AttentionPlan(backend, offsets=cu_seqlens)
     if equal_lengths_backend is not None and _is_batch(cu_seqlens, windows):
         backend = equal_lengths_backend
     if backend in VARIABLE_LENGTH:

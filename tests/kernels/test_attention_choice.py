@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retemper.engine.config.settings import DataConfig, RunConfig, SourceConfig, TrainingConfig
+from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfig, SourceConfig, TrainingConfig
 from retemper.engine.errors import UserError
-from retemper.engine.model.attention_choice import choose_attention, choose_for_model
+from retemper.engine.model.attention_choice import choose_attention, choose_for_model, context_kind
 from retemper.engine.model.implementations import parse_architecture
 from retemper.kernels.attention import (
     UnusableBackend,
@@ -95,6 +95,9 @@ def choose(device, requested="auto", dtype=torch.bfloat16, head_dim=128, **optio
         (HOPPER, ["triton"], {"head_dim": 192, "value_head_dim": 128, "equal_lengths": True}, "varlen"),
         (BLACKWELL, ["FA4"], {"head_dim": 192, "value_head_dim": 128}, "varlen"),
         (HOPPER, ["FA3"], {"head_dim": 64, "value_head_dim": 512}, "per_document"),
+        (HOPPER, [], {"in_blocks": True, "equal_lengths": True}, "varlen"),
+        (HOPPER, ["triton"], {"in_blocks": True, "sinks": True}, "varlen"),
+        (HOPPER, ["triton"], {"in_blocks": True, "softcap": True}, "per_document"),
     ],
 )
 def test_auto_takes_the_first_that_works(machine, capability, packages, options, expected):
@@ -279,3 +282,28 @@ def test_fp32_runs_do_without_flash_attention(machine):
     config = run_config(False, 256)
     config = replace(config, training=replace(config.training, precision="fp32"))
     assert choose_attention(config, ARCHITECTURE, machine(HOPPER, "flash-attn")).backend == "per_document"
+
+
+@pytest.mark.parametrize(
+    ("context", "kind", "expected", "end"),
+    [
+        (1, "auto", "heads", "the backend for CPUs"),
+        (2, "auto", "heads", "; 2 ranks exchange heads for tokens (the numbers of heads allow it)"),
+        (2, "ring", "ring", "; ring attention over 2 ranks (as configured)"),
+        (3, "auto", "ring", "over 3 ranks (parallel.context 3 does not divide the 4 attention heads of a rank (4))"),
+        (8, "auto", "ring", "over 8 ranks (parallel.context 8 does not divide the 4 attention heads of a rank (4))"),
+    ],
+)
+def test_context_parallel_ranks_exchange_heads_where_they_can(context, kind, expected, end):
+    assert (ARCHITECTURE.num_attention_heads, ARCHITECTURE.num_key_value_heads) == (4, 2)
+    config = replace(run_config(False, 256), parallel=ParallelConfig(context=context, context_kind=kind))
+    assert context_kind(config.parallel, ARCHITECTURE) == expected
+    assert choose_attention(config, ARCHITECTURE, torch.device("cpu")).reason.endswith(end)
+
+
+def test_ring_attention_refuses_backends_that_cannot_compute_it():
+    config = replace(run_config(True, 256, "sdpa"), parallel=ParallelConfig(context=3))
+    with pytest.raises(
+        UserError, match=r"attention by sdpa cannot attend to parts of documents.*; use auto or per_doc"
+    ):
+        choose_attention(config, ARCHITECTURE, torch.device("cpu"))

@@ -20,6 +20,7 @@ from retemper.kernels.attention import (
     choose_attention_backend,
     self_check,
 )
+from retemper.kernels.attention.blocks import BLOCK_BACKENDS, Block, BlockOptions, attend, attend_backward
 from retemper.kernels.attention.per_document import per_document_attention
 
 HAS_GPU = torch.cuda.is_available()
@@ -176,6 +177,41 @@ def test_values_and_gradients_equal_the_float64_reference(backend, layout, heads
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_windows(backend, layout):
     check(backend, Problem(layout, 4, 2, 64, 64, torch.bfloat16), MORE_WINDOWS)
+
+
+@gpu
+@pytest.mark.parametrize("backend", BLOCK_BACKENDS)
+@pytest.mark.parametrize(
+    ("block", "window"),
+    [
+        (Block(0, 0, (130, 1, 500), (130, 1, 500), 0), None),
+        (Block(0, 0, (130, 1, 500), (130, 1, 500), 0), 100),
+        (Block(0, 0, (300,), (700,), 900), None),
+        (Block(0, 0, (300,), (700,), 700), 600),
+    ],
+)
+@pytest.mark.parametrize(("head_dim", "value_head_dim"), [(64, 64), (128, 64)])
+def test_blocks_equal_the_float64_reference(backend, block, window, head_dim, value_head_dim):
+    """Output, log-sum-exp, and gradients with the log-sum-exp over more keys than those of the block."""
+    problem = Problem("one document", 8, 2, head_dim, value_head_dim, torch.bfloat16)
+    try:
+        name = choose_attention_backend(
+            backend, DEVICE, problem.dtype, head_dim, value_head_dim=value_head_dim, in_blocks=True
+        ).backend
+    except UnusableBackend as error:
+        pytest.skip(str(error))
+    q, k, v, _, upstream = inputs(problem)
+    q, upstream = q[block.queries], upstream[block.queries]
+    k, v = k[block.keys], v[block.keys]
+    wide = [x.double() for x in (q, k, v)]
+    exact, ours = (BlockOptions(one, head_dim**-0.5, window) for one in ("per_document", name))
+    wanted = attend(*wide, block, exact)
+    actual = attend(q, k, v, block, ours)
+    lse = wanted[1] + 0.5
+    wanted += attend_backward(upstream.double(), *wide, wanted[0], lse, block, exact)
+    actual += attend_backward(upstream, q, k, v, wanted[0].bfloat16(), lse.float(), block, ours)
+    for mine, other in zip(actual, wanted, strict=True):
+        assert (mine.double() - other).norm() <= 1e-2 * other.norm()
 
 
 @gpu

@@ -46,7 +46,7 @@ def attend_on_ranks(ranks, heads, kv_heads, options):
     q, k, v = (x.chunk(ranks.world_size)[ranks.rank].clone().requires_grad_() for x in inputs[:3])
     sinks = inputs[3].requires_grad_() if options.pop("sinks", False) else None
     model = OneAttention()
-    context.apply(model, dist.group.WORLD)
+    context.apply(model, dist.group.WORLD, "heads")
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
     output = model.attend(q, k, v, offsets, max(LENGTHS), sinks=sinks, **options)
     output.backward(upstream.chunk(ranks.world_size)[ranks.rank])

@@ -5,14 +5,19 @@ Whole runs are compared with one process in test_layout_parity.py.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import parity_run
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from retemper.engine import pretrain
+from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import ParallelConfig
 from retemper.engine.errors import UserError
+from retemper.engine.guards.replica_check import Owners, owners_of
 from retemper.engine.model.expert_settings import ExpertSettings
 from retemper.engine.model.experts import Experts, Routing
 from retemper.engine.model.implementations import parse_architecture
@@ -106,3 +111,26 @@ def test_ranks_that_cannot_be_divided():
     assert str(caught.value) == (
         "parallel.expert 4 does not divide parallel.shard 3 x parallel.context 2 = 6 ranks; use a divisor of 6"
     )
+
+
+def placed(ranks: Ranks, path: Path, options: list[str]) -> dict[str, tuple[Owners, tuple[int, ...]]]:
+    """The ranks that hold the same part of every parameter as this one, and the shape of that part."""
+    run = pretrain.build(parse_config(["--config", str(path), *options]), ranks)
+    return {name: (owners_of(p), tuple(p.to_local().shape)) for name, p in run.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("options", "of_experts", "of_router"),
+    [
+        # Ranks 0 and 2 have the same inner features of other experts.
+        ("expert=2 tensor=2", [((rank,), (4, 12, 32)) for rank in range(4)], [(0, 1), (0, 1), (2, 3), (2, 3)]),
+        ("expert=2 replicate=2", [((rank % 2, rank % 2 + 2), (4, 24, 32)) for rank in range(4)], [(0, 2), (1, 3)] * 2),
+        ("expert=2", [((rank,), (2, 24, 32)) for rank in range(4)], [(0,), (1,), (2,), (3,)]),
+    ],
+)
+def test_which_ranks_hold_copies(options, of_experts, of_router, four_ranks, tmp_path):
+    path = parity_run.write_run(tmp_path, parity_run.Model("qwen3_moe", tied=False, packed=True))
+    words = [word for setting in options.split() for word in f"--parallel.{setting}".split("=")]
+    found = four_ranks.run(placed, path, words)
+    assert [one["model.layers.0.mlp.experts.gate_proj.weight"] for one in found] == of_experts
+    assert [one["model.layers.0.mlp.gate.weight"][0] for one in found] == of_router

@@ -25,6 +25,9 @@ OPTIONS = tuple(
 EXPERTS = Model("qwen3_moe", tied=False, packed=True)
 SHARED_EXPERT = Model("qwen2_moe", tied=False, packed=True)
 
+GEMMA = OPTIONS[2]  # windows and soft caps
+
+RING = "context_kind=ring"
 INTERLEAVED = "pipeline_schedule=interleaved_1f1b pipeline_stages_per_rank=2"
 ZERO_BUBBLE = "pipeline_stages_per_rank=2 reshard_after_forward=false pipeline_schedule="
 Case = tuple[int, str, tuple[Model, ...]]
@@ -39,6 +42,7 @@ CASES: list[Case] = [
     (2, "pipeline=2", (PACKED, WHOLE, NORMED)),
     (2, f"pipeline=2 {ZERO_BUBBLE}zbv_zero_bubble", (NORMED,)),
     (2, "context=2", (PACKED, WHOLE, NORMED)),
+    (2, f"context=2 {RING}", (PACKED, GEMMA)),
     (4, "tensor=2 shard=2", (NORMED, PACKED)),
     (2, "tensor=2", OPTIONS),
     (2, "pipeline=2", OPTIONS[2:] + OPTIONS[:2]),
@@ -76,6 +80,14 @@ MORE_CASES: list[Case] = [
     (4, "context=4", (PACKED,)),  # more ranks than key/value heads
     (4, "context=2 tensor=2", (PACKED,)),
     (4, "pipeline=2 context=2", (WHOLE,)),
+    (2, f"context=2 {RING}", (WHOLE, NORMED)),
+    (2, f"context=2 {RING} micro_batch_size=4", (PACKED,)),
+    (2, f"context=2 {RING} recompute=full", (PACKED,)),
+    (2, f"context=2 {RING} recompute=selective", (NORMED,)),
+    (4, f"context=4 {RING}", (PACKED, WHOLE, GEMMA)),
+    (4, f"context=2 shard=2 {RING}", (NORMED,)),
+    (4, f"context=2 tensor=2 {RING}", (PACKED, GEMMA)),
+    (4, f"pipeline=2 context=2 {RING}", (PACKED,)),
     (2, "tensor=2 compile=on", (NORMED,)),
     (2, "pipeline=2 compile=on", (PACKED,)),
     (4, "tensor=2 shard=2", OPTIONS[:3]),
@@ -104,6 +116,7 @@ MORE_CASES: list[Case] = [
 EXTENDED_CASES: list[Case] = [
     (2, "tensor=2 compile=on", (WHOLE, PACKED, *OPTIONS[:3])),
     (2, "context=2 compile=on", (PACKED,)),
+    (2, f"context=2 {RING} compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),
     (2, "expert=2 compile=on", (EXPERTS, SHARED_EXPERT)),
 ]

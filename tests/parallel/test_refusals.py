@@ -52,6 +52,10 @@ CASES = {
         "training.micro_batch_size 1 x training.sequence_length 31 = 31 tokens cannot be divided evenly among "
         "parallel.context 2 x parallel.tensor 1 = 2 ranks"
     ),
+    "context=2 context_kind=ring sequence_length=30": (
+        "ring attention divides training.micro_batch_size 1 x training.sequence_length 30 = 30 tokens into 2 x "
+        "parallel.context 2 = 4 equal chunks; use a multiple of 4"
+    ),
     "tensor=2 async_tensor=true": "parallel.async_tensor is true, but it needs parallel.tensor > 1, a GPU and compiled",
     "global_batch_size=5": "training.global_batch_size 5 is not a multiple of micro_batch_size 1 x data-parallel",
 }
@@ -95,13 +99,16 @@ def test_layouts_that_do_not_fit_the_model(shape, two_ranks, path):
     axis, expected = SHAPES[shape]
     changes = {key: int(value) for key, value in (change.split("=") for change in shape.split())}
     options = ["--model.architecture", architecture(**changes), f"--parallel.{axis}", "2"]
+    if axis == "context":
+        options += ["--parallel.context_kind", "heads"]
     for message in two_ranks.run(refusal, path, options):
         assert f"parallel.{axis} {expected}" in message
 
 
-def test_positions_that_depend_on_the_length_of_a_document(two_ranks, path):
+@pytest.mark.parametrize("kind", ["heads", "ring"])
+def test_positions_that_depend_on_the_length_of_a_document(kind, two_ranks, path):
     dynamic = architecture(max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    options = ["--model.architecture", dynamic, "--parallel.context", "2"]
+    options = ["--model.architecture", dynamic, "--parallel.context", "2", "--parallel.context_kind", kind]
     for message in two_ranks.run(refusal, path, options):
         assert "parallel.context 2 with training.sequence_length 32" in message
         assert "above 16 tokens" in message

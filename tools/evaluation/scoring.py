@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from ...engine.model.attention_choice import context_kind
 from ...engine.observe.waiting import ProgressBar, Say
+from ...engine.parallel.context import own_tokens
 from ...engine.parallel.process_group import Ranks
 from ...engine.parallel.token_losses import token_losses
 from ...kernels.linear_cross_entropy import IGNORE_INDEX
@@ -35,10 +37,17 @@ class DocumentSums:
         self._sums = np.zeros((5, num_documents))
         self.nats, self.targets, self.text_nats, self.text_targets, self.num_bytes = self._sums
 
-    def add(self, scored: ScoredBatch, part: slice, losses: npt.NDArray[np.float64]) -> None:
-        """Add the ``losses`` of a ``part`` of the tokens of a batch."""
-        tokens, targets = (values[part].numpy() for values in (scored.batch.tokens, scored.batch.targets))
-        documents, places = scored.documents_T[part], scored.places_T[part]
+    def add(self, scored: ScoredBatch, parts: tuple[slice, ...], losses: npt.NDArray[np.float64]) -> None:
+        """Add the ``losses`` of some ``parts`` of the tokens of a batch, in their order."""
+        tokens, targets, documents, places = (
+            np.concatenate([values[part] for part in parts])
+            for values in (
+                scored.batch.tokens.numpy(),
+                scored.batch.targets.numpy(),
+                scored.documents_T,
+                scored.places_T,
+            )
+        )
         valid = targets != IGNORE_INDEX
         tokens, targets, documents, places, losses = (
             values[valid] for values in (tokens, targets, documents, places, losses)
@@ -68,9 +77,10 @@ def score(model: EvaluatedModel, windows: Windows, texts: TokenBytes | None, say
         UserError: the dataset cannot be read.
     """
     sums, ranks = DocumentSums(len(windows.starts_D) - 1, texts), model.ranks
-    layout, place = model.mesh.layout, model.mesh.coordinate
-    size = model.config.training.micro_batch_size * model.config.training.sequence_length // layout.context
-    mine = slice(place.context * size, (place.context + 1) * size)
+    place = model.mesh.coordinate
+    kind = context_kind(model.config.parallel, model.architecture)
+    size = model.config.training.micro_batch_size * model.config.training.sequence_length
+    mine = own_tokens(size, place.context, model.mesh.layout.context, kind)
     step = model.num_micro_batches * max(1, _BATCHES_AT_ONCE // model.num_micro_batches)
     batches = iter(windows)
     what = f"evaluating {windows.source.name}, batches"

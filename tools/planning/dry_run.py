@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ...engine.batch import Batch
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture, LayerRange
+from ...engine.model.attention_choice import context_kind
 from ...engine.optim import allocate_states, build_average, build_optimizer, keep_average
 from ...engine.optim.loss_scaling import LossScaler
 from ...engine.parallel.build import Choices, build_model, materialize_empty
@@ -36,7 +37,7 @@ from .gpu_paths import (
 )
 from .memory import MemoryCounter
 from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
-from .work import Collective, CollectiveTotal, WorkCounter
+from .work import Collective, CollectiveTotal, WorkCounter, hidden_bytes
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class SimulatedRank:
         self.config, self.counter, self._windows = config, counter, architecture.sliding_windows
         self.plan = plan_batches(config.training, spec.layout.data_parallel)
         self._backend = PER_DOCUMENT if spec.capability is None else attention_backend(config, architecture)
+        in_ring = context_kind(config.parallel, architecture) == "ring"
+        self._in_blocks = spec.layout.context > 1 and in_ring
         choices = Choices(Choice(self._backend, "planned"), False, self.plan.num_micro_batches)
         counter.begin("parameters")
         materialize = materialize_without_values() if not has_values() else materialize_empty
@@ -177,7 +180,8 @@ class SimulatedRank:
             # Some backends read the offsets on the host, so the plan is made with values.
             with unset_fake_temporarily():
                 on_host = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
-                plan = plan_attention(self._backend, on_host, self._windows, on_host.device)
+                device, in_blocks = on_host.device, self._in_blocks
+                plan = plan_attention(self._backend, on_host, self._windows, device, in_blocks=in_blocks)
             tokens, targets, positions = numbers, numbers.clone(), numbers.clone()
             return Batch(tokens, targets, positions, offsets, length, samples * length, plan, numbers.clone())
 
@@ -212,7 +216,7 @@ def dry_run(spec: RankSpec) -> RankUsage:
 def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
     """Return what ``ranks`` holds and does in a step, on tensors with or without values."""
     work = WorkCounter(spec.layout, spec.gpus_per_node, spec.config.training.sequence_length)
-    counter = MemoryCounter(work.count_operator)
+    counter = MemoryCounter(work.count_operator, hidden_bytes=hidden_bytes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fresh_constants())
         if spec.capability is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
 from ...engine.model.architecture import Architecture
+from ...engine.model.attention_choice import context_kind
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel import adapter, trainable
 from ...engine.parallel.layout import Layout
@@ -128,8 +129,13 @@ def _collectives(
     hidden = 2 * architecture.hidden_size * _tokens(config, layout)
     add("all-gather", ("tensor",), hidden * layout.tensor, blocks * (4 + 2 * again))
     add("reduce-scatter", ("tensor",), hidden * layout.tensor, blocks * (4 + again))
-    heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads) * architecture.head_dim
-    add("all-to-all", ("context",), 2 * heads * _tokens(config, layout), blocks * (2 + again))
+    ranks = layout.context
+    if context_kind(parallel, architecture) == "ring":  # keys and values in bf16; their gradients in fp32, once more
+        pair = 2 * 2 * architecture.num_key_value_heads * architecture.head_dim * _tokens(config, layout)
+        add("send", ("context",), pair, blocks * ((ranks - 1) * (2 + again) + 2 * ranks))
+    else:
+        heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads) * architecture.head_dim
+        add("all-to-all", ("context",), 2 * heads * _tokens(config, layout), blocks * (2 + again))
     add("send", ("pipeline",), hidden, 2 * count)
     return found
 

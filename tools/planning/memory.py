@@ -43,11 +43,17 @@ class MemoryCounter(TorchDispatchMode):
     Args:
         on_operator: called with (operator, arguments, keyword arguments, result) of every operator on plain tensors.
         block_bytes: sizes are rounded up to a multiple of it.
+        hidden_bytes: called with (operator, arguments); returns the bytes that the operator holds only while it runs.
     """
 
-    def __init__(self, on_operator: Callable[..., None] | None = None, block_bytes: int = BLOCK_BYTES):
+    def __init__(
+        self,
+        on_operator: Callable[..., None] | None = None,
+        block_bytes: int = BLOCK_BYTES,
+        hidden_bytes: Callable[[Any, Any], int] = lambda *_: 0,
+    ):
         super().__init__()
-        self._on_operator, self._block = on_operator, block_bytes
+        self._on_operator, self._block, self._hidden_bytes = on_operator, block_bytes, hidden_bytes
         self._kind, self._paused = "activations", False
         self._live: dict[int, tuple[int, str]] = {}
         self.bytes: dict[str, float] = dict.fromkeys(KINDS, 0)
@@ -70,6 +76,10 @@ class MemoryCounter(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._see(value)
+        hidden = self._hidden_bytes(operator, args)
+        if hidden:
+            self._change(hidden, self._kind)
+            self._change(-hidden, self._kind)
         if self._on_operator is not None:
             self._on_operator(operator, args, kwargs, result)
         return result

@@ -103,6 +103,8 @@ def bandwidth(collective: Collective, gpu: Gpu) -> float:
     if collective.per_node == collective.ranks:
         return gpu.intra_node
     between = gpu.inter_node * collective.per_node
+    if collective.kind == "send":  # of two neighbours in different nodes
+        return gpu.inter_node
     return between if collective.per_node == 1 else min(gpu.intra_node, between)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ...engine.parallel import ring
 from ...engine.parallel.layout import AXES, Layout
 
 _KINDS = {
@@ -31,6 +34,7 @@ _NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_dtensor")
 _GROUPED = tuple(
     getattr(torch.ops.aten, name) for name in ("_grouped_mm", "_scaled_grouped_mm") if hasattr(torch.ops.aten, name)
 )
+_RING = (torch.ops.retemper.ring_attention, torch.ops.retemper.ring_attention_backward)
 
 
 class Collective(NamedTuple):
@@ -80,6 +84,8 @@ class WorkCounter:
         packet = getattr(operator, "_overloadpacket", None)
         if operator.namespace == "torch_attn":
             self._count_attention(operator, args)
+        elif packet in _RING:
+            self._count_ring(operator, args)
         elif packet in _GROUPED:
             self.flops += _grouped_flops(args[0], args[1], result)
         elif packet in flop_registry:
@@ -98,6 +104,23 @@ class WorkCounter:
         products = 5 if backward else 2
         self.flops += products * 2 * heads * head_dim * tokens * self.document_length / 2
 
+    def _count_ring(self, operator: Any, args: Any) -> None:
+        """Count what :mod:`retemper.engine.parallel.ring` does and sends. Windows are not counted, as elsewhere."""
+        backward = "backward" in operator._schema.name
+        query, key, value = args[1:4] if backward else args[:3]
+        offsets, name = args[6:8] if backward else args[4:6]
+        group = dist.distributed_c10d._resolve_process_group(name)
+        with unset_fake_temporarily():
+            edges = offsets.tolist()
+        lengths = tuple(stop - start for start, stop in itertools.pairwise(edges))
+        steps = ring.plan_ring(lengths, group.rank(), group.size(), None)
+        pairs = sum(block.num_pairs for blocks in steps for block in blocks)
+        self.flops += (5 if backward else 2) * 2 * query.shape[1] * query.shape[2] * pairs
+        pair, ranks = key.numel() + value.numel(), group.size()
+        self._add("send", dist.get_process_group_ranks(group), pair * key.element_size(), ranks - 1)
+        if backward:
+            self._add("send", dist.get_process_group_ranks(group), 4 * pair, ranks)
+
     def _count_collective(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = operator._schema.name.partition("::")[2]
         kind = next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), None)
@@ -105,13 +128,15 @@ class WorkCounter:
             return
         group = _group_of((*args, *kwargs.values()))
         size = max(_bytes(value) for value in (*args, result))
-        ranks = dist.get_process_group_ranks(group)
+        self._add(kind, dist.get_process_group_ranks(group), size, 1)
+
+    def _add(self, kind: str, ranks: list[int], size: float, count: int) -> None:
         nodes = Counter(rank // self.gpus_per_node for rank in ranks)
         key = Collective(kind, self._axes(ranks), len(ranks), max(nodes.values()))
         entry = self.collectives.setdefault(key, CollectiveTotal())
-        entry.count += 1
-        entry.size += size
-        entry.sent += sent_bytes(kind, size, len(ranks))
+        entry.count += count
+        entry.size += count * size
+        entry.sent += count * sent_bytes(kind, size, len(ranks))
 
     def _axes(self, ranks: Iterable[int]) -> tuple[str, ...]:
         places = []
@@ -124,6 +149,15 @@ class WorkCounter:
         return tuple(
             axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len(set(indices)) > 1
         )
+
+
+def hidden_bytes(operator: Any, args: Any) -> int:
+    """Return the bytes that an operator holds while it runs, besides its arguments and results, if it is known."""
+    packet = getattr(operator, "_overloadpacket", None)
+    if packet not in _RING:
+        return 0
+    backward = packet is _RING[1]
+    return ring.scratch_bytes(*(args[1:4] if backward else args[:3]), backward=backward)
 
 
 def _grouped_flops(one: Tensor, other: Tensor, result: Tensor) -> float:

@@ -22,8 +22,13 @@ class ParallelConfig:
     """Number of ranks over which parameters, gradients and optimizer states are sharded (FSDP2). auto: all ranks that
     the other axes do not use."""
     context: int = 1
-    """Number of ranks that share the tokens of the same samples, for long sequences. Attention exchanges heads for
-    tokens."""
+    """Number of ranks that share the tokens of the same samples, for long sequences."""
+    context_kind: Literal["auto", "heads", "ring"] = "auto"
+    """How ranks that share samples compute attention. heads: each rank computes some heads of all tokens, after an
+    exchange of heads for tokens. ``context`` must divide the query heads of a tensor rank, and divide its key/value
+    heads or be a multiple of them. ring: each rank computes all heads of its own tokens, while keys and values travel
+    around the ranks; for any number of heads. A micro-batch must have a multiple of 2 x ``context`` tokens. auto: heads
+    where possible, else ring. Results are the same up to rounding. Ring has not been measured on GPUs."""
     tensor: int = 1
     """Number of ranks that share every matrix and, between matrices, the tokens (tensor and sequence parallelism). They
     exchange activations in every block: keep them within one node."""

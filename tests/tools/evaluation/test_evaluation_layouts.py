@@ -16,6 +16,7 @@ LAYOUTS = {
     "replicated": ["--parallel.replicate", "2"],
     "tensor": ["--parallel.tensor", "2"],
     "context": ["--parallel.context", "2"],
+    "ring": ["--parallel.context", "2", "--parallel.context_kind", "ring"],
     "pipeline": ["--parallel.pipeline", "2"],
 }
 

@@ -111,6 +111,7 @@ def test_memory_of_one_rank_is_what_the_allocator_gives(overrides, run_file, poo
         pytest.param("--parallel.reshard_after_forward false --parallel.reduce_gradients step", marks=pytest.mark.slow),
         pytest.param("--parallel.tensor 2", marks=pytest.mark.slow),
         pytest.param("--parallel.context 2 --parallel.recompute selective", marks=pytest.mark.slow),
+        pytest.param("--parallel.context 2 --parallel.context_kind ring", marks=pytest.mark.slow),
         pytest.param("--parallel.pipeline 2", marks=pytest.mark.slow),
     ],
 )
@@ -130,6 +131,7 @@ def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, run_file, pool
     [
         pytest.param("--parallel.tensor 2 --parallel.recompute full", marks=pytest.mark.slow),
         pytest.param("--parallel.context 2", marks=pytest.mark.slow),
+        pytest.param("--parallel.context 2 --parallel.context_kind ring", marks=pytest.mark.slow),
         "",
     ],
 )
