@@ -114,7 +114,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     samples = PromptSamples(config, start, catalog, plan, ranks)
     room = require_room(config, store, architecture, plan, progress) if check_room else []
 
-    mesh, memory = build_mesh(layout, ranks.device.type), MemoryGuard(config, ranks)
+    mesh, memory = build_mesh(layout, ranks.device.type, config.parallel.expert), MemoryGuard(config, ranks)
     with report_if_slow("building the model", say), memory.explained(lambda: "the start, building the model"):
         model, forward_backward = build_model(config, architecture, ranks, mesh, choices)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.seed, model.table_names)
@@ -132,7 +132,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None, chec
     saver = Saver(store, ranks, config.checkpoint, say)
     profiler = StepProfiler(config.logging.profile_steps, config.run_folder, ranks, say)
     guards = RunGuards(config, ranks, store, saver, model, say, start.resumed_from, profiler.begin_phase)
-    report = Reporter(config, ranks, plan, architecture, model.blocks(), progress, say, observers, catalog.epoch_tokens)
+    report = Reporter(config, ranks, plan, architecture, model, progress, say, observers, catalog.epoch_tokens)
     return Run(
         config=config, ranks=ranks, stop=stop, say=say, mesh=mesh, choices=choices, start=start, catalog=catalog,
         data=data, validation=validation, samples=samples, model=model, forward_backward=forward_backward,

@@ -146,6 +146,7 @@ def manifest_of(run: Run, evaluation: dict[str, float], final: bool, emergency: 
         emergency=emergency,
         trackers=run.report.tracker_runs,
         base=run.start.base_record,
+        router_load=run.model.routers.state_dict() if run.model.routers else {},
         config=masked(to_dict(run.config), without_signature),
         world_size=run.ranks.world_size,
         layout=run.mesh.layout._asdict(),

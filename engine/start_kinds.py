@@ -81,6 +81,17 @@ class Start(ABC):
         """The tensors of the checkpoint from which the run continues; None for a new run."""
         return None
 
+    def _continue_routers(self, model: ModelParts) -> list[str]:
+        """Continue the load of experts of the checkpoint, and return a line if it has none that the run needs."""
+        assert self.resumed_from is not None
+        routers = model.routers
+        if routers is None or routers.load_state_dict(self.resumed_from.router_load) or not routers.aux_loss_coef:
+            return []
+        return [
+            f"note: {self.folder} has no load of experts: the load-balancing loss has no gradient in the first step, "
+            "and continues with the load of that step"
+        ]
+
     def at_checkpoint(self, folder: Path, manifest: Manifest) -> Start:
         """Return the start of the same run from a later checkpoint of it, to which it rolls back."""
         parts = open_tensors(folder)
@@ -161,7 +172,7 @@ class CheckpointStart(Start):
             return self._read(model_tensors(model))
         assert optimizer is not None
         allocate_states(optimizer)
-        return self._read(training_tensors(model, optimizer))
+        return self._read(training_tensors(model, optimizer)) + self._continue_routers(model)
 
     def load_base(self, model: ModelParts, names: Collection[str]) -> list[str]:
         """See :class:`Start`."""
@@ -215,7 +226,7 @@ class AdapterStart(Start):
         else:
             lines = [] if self.base_is_loaded else self.base.load_base(model, self.parameters.frozen)
             assert optimizer is not None
-            lines += self._resume(self.parts, model, optimizer)
+            lines += self._resume(self.parts, model, optimizer) + self._continue_routers(model)
         self._require_same_base()
         return lines
 

@@ -118,6 +118,7 @@ def train_step(
     if num_targets > 0:
         scale = guards.loss_scale
         targets = num_targets if scale is None else num_targets / scale
+        model.begin_step(scale)
         loss = unscaled(forward_backward.accumulate_gradients(micro_batches, targets, guards.begin_phase), scale)
         guards.begin_phase("optimizer")
         # With the loss, so that one that is not finite shows in the norm of all ranks.
@@ -125,7 +126,9 @@ def train_step(
         set_learning_rate(optimizer, learning_rate)
         guards.before_update()
         divisor = total_divisor(clip_divisor(grad_norm, clip), scale)
-        step_unless(optimizer, guards.should_skip(loss, grad_norm), divisor, step)
+        skip = guards.should_skip(loss, grad_norm)
+        step_unless(optimizer, skip, divisor, step)
+        model.end_step(skip)
         optimizer.zero_grad(set_to_none=True)
     else:
         loss = grad_norm = torch.full((), math.nan)

@@ -62,9 +62,12 @@ def _(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.custom_op("retemper::grouped_linear_weight_gradient", mutates_args=())
 def _weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     """Return [E, O, I]."""
-    gradient = grad_RO.new_zeros(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
-    for expert, rows in _groups(ends_E):
+    gradient = grad_RO.new_empty(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
+    groups = _groups(ends_E)
+    for expert, rows in groups:
         torch.mm(grad_RO[rows].t(), x_RI[rows], out=gradient[expert])
+    for expert in set(range(len(ends_E))).difference(expert for expert, _ in groups):
+        gradient[expert].zero_()
     return gradient
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -62,13 +63,24 @@ def weights_of_rows(weights_TK: Tensor, order: RowOrder) -> Tensor:
     return _Permute.apply(weights_TK.flatten(), order.choices_R, order.rows_TK.flatten())
 
 
+def sort_rows(x_R: Tensor, order: RowOrder) -> Tensor:
+    """Return [R, ...]: rows of one expert each, in the ``order`` of their [R, 1] choices."""
+    return _Permute.apply(x_R, order.choices_R, order.rows_TK.flatten())
+
+
+def unsort_rows(x_R: Tensor, order: RowOrder) -> Tensor:
+    """Return [R, ...]: undo :func:`sort_rows`."""
+    return _Permute.apply(x_R, order.rows_TK.flatten(), order.choices_R)
+
+
 def combine(y_RH: Tensor, order: RowOrder) -> Tensor:
     """Return [T, H]: the sum of the rows of each token."""
     return _Combine.apply(y_RH, order.tokens_R, order.rows_TK)
 
 
 def _sum_of_rows(rows_RH: Tensor, rows_TK: Tensor) -> Tensor:
-    return rows_RH[rows_TK].sum(1)
+    """Return [T, H] without an intermediate [T, K, H]. Rows are added in the order of the choices."""
+    return F.embedding_bag(rows_TK, rows_RH, mode="sum")
 
 
 class _Expand(torch.autograd.Function):

@@ -188,7 +188,7 @@ def _evaluate(request: EvaluateOptions, words: Sequence[str]) -> tuple[Evaluatio
 
     config, rendezvous = agree_on_config(read, world_size > 1)
     with process_group(config.device, config.parallel.timeout_seconds, rendezvous) as ranks:
-        mesh = build_mesh(plan_layout(config.parallel, ranks.world_size), ranks.device.type)
+        mesh = build_mesh(plan_layout(config.parallel, ranks.world_size), ranks.device.type, config.parallel.expert)
         result = evaluate_models(plans[0], ranks, mesh, rank0_printer(ranks.is_main))
         is_main = ranks.is_main
     return (plans[0], result) if is_main else None

@@ -28,6 +28,10 @@ class Situation:
     """True if gradients are summed over ranks."""
     num_micro_batches: int = 1
     """Micro-batches in a step of one rank."""
+    has_router_losses: bool = True
+    """False if the model has no experts, or is computed by transformers."""
+    has_selection_biases: bool = True
+    """False if no router chooses experts with a bias that may change."""
     device: str = "cpu"
     resumed: Mapping[str, Any] | None = None
     """Configuration of the checkpoint that the run continues from."""
@@ -293,6 +297,16 @@ RULES = (
         "training.precision auto did not choose fp16, which alone scales the loss",
     ),
     Rule(
+        ("training.router_aux_loss_coef", "training.router_z_loss_coef"),
+        lambda now: now.has_router_losses,
+        "the model has no experts, or its modules are those of transformers, whose routers have no losses here",
+    ),
+    Rule(
+        ("training.router_bias_update_rate",),
+        lambda now: now.has_selection_biases,
+        "no router of the model chooses experts with a bias that training may change",
+    ),
+    Rule(
         ("parallel.reduce_gradients",),
         lambda now: now.reduces and now.num_micro_batches > 1 and now.config.parallel.pipeline == 1,
         "it matters only with several ranks, several micro-batches in a step and no pipeline",
@@ -372,6 +386,7 @@ ELSEWHERE = {
     "training.compile": "engine/parallel/compile.py: enabled refuses what cannot be compiled",
     "training.float8": "engine/parallel/float8.py: enabled refuses a device without it",
     "training.fuse_projections": "engine/parallel/fused_projections.py: check refuses what it does not work with",
+    "parallel.expert": "engine/parallel/expert.py: check refuses it for a model without experts",
     "parallel.async_tensor": "engine/parallel/build.py: check refuses it without tensor parallelism",
 }
 """Settings that are refused or reported elsewhere, where the necessary facts are known."""

@@ -95,6 +95,7 @@ LLAMA_FACTORY = {
     "max_samples": "data.train[].max_tokens",
     "freeze_trainable_layers": "training.trainable",
     "use_badam": "optimizer.name",
+    "moe_aux_loss_coef": "training.router_aux_loss_coef",
     "use_unsloth": "training.compile",
     "rope_scaling": "model.rope",
     "preprocessing_num_workers": "data.train[].preprocess: {workers: N}",
@@ -149,6 +150,9 @@ MEGATRON = {
     "pipeline_model_parallel_size": "parallel.pipeline",
     "num_layers_per_virtual_pipeline_stage": "parallel.pipeline_stages_per_rank",
     "num_virtual_stages_per_pipeline_rank": "parallel.pipeline_stages_per_rank",
+    "moe_aux_loss_coeff": "training.router_aux_loss_coef; the same strength is it x layers / experts of a token",
+    "moe_z_loss_coeff": "training.router_z_loss_coef; the same strength is it x layers",
+    "moe_router_bias_update_rate": "training.router_bias_update_rate",
     "recompute_granularity": "parallel.recompute",
     "recompute_activations": "parallel.recompute: selective",
     "recompute_method": "parallel.recompute and parallel.recompute_every",
@@ -184,6 +188,7 @@ TORCHTITAN = {
     "init_timeout_seconds": "parallel.timeout_seconds",
     "train_timeout_seconds": "parallel.timeout_seconds",
     "activation_checkpoint": "parallel.recompute",
+    "load_balance_coeff": "training.router_bias_update_rate",
 }
 NAMES = {**TORCHTITAN, **MEGATRON, **AXOLOTL, **LLAMA_FACTORY, **LORA, **TRANSFORMERS_BEFORE_5, **TRANSFORMERS}
 """What to use instead of a name of another program."""

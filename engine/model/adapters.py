@@ -2,7 +2,7 @@
 
 Names: an adapted linear layer ``{module}`` with ``{module}.weight`` [out, in] gets ``{module}.lora_A.weight`` [r, in]
 and ``{module}.lora_B.weight`` [out, r], and with DoRA ``{module}.lora_magnitude_vector`` [out]. Names of the base do
-not change.
+not change. The adapters of E experts are stacked as their weight [E, out, in] is: [E, r, in] and [E, out, r].
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class LinearShape:
 
     out_features: int
     in_features: int
+    num_experts: int | None = None
+    """Number of stacked layers of this size, each with its own adapter; None: it is not a stack."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def parameter_shapes(config: AdapterConfig, linear: LinearShape) -> dict[str, Sh
         LORA_A: (config.rank, linear.in_features),
         LORA_B: (linear.out_features, config.rank),
     }
-    return {**shapes, MAGNITUDE: (linear.out_features,)} if config.dora else shapes
+    if config.dora:
+        shapes[MAGNITUDE] = (linear.out_features,)
+    stacked = () if linear.num_experts is None else (linear.num_experts,)
+    return {name: (*stacked, *shape) for name, shape in shapes.items()}
 
 
 def adapter_parameters(architecture: Architecture, config: AdapterConfig) -> AdapterParameters:
@@ -118,6 +123,12 @@ def adapter_parameters(architecture: Architecture, config: AdapterConfig) -> Ada
     chosen = {name: linears[name] for name in linears if name in modules}
     train = {name: shape for name, shape in shapes.items() if name in saved}
     frozen = {name: shape for name, shape in shapes.items() if name not in saved}
+    stack = next((name for name, linear in chosen.items() if linear.num_experts is not None), None)
+    if config.dora and stack is not None:
+        raise UserError(
+            f"adapter.dora is true, but adapter.targets give the experts of {stack} an adapter, for which DoRA is not "
+            "implemented; set it to false, or target other layers"
+        )
     return AdapterParameters(config, chosen, train, frozen)
 
 
@@ -125,15 +136,27 @@ def _parameters(architecture: Architecture) -> tuple[dict[str, LinearShape], dic
     """Return the linear layers of the blocks, the shapes of all parameters, and the names of those that may train."""
     from torch import nn
 
+    from .experts import GroupedLinear
+
     model = meta_model(architecture)
     of_blocks = {module for block in model.blocks for module in block.modules()}
-    linears = {
-        name: LinearShape(module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module in of_blocks
-    }
+    linears = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module in of_blocks:
+            linears[name] = LinearShape(module.out_features, module.in_features)
+        elif type(module) is GroupedLinear:
+            num_experts, outputs, inputs = module.weight.shape
+            linears[name] = LinearShape(outputs, inputs, num_experts)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return linears, shapes, [name for name in shapes if name not in model.constants]
+    return (
+        linears,
+        shapes,
+        [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name not in model.constants
+        ],
+    )
 
 
 def _chosen(key: str, patterns: list[str], names: Mapping[str, list[str]], kind: str) -> set[str]:

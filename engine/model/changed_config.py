@@ -11,7 +11,8 @@ from ..config.settings import ModelConfig
 from .family_table import FAMILIES
 from .longer_context import with_rope
 
-_DROPOUT = ("dropout", "pdrop", "layerdrop")
+_DROPOUT = ("dropout", "pdrop", "layerdrop", "jitter")
+"""Parts of the names of keys. Jitter multiplies the input of a router by random factors."""
 _OTHER_HEADS = ("classifier", "summary")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 from .config_reader import ConfigReader, shown
-from .family_table import FAMILIES
+from .family_table import FAMILIES, Family
 
 _READ = """
     attention_bias attention_dropout bos_token_id dtype eos_token_id head_dim hidden_act hidden_size initializer_range
@@ -75,8 +75,9 @@ _NORMALLY_ON = """
     causal gated_mlp is_causal scale_attn_weights swiglu use_glu use_gqa use_rms_norm use_rmsnorm use_rope use_rotary
     use_rotary_embeddings use_swiglu
 """
+EXPERTS = "a mixture of experts"
 _NORMALLY_OFF_BY_KIND = {
-    "a mixture of experts": """
+    EXPERTS: """
         enable_moe_block first_k_dense_replace is_moe mlp_layer_types mlp_only_layers n_routed_experts n_shared_experts
         num_experts num_experts_per_tok num_local_experts num_shared_experts shared_expert_intermediate_size
         shared_intermediate_size top_k_experts
@@ -121,7 +122,9 @@ _NORMALLY_OFF_BY_KIND = {
     """,
     "quantized or compressed weights": "compression_config quantization sparsity_config",
 }
-_PREFIXES = {"mamba_": "a state-space model", "ssm_": "a state-space model", "moe_": "a mixture of experts"}
+LATER_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Number of layers that predict later tokens. Files hold them; the model leaves them out."""
+_PREFIXES = {"mamba_": "a state-space model", "ssm_": "a state-space model", "moe_": EXPERTS}
 _ON_BY_FAMILY = {
     ("qwen2", "qkv_bias"),
     ("qwen2", "use_qkv_bias"),
@@ -186,6 +189,8 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
             continue
         if key in others:
             _refuse_other_name(reader, key, value, renamed.get(others[key], others[key]))
+        elif family.experts is not None and is_of_mixtures(key):
+            continue
         elif foreign_kind(key) is not None:
             refuse_foreign(reader, key, model_type)
         else:
@@ -194,8 +199,10 @@ def account_for_keys(config: dict[str, Any], where: str, model_type: str) -> Non
 
 def unread_keys(config: dict[str, Any]) -> list[str]:
     """Return the keys of ``config`` that are in no table, and therefore have no effect."""
-    family = _known_in_family(config)
-    return [key for key in config if key not in family and not _is_known(key)]
+    family, known = _family(config), _known_in_family(config)
+    has_experts = family is not None and family.experts is not None
+    unread = [key for key in config if key not in known]
+    return [key for key in unread if not _is_known(key) or (has_experts and is_of_mixtures(key))]
 
 
 def require_known_keys(config: dict[str, Any], where: str) -> None:
@@ -247,9 +254,13 @@ def describe_unread(keys: list[str], where: str) -> list[str]:
 
 def _known_in_family(config: dict[str, Any]) -> frozenset[str]:
     """Return the keys that the config's family reads or ignores, besides those of all families."""
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = _family(config)
     return family.read_keys.union(family.ignored.split()) if family else frozenset()
+
+
+def _family(config: dict[str, Any]) -> Family | None:
+    model_type = config.get("model_type")
+    return FAMILIES.get(model_type) if isinstance(model_type, str) else None
 
 
 def _list(named: list[str], count: int) -> str:
@@ -265,6 +276,11 @@ def foreign_kind(key: Any) -> str | None:
     if key in _ONE or key in _ON:
         return ""
     return next((kind for prefix, kind in _PREFIXES.items() if key.startswith(prefix)), None)
+
+
+def is_of_mixtures(key: Any) -> bool:
+    """Return whether configs of mixtures of experts have the key for other programs that compute the same model."""
+    return key in LATER_TOKENS or foreign_kind(key) == EXPERTS
 
 
 def _is_known(key: Any) -> bool:

@@ -21,7 +21,6 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from ...kernels.activations import ACTIVATIONS, gated
 from ...kernels.attention import attention
@@ -34,6 +33,7 @@ from .expert_settings import ExpertSettings
 from .experts import Experts, Router
 from .families import DecoderArchitecture
 from .language_model import Attend, ChangeEmbeddings, LanguageModel, Loss, SameInput
+from .local_copy import local_copy
 from .rope_settings import DynamicScaling, RopeSettings, growth_exponents, inverse_frequencies
 
 
@@ -56,6 +56,7 @@ class Decoder(LanguageModel):
         self.model = Backbone(architecture, layers, self.is_first or (self.is_last and tied))
         if self.is_last and not tied:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.constants = architecture.float32_tensors.intersection(name for name, _ in self.named_parameters())
         self.loss: Loss = self._loss_sum
         self.token_losses: Loss = functools.partial(token_losses, **architecture.head_options)
 
@@ -110,6 +111,14 @@ class Decoder(LanguageModel):
     def before_block(self, block: nn.Module, see: Callable[[Batch], object]) -> None:
         """See :class:`LanguageModel`."""
         block.forward = functools.partial(_seeing, see, block.forward)
+
+    def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
+        """See :class:`LanguageModel`."""
+        super().materialize(device, weights_device)
+        for name in self.constants:
+            bias = self.get_parameter(name)
+            bias.data = bias.data.to(device)
+        return self
 
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
@@ -357,13 +366,13 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Map [T, H] to [T, H]."""
-        chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
-        if self.shared_expert is None:
-            return chosen_TH
-        shared_TH = self.shared_expert(hidden_TH)
+        shared_TH = None if self.shared_expert is None else self.shared_expert(hidden_TH)
         if self.shared_expert_gate is not None:
             shared_TH = self.shared_expert_gate(hidden_TH).sigmoid() * shared_TH
-        return chosen_TH + shared_TH
+        # Last in the forward pass is first in the backward pass: FSDP then knows that a recomputed block is in it, and
+        # does not gather the experts once more.
+        chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
+        return chosen_TH if shared_TH is None else chosen_TH + shared_TH
 
 
 def _feed_forward(architecture: DecoderArchitecture, number: int) -> FeedForward | MixtureOfExperts:
@@ -390,26 +399,14 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map [..., width] to [..., width]; with a residual, return the norm of ``residual + x`` and that sum."""
-        weight = _local_copy(self.weight)
+        weight = local_copy(self.weight)
         if self.kind == "layer_norm":
             x = x if residual is None else residual + x
-            bias = None if self.bias is None else _local_copy(self.bias)
+            bias = None if self.bias is None else local_copy(self.bias)
             normalized = F.layer_norm(x, weight.shape, weight, bias, self.eps)
             return normalized if residual is None else (normalized, x)
         offset = _RMS_WEIGHT_OFFSETS[self.kind]
         return rms_norm(x, weight, self.eps, residual, weight_offset=offset, average=self.average)
-
-
-def _local_copy(weight: Tensor) -> Tensor:
-    """Return this rank's weight as a plain tensor.
-
-    With tensor parallelism, ranks with copies of it see different tokens or heads, so its gradient is the sum of
-    theirs. Of a weight that is split over ranks, each has the gradient of its part.
-    """
-    if not isinstance(weight, DTensor):
-        return weight
-    copied = all(placement.is_replicate() for placement in weight.placements)
-    return weight.to_local(grad_placements=[Partial()] if copied else None)
 
 
 def _rotation(rope: RopeSettings, batch: Batch) -> Rotation:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .config_reader import ConfigReader
 from .expert_settings import ExpertSettings
 from .family_table import ExpertFamily, Family
@@ -22,7 +25,7 @@ def read_experts(reader: ConfigReader, family: Family, num_layers: int) -> Exper
     layers = _layers(reader, row, num_layers)
     if not any(layers):
         return None
-    count = reader.size(_count_key(reader, row), MOST_EXPERTS)
+    count = reader.size(_count_key(reader, row), MOST_EXPERTS, default=row.default_num_experts)
     width = reader.size(row.intermediate_size, _LARGEST_WIDTH)
     groups = 1 if row.scoring == "softmax" else reader.size("n_group", MOST_EXPERTS, default=1)
     groups_per_token = 1 if row.scoring == "softmax" else reader.size("topk_group", MOST_EXPERTS, default=1)
@@ -71,6 +74,19 @@ def _layers(reader: ConfigReader, row: ExpertFamily, num_layers: int) -> tuple[b
     if not isinstance(dense_layers, list) or not all(type(number) is int for number in dense_layers):
         reader.fail("mlp_only_layers", dense_layers, "it is a list of numbers of layers")
     return tuple((number + 1) % step == 0 and number not in dense_layers for number in range(num_layers))
+
+
+def layer_keys(row: ExpertFamily, layers: Sequence[bool]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` that say that ``layers`` are those with experts: the reverse of reading.
+
+    A family may be unable to say so; reading the keys back tells.
+    """
+    if row.layers == "all":
+        return {}
+    dense = [number for number, has_experts in enumerate(layers) if not has_experts]
+    if row.layers == "first_dense":
+        return {"first_k_dense_replace": len(dense)}
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
 def _check_groups(reader: ConfigReader, row: ExpertFamily, count: int, groups: int, groups_per_token: int) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ...kernels.activations import weighted_gated
 from ...kernels.grouped_linear import grouped_linear
-from ...kernels.token_permutation import combine, expand, order_by_expert, weights_of_rows
+from ...kernels.token_permutation import RowOrder, combine, expand, order_by_expert, weights_of_rows
 from .expert_settings import ExpertSettings
+from .local_copy import local_copy
 
 
 class Routing(NamedTuple):
@@ -54,7 +55,7 @@ class Router(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Routing:
         """Route [T, H]."""
-        logits_TE = F.linear(hidden_TH.float(), self.weight.float())
+        logits_TE = F.linear(hidden_TH.float(), local_copy(self.weight).float())
         scores_TE = self._scores(logits_TE)
         experts_TK = self._choose(scores_TE.detach())
         if self.observe is not None:
@@ -91,7 +92,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows_RI: Tensor, ends_E: Tensor) -> Tensor:
         """Map [R, in] rows sorted by expert to [R, out]."""
-        return grouped_linear(rows_RI, self.weight, ends_E)
+        return grouped_linear(rows_RI, local_copy(self.weight), ends_E)
 
 
 class Experts(nn.Module):
@@ -105,6 +106,8 @@ class Experts(nn.Module):
         self.down_proj = GroupedLinear(count, inner, hidden_size)
         self.num_experts, self._activation = count, activation
         self.dispatch: Dispatch = self._dispatch
+        self.see_rows: Callable[[RowOrder], object] | None = None
+        """Called with the rows before they are computed, if adapters draw a mask for each."""
 
     def forward(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
         """Map [T, H] to [T, H]."""
@@ -121,5 +124,7 @@ class Experts(nn.Module):
 
     def _dispatch(self, compute: Compute, hidden_TH: Tensor, routing: Routing) -> Tensor:
         order = order_by_expert(routing.experts_TK, self.num_experts)
+        if self.see_rows is not None:
+            self.see_rows(order)
         rows_RH, weights_R = expand(hidden_TH, order), weights_of_rows(routing.weights_TK, order)
         return combine(compute(rows_RH, weights_R, order.ends_E), order)

@@ -124,9 +124,7 @@ class DecoderArchitecture(Architecture):
     @property
     def _feed_forward_biases(self) -> int:
         biases = (self._inner_projections * self.intermediate_size + self.hidden_size) * self.mlp_bias
-        experts = self.experts
-        selection = experts.num_layers * experts.num_experts * experts.selection_bias if experts is not None else 0
-        return self._dense_layers * biases + selection
+        return self._dense_layers * biases
 
     @property
     def _dense_layers(self) -> int:
@@ -163,6 +161,20 @@ class DecoderArchitecture(Architecture):
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
         """See :class:`Architecture`."""
         return unread_keys(config)
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """See :class:`Architecture`: the layer that predicts the token after the next one, which follows the last."""
+        return (rf"^model\.layers\.{self.num_layers}\.",) if FAMILIES[self.model_type].later_tokens else ()
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """See :class:`Architecture`: rounded biases of the choice would choose other experts."""
+        experts = self.experts
+        if experts is None or not experts.selection_bias:
+            return frozenset()
+        numbers = [number for number, is_mixture in enumerate(experts.layers) if is_mixture]
+        return frozenset(f"model.layers.{number}.mlp.gate.e_score_correction_bias" for number in numbers)
 
     def stored_pieces(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         """See :class:`Architecture`."""
@@ -208,7 +220,7 @@ def parse_decoder_architecture(config: dict[str, Any], where: str = INLINE) -> D
         parallel=parallel,
         qkv_bias=_flag(reader, family.qkv_bias),
         output_bias=_flag(reader, family.output_bias),
-        qk_norm=family.qk_norm,
+        qk_norm=family.qk_norm if family.qk_norm_flag is None or reader.flag(family.qk_norm_flag) else None,
         mlp_bias=_flag(reader, family.mlp_bias),
         activation=ACTIVATIONS[reader.choice(family.activation, tuple(ACTIVATIONS), default=family.default_activation)],
         gated=family.gated,
@@ -255,8 +267,8 @@ def _refuse_unimplemented(reader: ConfigReader, family: Family) -> None:
                 key, reader.config[key], "dropout is not implemented; set model.dropout to 0 to train without it"
             )
     for key in family.unimplemented.split():
-        if reader.flag(key):
-            reader.not_native(key, True, "the native decoder does not implement it")
+        if type(reader.config.get(key)) in (int, float) or reader.flag(key):
+            reader.not_native(key, reader.config[key], "the native decoder does not implement it")
 
 
 def _head_sizes(reader: ConfigReader, family: Family) -> tuple[int, int, int]:

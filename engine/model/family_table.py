@@ -16,10 +16,10 @@ NormKind = Literal["rms", "rms_fp32", "rms_plus_one", "layer_norm"]
 """rms_fp32 scales before it casts back from fp32, rms scales after. rms_plus_one scales by one plus the weight."""
 QkNorm = Literal["head", "full"]
 """Whether queries and keys are normalized per head, or over all heads together."""
-WindowPattern = Literal["none", "all", "qwen", "periodic", "without_rope"]
+WindowPattern = Literal["none", "all", "qwen", "from_layer", "periodic", "without_rope"]
 """none: no layer has a window. all: every layer has. qwen: see ``use_sliding_window`` and ``max_window_layers``.
-periodic: ``layer_types``, by default all but every n-th. without_rope: layers without rotary positions, if
-``use_sliding_window``."""
+from_layer: those from ``max_window_layers`` on. periodic: ``layer_types``, by default all but every n-th. without_rope:
+layers without rotary positions, if ``use_sliding_window``."""
 RopePattern = Literal["all", "by_layer_type", "windowed", "no_rope_layers"]
 """The layers with rotary positions. by_layer_type: all, but ``rope_parameters`` differ between layers with a window and
 without. windowed: those with a window. no_rope_layers: those with a 1 in that key, by default all but every n-th."""
@@ -68,6 +68,7 @@ class ExpertFamily(NamedTuple):
     """Key of their number."""
     num_experts_alias: str | None = "num_local_experts"
     """Another name of that key, which transformers also writes."""
+    default_num_experts: int | None = None
     intermediate_size: str = "moe_intermediate_size"
     """Key of their inner width."""
     layers: Literal["all", "sparse_step", "first_dense"] = "sparse_step"
@@ -134,6 +135,8 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     qk_norm: QkNorm | None = None
+    qk_norm_flag: str | None = None
+    """Key of a flag without which queries and keys are not normalized."""
     mlp_bias: bool | str = False
     activation: str = "hidden_act"
     """Key of the activation."""
@@ -172,7 +175,10 @@ class Family:
     dropouts: str = "attention_dropout"
     """Keys of dropout rates, which must be zero."""
     unimplemented: str = ""
-    """Keys of flags that the decoder does not implement."""
+    """Keys of flags and limits that the decoder does not implement; false and null mean that there are none."""
+    later_tokens: str = ""
+    """Keys of the number of layers that predict later tokens. Files hold these layers, and the decoder leaves them
+    out."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     """Parts of the decoder's names, and how files spell them."""
@@ -188,8 +194,8 @@ class Family:
         """Return the keys that this family reads, apart from those of all families."""
         flags = (self.parallel, self.qkv_bias, self.output_bias, self.mlp_bias)
         names = [self.norm_eps, self.activation, self.rope_theta_key, self.partial_rotary_key]
-        names += [flag for flag in flags if isinstance(flag, str)]
-        lists = f"{self.keys} {self.dropouts} {self.unimplemented}".split()
+        names += [flag for flag in (*flags, self.qk_norm_flag) if isinstance(flag, str)]
+        lists = f"{self.keys} {self.dropouts} {self.unimplemented} {self.later_tokens}".split()
         return frozenset((*names, *self.scalars, *lists, *(self.experts.read_keys if self.experts else ())))
 
 
@@ -197,7 +203,9 @@ _ATTENTION_BIAS: dict[str, Any] = {"qkv_bias": "attention_bias", "output_bias": 
 _LLAMA_BIASES: dict[str, Any] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768}
 
-_QWEN_MOE = {"max_position_embeddings": 32768, "router_aux_loss_coef": 0.001}
+_QWEN_MOE = {"max_position_embeddings": 32768, "use_sliding_window": False, "router_aux_loss_coef": 0.001}
+_DEEPSEEK_EXPERTS = ExpertFamily("n_routed_experts", layers="first_dense", shared="number", scoring="sigmoid")
+_SHARED_EXPERTS = {"mlp.shared_expert.": "mlp.shared_experts."}
 
 _MINISTRAL3_ROPE = {
     "rope_type": "yarn",
@@ -247,7 +255,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="qkv_bias",
         unimplemented="use_sliding_window",
         ignored="sliding_window max_window_layers",
-        experts=ExpertFamily(shared="own_size"),
+        experts=ExpertFamily(default_num_experts=60, shared="own_size"),
     ),
     "qwen3_moe": Family(
         defaults={
@@ -260,7 +268,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         unimplemented="use_sliding_window",
         ignored="sliding_window",
-        experts=ExpertFamily(),
+        experts=ExpertFamily(default_num_experts=128),
     ),
     "mixtral": Family(
         defaults={
@@ -274,7 +282,7 @@ FAMILIES: dict[str, Family] = {
         rope_theta=1e6,
         dropouts="attention_dropout router_jitter_noise",
         names={"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-        experts=ExpertFamily("num_local_experts", "num_experts", "intermediate_size", layers="all", normalize=True),
+        experts=ExpertFamily("num_local_experts", "num_experts", 8, "intermediate_size", layers="all", normalize=True),
     ),
     "olmoe": Family(
         defaults={
@@ -285,7 +293,41 @@ FAMILIES: dict[str, Family] = {
         default_norm_eps=1e-5,
         **_ATTENTION_BIAS,
         qk_norm="full",
-        experts=ExpertFamily(intermediate_size="intermediate_size", layers="all"),
+        unimplemented="clip_qkv",
+        experts=ExpertFamily(default_num_experts=64, intermediate_size="intermediate_size", layers="all"),
+    ),
+    "glm4_moe": Family(
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+        },
+        default_norm_eps=1e-5,
+        qkv_bias="attention_bias",
+        qk_norm="head",
+        qk_norm_flag="use_qk_norm",
+        partial_rotary=0.5,
+        later_tokens="num_nextn_predict_layers num_mtp_layers",
+        names=_SHARED_EXPERTS,
+        experts=_DEEPSEEK_EXPERTS._replace(default_num_experts=128),
+    ),
+    "dots1": Family(
+        defaults={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "sliding_window": 4096,
+            "max_window_layers": 62,
+            "moe_intermediate_size": 1408,
+        },
+        **_ATTENTION_BIAS,
+        qk_norm="head",
+        windows="from_layer",
+        names=_SHARED_EXPERTS,
+        experts=_DEEPSEEK_EXPERTS,
     ),
     "olmo2": Family(
         defaults={"max_position_embeddings": 2048},

@@ -170,6 +170,10 @@ class LanguageModel(nn.Module, ABC):
             weights_device: of all other parameters between their uses; None for ``device``.
         """
         self.to_empty(device=weights_device or device)
+        for name in self.constants:
+            owner, _, attribute = name.rpartition(".")
+            constant = nn.Parameter(self.get_parameter(name).to(device), requires_grad=False)
+            self.get_submodule(owner).register_parameter(attribute, constant)
         return self
 
 

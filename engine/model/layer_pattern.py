@@ -28,6 +28,8 @@ def sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> W
         windows = _none(reader, model_type, window, num_layers)
     elif family.windows == "all":
         windows = _all(reader, model_type, window, num_layers)
+    elif family.windows == "from_layer":
+        windows = _from_layer(reader, window, kinds, num_layers)
     elif family.windows == "periodic":
         windows = _periodic(reader, family, window, kinds, num_layers)
     elif not wanted:
@@ -35,8 +37,7 @@ def sliding_windows(reader: ConfigReader, model_type: str, num_layers: int) -> W
     elif kinds is not None:
         windows = tuple(window if kind == WINDOWED else None for kind in kinds)
     elif family.windows == "qwen":
-        first = reader.integer("max_window_layers", default=28, least=0)
-        windows = tuple(window if layer >= first else None for layer in range(num_layers))
+        windows = _from_layer(reader, window, None, num_layers)
     else:
         windows = tuple(None if rotates else window for rotates in _rotary_flags(reader, family, num_layers))
     if any(size is not None for size in windows):
@@ -67,6 +68,13 @@ def _all(reader: ConfigReader, model_type: str, window: int | None, num_layers: 
         first = reader.integer("max_window_layers", least=0)
         reader.fail("max_window_layers", first, f"{name} models have their window in all layers; remove it")
     return (window,) * num_layers
+
+
+def _from_layer(reader: ConfigReader, window: int | None, kinds: list[str] | None, num_layers: int) -> Windows:
+    """Return windows in the layers that ``layer_types`` names, by default in those from ``max_window_layers`` on."""
+    first = reader.integer("max_window_layers", default=28, least=0)
+    kinds = kinds or [WINDOWED if layer >= first else FULL for layer in range(num_layers)]
+    return tuple(window if kind == WINDOWED else None for kind in kinds)
 
 
 def _periodic(

@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ...kernels.random_bits import stream_key, token_uniform
 from ..batch import Batch
 from ..errors import UserError
-from .adapters import LORA_A, MAGNITUDE
+from .adapters import LORA_A, LORA_B, MAGNITUDE
 
 
 class LoraLinear(nn.Linear):
@@ -174,16 +174,18 @@ def initialize_(model: nn.Module, seed: int, copy_: Callable[[Tensor, Tensor], o
     Every A is drawn whole from its own stream, a function of the seed and its name. ``copy_(parameter, values)`` writes
     a whole tensor into a parameter, of which this rank may hold a part.
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLinear):
-            continue
-        low, high = stream_key(seed, 0, f"{name}.{LORA_A}")
-        generator = torch.Generator().manual_seed((high % 2**31 << 32) + low % 2**32)
-        values = torch.empty(module.lora_A.out_features, module.in_features)
-        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        copy_(module.lora_A.weight, values)
-        module.lora_B.weight.zero_()
-        if module.lora_magnitude_vector is not None:
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".{LORA_A}"):
+            low, high = stream_key(seed, 0, name)
+            generator = torch.Generator().manual_seed((high % 2**31 << 32) + low % 2**32)
+            values = torch.empty(parameter.shape)
+            # The bound follows from the number of inputs, the last dimension, also of a stack.
+            nn.init.kaiming_uniform_(values.flatten(0, -2), a=math.sqrt(5), generator=generator)
+            copy_(parameter, values)
+        elif name.endswith(f".{LORA_B}"):
+            parameter.zero_()
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and module.lora_magnitude_vector is not None:
             copy_(module.lora_magnitude_vector, row_norms(_whole(module.weight)))
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.settings import RunConfig
 from ..model.architecture import Architecture
 from ..optim import loss_scaling
 from ..parallel import trainable
+from ..parallel.forward_backward import ModelParts
 from ..parallel.process_group import Ranks
 from ..schedule import BatchPlan, Progress
 from ..step import StepResult
 from .callbacks import create_callbacks
 from .console_lines import console_lines
+from .expert_load import ExpertLoad
 from .flops import flops_per_token
 from .guarded import Guarded
 from .host_copy import HostCopy
@@ -87,6 +89,7 @@ class _PendingStep:
     profiled: bool
     """Whether any of these was profiled."""
     stragglers: Lap
+    expert_load: HostCopy | None
 
 
 class Reporter:
@@ -97,7 +100,7 @@ class Reporter:
         ranks: that train together.
         plan: of its steps.
         architecture: of the model.
-        blocks: of this rank.
+        model: this rank's part.
         progress: at the start.
         say: prints a line for people, on the main rank.
         early: observers from :func:`create_early_observers`, on the main rank.
@@ -110,7 +113,7 @@ class Reporter:
         ranks: Ranks,
         plan: BatchPlan,
         architecture: Architecture,
-        blocks: Iterable[nn.Module],
+        model: ModelParts,
         progress: Progress,
         say: Say,
         early: Sequence[Observer] = (),
@@ -121,7 +124,8 @@ class Reporter:
         self._flops = flops_per_token(architecture, plan.sequence_length, False, learning)
         self.observers = create_observers(config, say) if ranks.is_main else []
         self.observers += early
-        self.stragglers = Stragglers(ranks, blocks, config.logging.stragglers)
+        self.stragglers = Stragglers(ranks, model.blocks(), config.logging.stragglers)
+        self._expert_load = ExpertLoad(model.routers)
         self.totals = Totals(progress)
         self.stopwatch = Stopwatch()
         self._pending: _PendingStep | None = None
@@ -169,8 +173,9 @@ class Reporter:
         # Without targets loss and norm are NaN, and on the host.
         of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
         numbers, (steps, profiled) = HostCopy(torch.cat([*of_step, skips])), self.stopwatch.take_steps()
+        lap, expert_load = self.stragglers.lap(), self._expert_load.copy() if result.has_targets else None
         self._pending = _PendingStep(
-            progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, self.stragglers.lap()
+            progress, remaining_steps, result, numbers, steps_without_targets, steps, profiled, lap, expert_load
         )
 
     def report_pending(self) -> ReportedStep | None:
@@ -183,6 +188,7 @@ class Reporter:
         (loss, grad_norm), skips = (numbers[:2], numbers[2:]) if result.has_targets else ((math.nan, math.nan), numbers)
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
+        of_experts, warnings = self._expert_load.report(pending.expert_load)
         seconds = self.stopwatch.lap()
         if not pending.profiled:
             self.totals.add_steps(seconds, pending.steps)
@@ -195,12 +201,14 @@ class Reporter:
             "steps_without_targets": pending.steps_without_targets,
             **({"epoch": progress.tokens / self._epoch_tokens} if self._epoch_tokens else {}),
             **loss_scaling.metrics(skips[3:]),
+            **of_experts,
             **speed(seconds / pending.steps, self._tokens_per_step, self._flops, self._ranks),
             **stragglers.values,
             **({"profiled": True} if pending.profiled else {}),
         }
         seconds_left = pending.remaining_steps * (self.totals.mean_step_seconds or seconds / pending.steps)
-        record = StepRecord(progress, values, pending.remaining_steps, seconds_left, stragglers.lines)
+        lines = [*stragglers.lines, *warnings]
+        record = StepRecord(progress, values, pending.remaining_steps, seconds_left, lines)
         for observer in self.observers:
             observer.step(record)
         return ReportedStep(progress.step, {"loss": loss, "gradient norm": grad_norm}, skips)

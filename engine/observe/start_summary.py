@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import socket
@@ -17,6 +18,7 @@ from ..data.sample_order import SampleOrder
 from ..data.source import Source
 from ..data.truncation import count_truncated
 from ..model.config_keys import describe_unread
+from ..model.dtypes import DTYPES
 from ..model.wrappers import text_config_of
 from ..optim import groups
 from ..optim.local import local_part
@@ -99,12 +101,14 @@ def _budget_used(run: Run) -> list[str]:
 
 
 def _situation(run: Run) -> Situation:
-    layout, resumed = run.mesh.layout, run.start.resumed_from
+    layout, resumed, routers = run.mesh.layout, run.start.resumed_from, run.model.routers
     return Situation(
         run.config,
         same_weights=layout.replicate > 1 or layout.tensor > 1,
         reduces=layout.data_parallel * layout.context > 1,
         num_micro_batches=run.plan.num_micro_batches,
+        has_router_losses=routers is not None,
+        has_selection_biases=routers is not None and routers.updates_biases,
         device=run.ranks.device.type,
         resumed=resumed.config if resumed else None,
         step=run.progress.step,
@@ -157,6 +161,9 @@ def _describe_adapter(run: Run) -> list[str]:
     dtypes = f"{run.config.training.weight_dtype} trained, {run.config.training.precision} frozen"
     if config.quantize_base != "none":
         dtypes += f", its adapted matrices in {config.quantize_base}"
+        if experts := sum(math.prod(shape) for shape in parameters.frozen.values() if len(shape) == 3):
+            gib = experts * DTYPES[run.config.training.precision].itemsize / 2**30
+            dtypes += f", but its experts stay in {run.config.training.precision}, {gib:.2f} GiB"
     return [
         f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
         f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",
@@ -192,14 +199,23 @@ def _describe_ranks(run: Run) -> list[str]:
     config, training, ranks, choices = run.config, run.config.training, run.ranks, run.choices
     compiled = "compiled" if choices.compiled else "not compiled"
     return [
-        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh.layout}, compute in {training.precision} "
+        f"ranks       {ranks.world_size} ({ranks.device.type}): {run.mesh}, compute in {training.precision} "
         f"({choices.precision_reason})",
         f"blocks      {compiled}, recompute {_describe_recompute(config)}, linear "
-        f"layers in {'float8' if training.float8 else training.precision}; weights kept in {training.weight_dtype}, "
+        f"layers in {_describe_products(run)}; weights kept in {training.weight_dtype}, "
         f"optimizer states: {config.optimizer.states}",
         *_describe_offload(run),
         *_describe_average(training),
     ]
+
+
+def _describe_products(run: Run) -> str:
+    """Return the dtypes of the products of linear layers."""
+    training, architecture = run.config.training, run.start.architecture
+    if not training.float8:
+        return training.precision
+    has_experts = getattr(architecture, "experts", None) is not None
+    return f"float8, experts in {training.precision}" if has_experts else "float8"
 
 
 def _describe_offload(run: Run) -> list[str]:

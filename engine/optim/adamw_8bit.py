@@ -18,7 +18,7 @@ from ...kernels.random_bits import random_bits
 from ..errors import UserError, install_command
 from .elementwise import ElementwiseOptimizer, write
 from .groups import BLOCK_SIZE
-from .local import local_part, sent
+from .local import local_part, sent, sharded_dim
 
 
 class AdamW8bit(ElementwiseOptimizer):
@@ -161,9 +161,7 @@ def _require_whole_blocks(name: str, parameter: Tensor) -> None:
         return
     last, mesh = parameter.ndim - 1, parameter.device_mesh
     sizes: list[int] = [
-        mesh.size(axis)
-        for axis, place in enumerate(parameter.placements)
-        if not place.is_replicate() and place.dim == last  # type: ignore[attr-defined]
+        mesh.size(axis) for axis, place in enumerate(parameter.placements) if sharded_dim(place) == last
     ]
     ranks, width = math.prod(sizes), parameter.shape[-1]
     if width % (ranks * BLOCK_SIZE):

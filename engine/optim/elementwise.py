@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ...kernels.random_bits import stream_key
 from .base import TrainingOptimizer
-from .local import local_part, sent
+from .local import local_part, sent, sharded_dim
 from .stochastic_rounding import round_stochastically
 
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
@@ -32,8 +32,7 @@ class ElementwiseOptimizer(TrainingOptimizer):
 
     ``step`` is [] fp32 on the CPU, so that reading it never waits for the device. The other states have the shape of
     the parameter, or one element for each block of consecutive elements of a row. Parameters may be DTensors that are
-    sharded along their first dimension, matrices also along their second; every rank updates its own shard, and copies
-    stay equal.
+    sharded along their first dimension and one other; every rank updates its own shard, and copies stay equal.
 
     Args:
         groups: parameter groups of named parameters: ``{"params": [(name, parameter)]}``.
@@ -56,7 +55,7 @@ class ElementwiseOptimizer(TrainingOptimizer):
     ):
         super().__init__(groups, {"weight_decay": 0.0, **defaults})
         self._state_dtype, self._seed, self._compiled = state_dtype, seed, compiled
-        self._places: dict[Tensor, Tensor] = {}
+        self._places: dict[Tensor, tuple[_ShardPlace, Tensor]] = {}
 
     @staticmethod
     @abstractmethod
@@ -128,24 +127,32 @@ class ElementwiseOptimizer(TrainingOptimizer):
         if weight.numel() == 0:
             return
         if parameter not in self._places:
-            self._places[parameter] = torch.tensor(shard_place(parameter), device=weight.device)
-        first, width = self._places[parameter]
+            place = _shard_place(parameter)
+            self._places[parameter] = place, torch.tensor([place.first, place.width], device=weight.device)
+        (_, row, width), (first, distance) = self._places[parameter]
+        count = weight.numel()
         size = CHUNK_ELEMENTS.get(weight.device.type, 2**16)
-        consecutive = weight.shape[1:] == parameter.shape[1:]  # in the whole parameter; a chunk is then one long row
-        row = size if consecutive else weight.shape[1]
-        size = max(1, size // row) * row
-        flat, count = [tensor.view(-1) for tensor in tensors], weight.numel()
+        flat = [tensor.view(-1) for tensor in tensors]
         compiled = weight.is_cuda if self._compiled is None else self._compiled
         update: Callable[..., None] = _compiled(self.update_chunk) if compiled else self.update_chunk
-        for start in range(0, count, size):
-            end = min(start + size, count)
-            num_rows = (end - start) // min(row, end - start)
+        for start, end in _chunks(count, row, size):
+            num_rows = max(1, (end - start) // row)
             # The data of a view is not a view: torch.compile would compile one variant for each kind of base of a view.
             chunk = [
                 tensor[start * len(tensor) // count : end * len(tensor) // count].view(num_rows, -1).data
                 for tensor in flat
             ]
-            update(*chunk, first + (start if consecutive else start // row * width), width, *settings)
+            update(*chunk, first + (start // row * width + start % row), distance, *settings)
+
+
+def _chunks(count: int, row: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of chunks of about ``size`` of ``count`` elements: whole rows of ``row``, or parts of one."""
+    if row <= size:
+        size = size // row * row
+        yield from ((start, min(start + size, count)) for start in range(0, count, size))
+        return
+    for start in range(0, count, row):
+        yield from ((at, min(at + size, start + row)) for at in range(start, start + row, size))
 
 
 def write(target: Tensor, values: Tensor, bits: Tensor, skipped: Tensor) -> None:
@@ -159,14 +166,24 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
     return torch.compile(update, dynamic=True)
 
 
-def shard_place(parameter: Tensor) -> tuple[int, int]:
-    """Return the position of the first element of this rank's shard in the whole parameter, and the distance of its
-    rows there.
-    """
-    width = math.prod(parameter.shape[1:])
+class _ShardPlace(NamedTuple):
+    """Where the elements of this rank's shard are in the whole parameter."""
+
+    first: int
+    """Position of the first element."""
+    row: int
+    """Number of elements that are consecutive in both."""
+    width: int
+    """Distance of the beginnings of two rows in the whole parameter."""
+
+
+def _shard_place(parameter: Tensor) -> _ShardPlace:
     if not isinstance(parameter, DTensor):
-        return 0, width
-    sharded = [dim for dim in range(1, parameter.ndim) if any(place.is_shard(dim) for place in parameter.placements)]
-    assert not sharded or parameter.ndim == 2, f"{parameter.placements} of {tuple(parameter.shape)}"
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0] * width + (offset[1] if sharded else 0), width
+        return _ShardPlace(0, parameter.numel(), parameter.numel())
+    sharded = sorted({dim for place in parameter.placements if (dim := sharded_dim(place))})
+    assert len(sharded) < 2, f"{parameter.placements} of {tuple(parameter.shape)}"
+    dim = sharded[0] if sharded else 0
+    local, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    steps = [math.prod(parameter.shape[axis + 1 :]) for axis in range(parameter.ndim)]
+    first = sum(at * step for at, step in zip(offset, steps, strict=True))
+    return _ShardPlace(first, math.prod(local[dim:]), math.prod(parameter.shape[dim:]))

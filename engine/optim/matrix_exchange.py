@@ -3,6 +3,9 @@
 Matrices are dealt to the ranks that share them in turn. In a round every rank receives the parts of at most one matrix,
 so no rank ever holds more than one whole matrix, however many there are. The transfers of a round overlap. They go
 along one axis of the mesh after the other, so that only the process groups of the mesh are used.
+
+Stacks of matrices may be sharded along their first dimension as well. The matrices of a rank are then those of its
+part of the stack, and nothing is exchanged along the axes of that dimension.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .local import sharded_dim
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,13 @@ class MatrixExchange:
         self._mesh = matrices[0].device_mesh
         placements = matrices[0].placements
         sizes = tuple(self._mesh.size(axis) for axis in range(self._mesh.ndim))
-        axes = [axis for axis in range(self._mesh.ndim) if sizes[axis] > 1]
+        stacked = matrices[0].ndim > 2
+        self._apart = [axis for axis in range(self._mesh.ndim) if stacked and sharded_dim(placements[axis]) == 0]
+        axes = [axis for axis in range(self._mesh.ndim) if sizes[axis] > 1 and axis not in self._apart]
         self._sharded = [axis for axis in axes if not placements[axis].is_replicate()]
         self._copied = [axis for axis in axes if placements[axis].is_replicate()]
         self._sizes = sizes
-        self._shapes = [tuple(matrix.shape) for matrix in matrices]
+        self._shapes = [self._whole_shape(matrix) for matrix in matrices]
         self._parts = self._all_parts(matrices)
         """[matrix][shard] in the order of the sharded axes, the last one fastest."""
 
@@ -58,7 +65,7 @@ class MatrixExchange:
 
     def rounds(self) -> Iterator[range]:
         """Return the positions of the matrices of each round."""
-        size, count = self._mesh.size(), len(self._shapes)
+        size, count = math.prod(self._sizes[axis] for axis in self._sharded + self._copied), len(self._shapes)
         return (range(start, min(start + size, count)) for start in range(0, count, size))
 
     def apply(self, numbers: range, mine: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -80,12 +87,17 @@ class MatrixExchange:
         shards = self._scatter(results, owners, padded)
         return [flat[: shard.numel()].view(shard.shape) for flat, shard in zip(shards, mine, strict=True)]
 
+    def _whole_shape(self, matrix: DTensor) -> tuple[int, ...]:
+        """Return the shape of the matrices that the ranks exchange: of a stack, those of this rank's part of it."""
+        return (matrix.to_local().shape[0], *matrix.shape[1:]) if self._apart else tuple(matrix.shape)
+
     def _all_parts(self, matrices: Sequence[DTensor]) -> list[list[Part]]:
         places = []
         for matrix in matrices:
             shape, offset = compute_local_shape_and_global_offset(matrix.shape, self._mesh, matrix.placements)
             # An empty shard may have any offset.
-            places.append([*(offset if math.prod(shape) else [0] * matrix.ndim), *shape])
+            offset = offset if math.prod(shape) else (0,) * matrix.ndim
+            places.append([0 if self._apart else offset[0], *offset[1:], *shape])
         table = torch.tensor(places, dtype=torch.int64, device=self.device)[None]
         for axis in reversed(self._sharded):
             received = [torch.empty_like(table) for _ in range(self._sizes[axis])]
@@ -97,11 +109,14 @@ class MatrixExchange:
 
     def _owner(self, place: int) -> tuple[int, ...]:
         """Return the coordinate of the rank that gets the matrix at this place of a round."""
-        coordinate = []
-        for size in reversed(self._sizes):
-            coordinate.append(place % size)
-            place //= size
-        return tuple(reversed(coordinate))
+        here = self._mesh.get_coordinate()
+        assert here is not None
+        coordinate = list(here)
+        for axis in reversed(range(len(here))):
+            if axis not in self._apart:
+                coordinate[axis] = place % self._sizes[axis]
+                place //= self._sizes[axis]
+        return tuple(coordinate)
 
     def _largest(self, number: int) -> int:
         return max(math.prod(part.shape) for part in self._parts[number])

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ...kernels.random_bits import random_bits, stream_key
 from .base import TrainingOptimizer
 from .elementwise import write
-from .local import local_part
+from .local import local_part, sharded_dim
 from .matrix_exchange import MatrixExchange
 from .newton_schulz import newton_schulz
 from .positions import row_chunks
@@ -44,7 +44,8 @@ class Muon(TrainingOptimizer):
     rate times ``scale`` of the result, as in ``torch.optim.Muon``.
 
     Matrices that are sharded are brought to one rank each, see :class:`~.matrix_exchange.MatrixExchange`. Stacks of
-    experts, [experts, rows, columns], are matrices each; a stack that is sharded by experts only is not exchanged.
+    experts, [experts, rows, columns], are matrices each, and their own sizes scale the update; a stack that is sharded
+    by experts only is not exchanged.
 
     Args:
         groups: parameter groups of named parameters.
@@ -97,6 +98,8 @@ class Muon(TrainingOptimizer):
             update = _Update(name, group, parameter, self.state_of(parameter))
             update.state["step"] += 1
             if isinstance(parameter, DTensor) and _splits_matrices(parameter):
+                if parameter.ndim > 2 and local_part(parameter).shape[0] == 0:
+                    continue  # a part of a stack without matrices, on all ranks that would exchange it
                 shared[parameter.device_mesh, parameter.placements, parameter.ndim].append(update)
             else:
                 whole.append(update)
@@ -163,7 +166,4 @@ def _splits_matrices(parameter: DTensor) -> bool:
     """Return whether no rank has whole matrices; a shard of a stack along its first dimension has."""
     inside = range(parameter.ndim - 2, parameter.ndim)
     mesh = parameter.device_mesh
-    return any(
-        mesh.size(axis) > 1 and not place.is_replicate() and place.dim in inside  # type: ignore[attr-defined]
-        for axis, place in enumerate(parameter.placements)
-    )
+    return any(mesh.size(axis) > 1 and sharded_dim(place) in inside for axis, place in enumerate(parameter.placements))

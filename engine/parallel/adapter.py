@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 
 from ..config.packages import require_quantization
 from ..config.settings import AdapterConfig, RunConfig, to_dict
 from ..errors import UserError
-from ..model.adapters import AdapterParameters, adapter_parameters
+from ..model.adapters import MAGNITUDE, AdapterParameters, adapter_parameters
 from ..model.architecture import Architecture
 from ..model.dtypes import DTYPES
+from ..model.experts import Experts, GroupedLinear
 from ..model.implementations import meta_model
 from ..model.language_model import LanguageModel
 from ..model.lora import LoraLinear, TokenDropout, TokenNumbers
+from ..model.lora_experts import LoraGroupedLinear, RowDropout, RowNumbers
 from ..model.quantized import hold_quantized, quantized_bytes
 from . import pipeline
 
@@ -43,6 +46,13 @@ def check(architecture: Architecture, config: RunConfig, world_size: int) -> Non
             "training.float8 to false"
         )
     _check_quantized(config, world_size)
+    stacks = [name for name, linear in parameters.modules.items() if linear.num_experts is not None]
+    if config.adapter.dropout and parallel.expert > 1 and stacks:
+        raise UserError(
+            f"adapter.dropout is {config.adapter.dropout:g}, but parallel.expert is {parallel.expert}, and a rank does "
+            f"not know which tokens of other ranks the experts of {stacks[0]} compute; set one of them back, or leave "
+            "the experts out of adapter.targets"
+        )
     if parallel.pipeline == 1:
         return
     if parallel.pipeline_schedule.endswith("zero_bubble"):
@@ -82,7 +92,8 @@ def base_bytes(architecture: Architecture, config: RunConfig) -> int:
     itemsize, kind = DTYPES[config.training.precision].itemsize, config.adapter.quantize_base
     if kind == "none":
         return architecture.num_parameters * itemsize
-    sizes = [(m.out_features, m.in_features) for m in adapter_parameters(architecture, config.adapter).modules.values()]
+    modules = adapter_parameters(architecture, config.adapter).modules.values()
+    sizes = [(m.out_features, m.in_features) for m in modules if m.num_experts is None]
     elements = sum(out_features * in_features for out_features, in_features in sizes)
     return (architecture.num_parameters - elements) * itemsize + sum(quantized_bytes(kind, *size) for size in sizes)
 
@@ -103,7 +114,8 @@ def apply(model: LanguageModel, config: RunConfig, device: torch.device) -> None
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{prefix}.{name}"
-            if full_name in parameters.frozen and full_name not in model.constants:
+            # What never learns keeps its dtype, as a bias of routers does.
+            if full_name in parameters.frozen and parameter.requires_grad and full_name not in model.constants:
                 module.register_parameter(name, nn.Parameter(parameter.to(compute_dtype), requires_grad=False))
     model.base_names = frozenset(parameters.frozen)
 
@@ -116,6 +128,8 @@ def _attach(
         numbers = TokenNumbers()
         found = [(module, names[module]) for module in block.modules() if names[module] in parameters.modules]
         for module, name in found:
+            if isinstance(module, GroupedLinear):
+                continue
             assert isinstance(module, nn.Linear)
             size = parameters.modules[name].in_features
             dropout = TokenDropout(config.dropout, numbers, seed, name, size, device) if config.dropout else None
@@ -123,26 +137,52 @@ def _attach(
             _split_like_base(adapted)
             if config.quantize_base != "none":
                 hold_quantized(adapted, config.quantize_base, compute_dtype)
+        for experts in (module for module in block.modules() if isinstance(module, Experts)):
+            _attach_to_experts(experts, names, parameters, numbers, seed, device)
         if found and config.dropout:
             model.before_block(block, numbers.see)
 
 
-def _split_like_base(linear: LoraLinear) -> None:
-    """Divide the adapter over the ranks that share the matrix of its layer: A by inputs, or B by outputs."""
+def _attach_to_experts(
+    experts: Experts,
+    names: Mapping[nn.Module, str],
+    parameters: AdapterParameters,
+    tokens: TokenNumbers,
+    seed: int,
+    device: torch.device,
+) -> None:
+    config, rows = parameters.config, RowNumbers(tokens, experts.num_experts)
+    for module in experts.children():
+        name = names[module]
+        if name not in parameters.modules:
+            continue
+        assert isinstance(module, GroupedLinear)
+        dropout = None
+        if config.dropout:
+            dropout = RowDropout(config.dropout, rows, seed, name, parameters.modules[name].in_features, device)
+            experts.see_rows = rows.see
+        _split_like_base(LoraGroupedLinear.attach(module, config.rank, parameters.scaling, dropout))
+
+
+def _split_like_base(linear: LoraLinear | LoraGroupedLinear) -> None:
+    """Divide the adapter over the ranks that share the matrix of its layer: A by inputs, or B by outputs, and the
+    adapters of experts also by experts.
+    """
     weight = linear.weight
     if not isinstance(weight, DTensor):
         return
-    (placement,) = weight.placements
-    splits_rows = placement == Shard(0)
-    placements = {
-        "lora_A": (linear.lora_A, "weight", Replicate() if splits_rows else Shard(1)),
-        "lora_B": (linear.lora_B, "weight", Shard(0) if splits_rows else Replicate()),
-        "magnitude": (linear, "lora_magnitude_vector", Shard(0) if splits_rows else Replicate()),
-    }
-    for module, name, placed in placements.values():
-        parameter: Tensor | None = getattr(module, name)
+    rows, columns = Shard(weight.ndim - 2), Shard(weight.ndim - 1)
+    without_rows = [Replicate() if place == rows else place for place in weight.placements]
+    without_columns = [Replicate() if place == columns else place for place in weight.placements]
+    parameters: list[tuple[nn.Module, str, list[Placement]]] = [
+        (linear.lora_A, "weight", without_rows),
+        (linear.lora_B, "weight", without_columns),
+        (linear, MAGNITUDE, without_columns),
+    ]
+    for module, name, placements in parameters:
+        parameter: Tensor | None = getattr(module, name, None)
         if parameter is not None:
-            part = distribute_tensor(parameter, weight.device_mesh, [placed], src_data_rank=None)
+            part = distribute_tensor(parameter, weight.device_mesh, placements, src_data_rank=None)
             module.register_parameter(name, nn.Parameter(part))
 
 

@@ -22,11 +22,13 @@ from . import (
     adapter,
     context,
     data_parallel,
+    expert,
     float8,
     fused_projections,
     neftune,
     pipeline,
     recompute,
+    router_losses,
     tensor,
     trainable,
 )
@@ -71,6 +73,7 @@ def check(
         )
     _check_implementation(config, architecture)
     fused_projections.check(config, architecture, world_size == parallel.tensor * parallel.pipeline)
+    expert.check(architecture, parallel)
     tensor.check(architecture, config)
     context.check(architecture, parallel, training)
     pipeline.check(architecture, config, choices.num_micro_batches, choices.compiled)
@@ -137,8 +140,8 @@ def build_model(
     stages: list[LayerRange] | None = None,
     materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
-    """Build the model: meta device -> tensor -> adapter -> context -> float8 -> recompute -> compile -> offload ->
-    freeze -> shard -> materialize.
+    """Build the model: meta device -> tensor -> expert -> adapter -> context -> float8 -> recompute -> compile ->
+    offload -> freeze -> shard -> materialize.
 
     Weights are loaded afterwards.
 
@@ -167,6 +170,7 @@ def build_model(
         if parallel.tensor > 1:
             assert isinstance(model, Decoder)
             tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
+        expert.apply(model, mesh.experts)
         adapter.apply(model, config, ranks.device)
         context.apply(model, mesh.context_group, kind)
         neftune.apply(model, config, mesh)
@@ -177,7 +181,7 @@ def build_model(
         if parallel.offload_activations:
             activation_offload.apply(model, ranks.device)
         trainable.apply(model, training, config.adapter)
-        wrapped = data_parallel.wrap(model, mesh.fsdp, parallel, compute_dtype, training.fuse_projections)
+        wrapped = data_parallel.wrap(model, mesh, parallel, compute_dtype, training.fuse_projections)
         materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
         wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
         return model, wrapped
@@ -185,7 +189,9 @@ def build_model(
     built = [build_stage(stages[number]) for number in numbers]
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
     prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows, kind)
-    parts = ModelParts(decoders)
+    # With tensor parallelism all ranks route the same tokens, and their gradients are summed.
+    routers = router_losses.attach(decoders, training, ranks.device, counts=mesh.coordinate.tensor == 0)
+    parts = ModelParts(decoders, routers)
     if parallel.pipeline > 1:
         count = choices.num_micro_batches
         return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)

@@ -35,13 +35,21 @@ def enabled(config: RunConfig, device: torch.device, attention_backend: str) -> 
             "document, which this run uses for attention, cannot be compiled inside a recomputed block; set "
             "parallel.recompute to none or training.compile to auto"
         )
+    # The sizes of the exchange of tokens are read on the host as well, which only divides the graph of other blocks.
+    exchanges = config.parallel.expert > 1 and config.parallel.recompute != "none"
+    if choice == "on" and exchanges:
+        raise UserError(
+            f"training.compile is on with parallel.recompute {config.parallel.recompute}, but the exchange of tokens "
+            f"of parallel.expert {config.parallel.expert} cannot be compiled inside a recomputed block; set "
+            "parallel.recompute to none or training.compile to auto"
+        )
     quantized = config.adapter.quantize_base
     if choice == "on" and quantized != "none":
         raise UserError(
             f"training.compile is on, but adapter.quantize_base is {quantized}, whose products are not compiled; set "
             "training.compile to auto"
         )
-    breaks = breaks or quantized != "none"
+    breaks = breaks or exchanges or quantized != "none"
     return choice == "on" or (choice == "auto" and device.type == "cuda" and not breaks)
 
 

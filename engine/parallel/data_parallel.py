@@ -19,6 +19,7 @@ from ..config.settings import ParallelConfig
 from ..model.language_model import LanguageModel
 from .fsdp import FullySharded
 from .host_transfers import HostTransfers
+from .mesh import Mesh
 from .unsharded import Unsharded
 
 
@@ -48,7 +49,7 @@ class DataParallel(Protocol):
 
 def wrap(
     model: LanguageModel,
-    mesh: DeviceMesh,
+    mesh: Mesh,
     config: ParallelConfig,
     compute_dtype: torch.dtype,
     fuse_projections: bool = False,
@@ -57,13 +58,13 @@ def wrap(
 
     Args:
         model: all other techniques are applied.
-        mesh: the ranks that share parameters; with two axes, parameters are copied over the first.
+        mesh: of all ranks.
         config: of the run.
         compute_dtype: of activations and of the parameters in matrix products.
         fuse_projections: see :mod:`.fused_projections`; only on one rank.
     """
-    if is_alone(mesh, config):
-        transfers = HostTransfers(torch.device(mesh.device_type)) if config.cpu_offload == "optimizer" else None
+    if is_alone(mesh.fsdp, config):
+        transfers = HostTransfers(torch.device(mesh.devices.device_type)) if config.cpu_offload == "optimizer" else None
         return Unsharded(model, compute_dtype, fuse_projections, transfers)
     return FullySharded(model, mesh, config, compute_dtype)
 

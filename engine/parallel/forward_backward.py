@@ -17,6 +17,7 @@ from ..model.quantized import QuantizedLoraLinear, quantized_layers
 from .context import own_tokens
 from .data_parallel import DataParallel
 from .mesh import Mesh
+from .router_losses import RouterLosses
 
 
 class BatchPreparer:
@@ -64,10 +65,11 @@ class ModelParts:
 
     Args:
         decoders: with memory for their parameters.
+        routers: the losses of their routers; None: they have no experts.
     """
 
-    def __init__(self, decoders: list[LanguageModel]):
-        self.decoders = decoders
+    def __init__(self, decoders: list[LanguageModel], routers: RouterLosses | None = None):
+        self.decoders, self.routers = decoders, routers
         # Every step asks for them, and finding them in a model takes the host longer than to compute with them.
         self._named = [named for decoder in decoders for named in decoder.named_parameters()]
         self._unique = [parameter for decoder in decoders for parameter in _unique_parameters(decoder)]
@@ -99,6 +101,16 @@ class ModelParts:
     def quantized_layers(self) -> dict[str, QuantizedLoraLinear]:
         """Layers that hold a matrix of the base in few bits, by the name of the matrix; it is no parameter."""
         return {name: layer for decoder in self.decoders for name, layer in quantized_layers(decoder).items()}
+
+    def begin_step(self, loss_scale: Tensor | None) -> None:
+        """Prepare the backward passes of a step whose loss is multiplied by ``loss_scale``; None: one."""
+        if self.routers is not None:
+            self.routers.begin_step(loss_scale)
+
+    def end_step(self, skip: Tensor) -> None:
+        """Update what no gradient does, unless ``skip``, [] fp32 on the device, is 1. All ranks must call this."""
+        if self.routers is not None:
+            self.routers.update(skip)
 
     def blocks(self) -> Iterator[nn.Module]:
         """Return the transformer blocks of this rank."""

@@ -7,19 +7,20 @@ wrong if ranks hold different numbers of targets.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..config.settings import ParallelConfig
 from ..model.language_model import LanguageModel
+from .expert import experts_of
+from .mesh import Mesh
 
 
 class FullySharded:
@@ -29,17 +30,17 @@ class FullySharded:
 
     Args:
         model: on the meta device.
-        mesh: the ranks that share parameters; with two axes, parameters are copied over the first.
+        mesh: of all ranks. Experts that ranks share are sharded over those that have the same ones.
         config: of the run.
         compute_dtype: of activations and gathered parameters.
     """
 
-    def __init__(self, model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype):
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: ParallelConfig, compute_dtype: torch.dtype):
         self._model = model
-        _shard(model, mesh, config, compute_dtype)
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in self._sharded:
-            if mesh.size() > 1:  # on one rank it is 1, and setting it costs a pass over the gradients
+        ranks_of = _shard(model, mesh, config, compute_dtype)
+        self._sharded = list(ranks_of)
+        for module, ranks in ranks_of.items():
+            if ranks.size() > 1:  # on one rank it is 1, and setting it costs a pass over the gradients
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         _prefetch(model, config.prefetch_blocks)
@@ -74,21 +75,32 @@ class FullySharded:
         """See the class. Does nothing: FSDP takes them when it reduces gradients."""
 
 
-def _shard(model: LanguageModel, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+def _shard(
+    model: LanguageModel, mesh: Mesh, config: ParallelConfig, compute_dtype: torch.dtype
+) -> dict[FSDPModule, DeviceMesh]:
+    """Shard the modules of ``model``, and return them with the ranks that share the parameters of each."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    on_gpu = mesh.device_type == "cuda"
+    on_gpu = mesh.devices.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload is True else OffloadPolicy()
     constants = {parameter for name, parameter in model.named_parameters() if name in model.constants}
-    shard = functools.partial(
-        fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=constants or None
-    )
+    ranks_of: dict[FSDPModule, DeviceMesh] = {}
+    apart = mesh.fsdp_of_experts
+
+    def shard(module: nn.Module, ranks: DeviceMesh, reshard: bool) -> None:
+        options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "ignored_params": constants or None}
+        ranks_of[fully_shard(module, mesh=ranks, reshard_after_forward=reshard, **options)] = ranks
+
     for block in model.blocks:
-        shard(block, reshard_after_forward=config.reshard_after_forward)
+        for experts in experts_of(block) if apart is not None else ():
+            # The other ranks of the block's group have other experts.
+            shard(experts, apart, config.reshard_after_forward)
+        shard(block, mesh.fsdp, config.reshard_after_forward)
     embedding = model.embedding
     if embedding is not None and not model.architecture.tie_word_embeddings:
         # In a group with the head, both would be gathered, and their full gradients held, at the same time.
-        shard(embedding, reshard_after_forward=config.reshard_after_forward)
-    shard(model, reshard_after_forward=False)
+        shard(embedding, mesh.fsdp, config.reshard_after_forward)
+    shard(model, mesh.fsdp, False)
+    return ranks_of
 
 
 def _prefetch(model: LanguageModel, count: int) -> None:
@@ -97,11 +109,16 @@ def _prefetch(model: LanguageModel, count: int) -> None:
         return
     blocks, first = cast("list[FSDPModule]", model.blocks), _first_with_backward(model)
     for index, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
-        block.set_modules_to_backward_prefetch(blocks[max(first, index - count) : index][::-1])
+        block.set_modules_to_forward_prefetch(_groups(blocks[index + 1 : index + 1 + count]))
+        block.set_modules_to_backward_prefetch(_groups(blocks[max(first, index - count) : index][::-1]))
     root = cast(FSDPModule, model)
-    root.set_modules_to_forward_prefetch(blocks[:count])
-    root.set_modules_to_backward_prefetch(blocks[first:][: -count - 1 : -1])
+    root.set_modules_to_forward_prefetch(_groups(blocks[:count]))
+    root.set_modules_to_backward_prefetch(_groups(blocks[first:][: -count - 1 : -1]))
+
+
+def _groups(blocks: list[FSDPModule]) -> list[FSDPModule]:
+    """Return the modules of ``blocks`` whose parameters are gathered together: each block, and its experts if apart."""
+    return [module for block in blocks for module in cast(nn.Module, block).modules() if isinstance(module, FSDPModule)]
 
 
 def _first_with_backward(model: LanguageModel) -> int:

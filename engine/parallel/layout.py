@@ -68,6 +68,20 @@ def plan_layout(config: ParallelConfig, world_size: int) -> Layout:
     return Layout(**sizes, shard=world_size // others)
 
 
+def check_experts(layout: Layout, expert: int) -> None:
+    """Refuse a number of ranks that share experts which the ranks of ``shard`` x ``context`` cannot be divided into.
+
+    Raises:
+        UserError: with both sides of the division.
+    """
+    ranks = layout.shard * layout.context
+    if ranks % expert:
+        raise UserError(
+            f"parallel.expert {expert} does not divide parallel.shard {layout.shard} x parallel.context "
+            f"{layout.context} = {ranks} ranks; use a divisor of {ranks}"
+        )
+
+
 def _product(sizes: dict[str, int]) -> str:
     shown = {axis: size for axis, size in sizes.items() if size > 1 or axis in ("replicate", "shard")}
     if "shard" not in sizes and len(shown) > 1 and shown["replicate"] == 1:
@@ -82,4 +96,5 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         UserError: the mesh or the global batch cannot be divided among the ranks.
     """
     layout = plan_layout(config.parallel, world_size)
+    check_experts(layout, config.parallel.expert)
     plan_batches(config.training, layout.data_parallel)

@@ -315,8 +315,6 @@ class Pipelined:
         end = self._decoders[0] if self._decoders[0].is_first else self._decoders[-1]
         if not end.head_weight.requires_grad:
             return
-        if not end.head_weight.requires_grad:
-            return
         gradient = end.head_weight.grad
         assert gradient is not None
         dist.all_reduce(gradient.to_local() if isinstance(gradient, DTensor) else gradient, group=group)

@@ -3,6 +3,9 @@
 Column-wise split projections take all tokens and give some heads or features. Row-wise split ones take these and give
 sums; every rank keeps those of its tokens (Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198). Norms and the
 residual stream see only a rank's own tokens. The embedding and the head each hold some rows of the vocabulary.
+
+A mixture of experts gathers the tokens once. Every rank routes all of them, and computes its inner features of every
+expert. All that follows are sums of ranks' parts, which one reduce-scatter adds.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleInputOutput,
     RowwiseParallel,
     parallelize_module,
 )
@@ -33,6 +37,8 @@ from ..model.architecture import Architecture
 from ..model.decoder import Decoder, Norm
 from ..model.families import DecoderArchitecture
 from ..model.language_model import Loss
+from ..model.local_copy import local_copy
+from .expert import experts_of
 from .next_tokens import most_likely_of_all_ranks
 
 TOKENS = 0
@@ -40,15 +46,51 @@ TOKENS = 0
 
 
 class Copied(ParallelStyle):
-    """Every rank holds all of the module's parameters; see ``decoder._local_copy`` for their gradients."""
+    """Every rank holds all of the module's parameters; see ``local_copy`` for their gradients."""
 
     placement: Placement = Replicate()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:  # a constant: every rank has it anyway
+                continue
             part = distribute_tensor(parameter, device_mesh, [self.placement], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
         return module
+
+
+class SplitExperts(Copied):
+    """Every rank has some of the inner features of all experts: the weight [E, out, in] is split along ``dim``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.placement = Shard(dim)
+
+
+class CopiedRouter(Copied):
+    """Every rank routes all tokens. Its gradients are parts of sums, like those of the experts' results."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(_on_plain_tensors)
+        return super()._apply(module, device_mesh)
+
+
+class PartsOfSums(ParallelStyle):
+    """A module that computes plain tensors, and whose result is to be summed over ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def mark(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            return DTensor.from_local(output, device_mesh, [Partial()], run_check=False)
+
+        module.register_forward_pre_hook(_on_plain_tensors)
+        module.register_forward_hook(mark)
+        return module
+
+
+def _on_plain_tensors(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Convert the first input, which all ranks have whole."""
+    hidden, *others = inputs
+    return local_copy(hidden), *others
 
 
 class SplitNorm(Copied):
@@ -88,6 +130,23 @@ FEED_FORWARD_PLAN: dict[str, ParallelStyle] = {
     "up_proj": ColwiseParallel(),
     "down_proj": RowwiseParallel(output_layouts=Shard(TOKENS)),
 }
+MIXTURE_PLAN: dict[str, ParallelStyle] = {
+    "": PrepareModuleInputOutput(
+        input_layouts=(Shard(TOKENS),),
+        desired_input_layouts=(Replicate(),),
+        output_layouts=Partial(),
+        desired_output_layouts=Shard(TOKENS),
+    ),
+    "gate": CopiedRouter(),
+    "experts": PartsOfSums(),
+    "experts.gate_proj": SplitExperts(1),
+    "experts.up_proj": SplitExperts(1),
+    "experts.down_proj": SplitExperts(2),
+    "shared_expert.gate_proj": ColwiseParallel(),
+    "shared_expert.up_proj": ColwiseParallel(),
+    "shared_expert.down_proj": RowwiseParallel(output_layouts=Partial(), use_local_output=False),
+    "shared_expert_gate": Copied(),
+}
 DECODER_PLAN: dict[str, ParallelStyle] = {
     "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(TOKENS)),
     "model.norm": Copied(),
@@ -95,14 +154,17 @@ DECODER_PLAN: dict[str, ParallelStyle] = {
 }
 
 
-def block_plan(architecture: DecoderArchitecture) -> dict[str, ParallelStyle]:
+def block_plan(architecture: DecoderArchitecture, has_experts: bool = False) -> dict[str, ParallelStyle]:
     """Return how each module of a block is split."""
     of_query_and_key = SplitNorm() if architecture.qk_norm == "full" else Copied()
     attention_plan = {**ATTENTION_PLAN, "q_norm": of_query_and_key, "k_norm": of_query_and_key}
     return {
         **{name: Copied() for name in architecture.block_norms if name is not None},
         **{f"self_attn.{name}".rstrip("."): style for name, style in attention_plan.items()},
-        **{f"mlp.{name}".rstrip("."): style for name, style in FEED_FORWARD_PLAN.items()},
+        **{
+            f"mlp.{name}".rstrip("."): style
+            for name, style in (MIXTURE_PLAN if has_experts else FEED_FORWARD_PLAN).items()
+        },
     }
 
 
@@ -119,9 +181,14 @@ def check(architecture: Architecture, config: RunConfig) -> None:
     parts = {
         "attention heads": architecture.num_attention_heads,
         "key/value heads": architecture.num_key_value_heads,
-        "features of the feed-forward layer": architecture.intermediate_size,
         "rows of the vocabulary": architecture.vocab_size,
     }
+    experts = architecture.experts
+    if experts is None or not all(experts.layers):
+        parts["features of the feed-forward layer"] = architecture.intermediate_size
+    if experts is not None:
+        parts["features of an expert"] = experts.intermediate_size
+        parts["features of the shared expert"] = experts.shared_intermediate_size
     for name, count in parts.items():
         if count % size:
             raise UserError(
@@ -142,7 +209,7 @@ def apply(model: Decoder, mesh: DeviceMesh, overlap: bool) -> None:
     """
     parallelize_module(model, mesh, _present(model, DECODER_PLAN))
     for block in model.model.blocks:
-        parallelize_module(block, mesh, _present(block, block_plan(model.architecture)))
+        parallelize_module(block, mesh, _present(block, block_plan(model.architecture, bool(experts_of(block)))))
     if model.model.embeds and model.model.embed_tokens is not None:
         model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: _Arrived.apply(output))
     model.loss = _on_whole_vocabulary(mesh, model.architecture, functools.partial(_loss_sum, model))

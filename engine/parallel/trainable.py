@@ -49,7 +49,7 @@ class Learning:
     head_input: bool = True
     """Whether the head's input needs one: something else learns."""
     added: int = 0
-    """Elements of the matrices of an adapter, all of which learn."""
+    """Elements of the matrices of an adapter that multiply a token, all of which learn."""
 
 
 ALL = Learning()
@@ -71,7 +71,7 @@ def selected(selection: Selection, names: Iterable[str], tables: Collection[str]
 
 
 def parameters_of(architecture: Architecture) -> Mapping[str, ParameterFacts]:
-    """Return the parameters of the whole model by name, without constants."""
+    """Return the parameters of the whole model that can learn by gradients, by name."""
     return _parameters_of(architecture)
 
 
@@ -82,7 +82,7 @@ def _parameters_of(architecture: Architecture) -> Mapping[str, ParameterFacts]:
     return {
         name: ParameterFacts(tuple(parameter.shape), blocks.get(id(parameter)))
         for name, parameter in model.named_parameters()
-        if name not in model.constants
+        if parameter.requires_grad and name not in model.constants
     }
 
 
@@ -90,8 +90,8 @@ def learning(architecture: Architecture, config: TrainingConfig, adapter: Adapte
     """Return what the backward pass computes. Within the first block that learns, all gradients are counted."""
     if adapter is not None and adapter.kind is not None:
         parameters = adapter_parameters(architecture, adapter)
-        added = sum(math.prod(shape) for shape in parameters.added.values() if len(shape) == 2)
-        return _learning(architecture, parameters.saved, _reached(parameters), added)
+        added = sum(architecture.active_elements(shape) for shape in parameters.added.values())
+        return _learning(architecture, parameters.saved, _reached(parameters), round(added))
     if config.trainable == "all":
         return ALL
     names = selected(config.trainable, parameters_of(architecture), architecture.tables)
@@ -215,7 +215,7 @@ def apply(model: LanguageModel, config: TrainingConfig, adapter: AdapterConfig |
         return
     if config.trainable == "all":
         return
-    named = {name: p for name, p in model.named_parameters() if name not in model.constants}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in model.constants}
     names = selected(config.trainable, named, model.architecture.tables)
     for name, parameter in named.items():
         parameter.requires_grad_(name in names)

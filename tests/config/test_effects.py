@@ -133,6 +133,16 @@ STEPS = "has no effect: the run has fewer steps"
             {},
             "training.initial_loss_scale 4.0 has no effect: training.precision auto did not choose fp16",
         ),
+        (
+            {"training__router_aux_loss_coef": 0.0, "training__router_z_loss_coef": 0.1},
+            {"has_router_losses": False},
+            "training.router_aux_loss_coef 0.0, training.router_z_loss_coef 0.1 have no effect: the model has no",
+        ),
+        (
+            {"training__router_bias_update_rate": 0.0},
+            {"has_selection_biases": False},
+            "training.router_bias_update_rate 0.0 has no effect: no router of the model",
+        ),
         ({"allow_changes": ["seed"]}, {}, "allow_changes ['seed'] has no effect: the run starts fresh"),
         (
             {"model__initialize_from": "new"},

@@ -81,5 +81,6 @@ def request(model: Path | str, *data: Path | str, **options: Any) -> EvaluateOpt
 def evaluate(ranks: Ranks, options: EvaluateOptions, words: Sequence[str] = FP32) -> EvaluationResult:
     """What ``retemper evaluate`` does on every rank of a process group."""
     plan = plan_evaluation(options, words, ranks.world_size)
-    found = mesh.build_mesh(plan_layout(plan.config.parallel, ranks.world_size), ranks.device.type)
+    parallel = plan.config.parallel
+    found = mesh.build_mesh(plan_layout(parallel, ranks.world_size), ranks.device.type, parallel.expert)
     return evaluate_models(plan, ranks, found, lambda *lines: None)

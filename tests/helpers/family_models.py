@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
@@ -44,6 +45,20 @@ LONGROPE = {
 }
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 GROWING = {**YARN, "llama_4_scaling_beta": 0.1, "max_position_embeddings": 512}
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 40}
+DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -100,6 +115,37 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": 9, "num_hidden_layers": 2}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm in parallel": ("stablelm", {"use_parallel_residual": True, "num_key_value_heads": 4}),
+    "qwen2_moe": ("qwen2_moe", SHARED),
+    "qwen2_moe in some layers": (
+        "qwen2_moe",
+        {**SHARED, "decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe in some layers": (
+        "qwen3_moe",
+        {**EXPERTS, "head_dim": 16, "mlp_only_layers": [0, 2], "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral with window": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 5}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "olmoe normalized": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True}),
+    "glm4_moe": ("glm4_moe", {**DEEPSEEK_EXPERTS, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe without groups": (
+        "glm4_moe",
+        {**DEEPSEEK_EXPERTS, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 1},
+    ),
+    "dots1": ("dots1", {**DEEPSEEK_EXPERTS, "norm_topk_prob": True}),
+    "dots1 with windows": (
+        "dots1",
+        {
+            **DEEPSEEK_EXPERTS,
+            "first_k_dense_replace": 0,
+            "max_window_layers": 1,
+            "sliding_window": 6,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
 }
 """Models by name: the family, and what differs from :data:`SHAPE`."""
 
@@ -123,6 +169,9 @@ def hf_model(config: PreTrainedConfig) -> torch.nn.Module:
                 parameter.normal_(center if name.endswith("weight") else 0.0, 0.2)
             else:
                 parameter.normal_(0.0, 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     return model
 
 
@@ -140,32 +189,34 @@ def parts_of(decoder: Decoder, stored: dict[str, torch.Tensor]) -> dict[str, tor
     pieces = decoder.architecture.stored_pieces(shapes)
     parts = {}
     for name, shape in shapes.items():
+        if name in decoder.constants and name not in stored:  # it has no gradient
+            continue
         if name not in pieces:
             parts[name] = stored[name]
             continue
         part = torch.full(shape, float("nan"))
         for piece in pieces[name]:
             source = stored[piece.tensor][_box(piece.offsets, piece.sizes)]
-            part[_box(piece.at, piece.sizes)] = source
+            box = _box(piece.at, piece.sizes)
+            part[box] = source.view(part[box].shape)
         assert not part.isnan().any(), name
         parts[name] = part
     return parts
 
 
 def _box(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    sizes = (*(1 for _ in offsets[len(sizes) :]), *sizes)
     return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
 
 
-def renamed_as_stored(model_type: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by names of transformers' module, under those of files."""
-    if model_type != "gpt_neox":
-        return tensors
-    return {name.replace("lm_head.", "embed_out."): tensor for name, tensor in tensors.items()}
+def renamed_as_stored(hf: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by names of transformers' module, such as gradients, as it writes them to files."""
+    return dict(revert_weight_conversion(hf, dict(tensors)))
 
 
 def our_model(hf: torch.nn.Module) -> Decoder:
     """The native decoder with the weights of ``hf``."""
     decoder = Decoder(parse_decoder_architecture(hf.config.to_dict()))
-    state = renamed_as_stored(hf.config.model_type, dict(hf.state_dict()))
+    state = renamed_as_stored(hf, dict(hf.state_dict()))
     decoder.load_state_dict(parts_of(decoder, state), strict=True)
     return decoder

@@ -19,10 +19,12 @@ MODULES, DISTRIBUTIONS = {modules!r}, {distributions!r}
 class Hiding(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
+        if path is None and fullname in MODULES:  # setuptools has copies of some packages in a folder of its own
+            path = [entry for entry in sys.path if not entry.endswith("site-packages")]
         spec = super().find_spec(fullname, path, target)
         # Ours is found by the module next to a script, not where it is installed.
         installed = fullname == "retemper" and spec and not spec.origin.endswith("retemper.py")
-        return None if path is None and (fullname in MODULES or installed) else spec
+        return None if path is None and installed else spec
 
     @classmethod
     def find_distributions(cls, *arguments, **options):

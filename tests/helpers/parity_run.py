@@ -56,6 +56,15 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 9},
     "starcoder2": {"sliding_window": 9},
     "stablelm": {"use_parallel_residual": True},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    # Three experts of each of two ranks: FSDP divides them unevenly.
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     family: {"model_type": family, **_SHAPE, **changes} for family, changes in _CHANGES.items()

@@ -76,8 +76,8 @@ def share_meshes() -> None:
     """
     build, shared = mesh.build_mesh, functools.cache(mesh.build_mesh)
 
-    def build_or_share(layout: mesh.Layout, device_type: str) -> mesh.Mesh:
-        return (build if dist.get_backend() == "fake" else shared)(layout, device_type)
+    def build_or_share(layout: mesh.Layout, device_type: str, expert: int = 1) -> mesh.Mesh:
+        return (build if dist.get_backend() == "fake" else shared)(layout, device_type, expert)
 
     mesh.build_mesh = build_or_share
 

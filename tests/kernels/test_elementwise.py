@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retemper.kernels.activations import gated
+from retemper.kernels.activations import ACTIVATIONS, gated, weighted_gated
 from retemper.kernels.rms_norm import rms_norm
 from retemper.kernels.rope import apply_rope, apply_rope_to_pair, rope_cos_sin
 
@@ -119,3 +119,33 @@ def test_swiglu():
     gate, up = random(9, 12, seed=1), random(9, 12, seed=2)
     gate64, up64 = (v.detach().double().requires_grad_() for v in (gate, up))
     compare(gated(gate, up), gate64 / (1 + torch.exp(-gate64)) * up64, [gate, up], [gate64, up64], 1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_weighted_gated(activation):
+    """Each row of the gated activation times its weight: the plain formula under autograd, in float64."""
+    formulas = {
+        "silu": lambda x: x * torch.sigmoid(x),
+        "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+        "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "relu2": lambda x: x.clamp(min=0) ** 2,
+    }
+    leaves = [random(9, 6, seed=1), random(9, 6, seed=2), random(9, seed=3)]
+    doubles = [value.detach().double().requires_grad_() for value in leaves]
+    gate, up, weights = doubles
+    expected = formulas[activation](gate) * up * weights[:, None]
+    compare(weighted_gated(*leaves, activation), expected, leaves, doubles, 1e-6)
+    exact = [value.detach().clone().requires_grad_() for value in doubles]
+    exact[2] = exact[2].detach().float().requires_grad_()  # gradients of the weights are fp32
+    assert weighted_gated(*exact, activation).dtype == torch.float64
+    assert torch.autograd.gradcheck(
+        lambda gate, up: weighted_gated(gate, up, weights.detach(), activation), tuple(exact[:2])
+    )
+
+
+def test_weighted_gated_keeps_its_arguments_alone():
+    leaves = [random(9, 6, seed=1), random(9, 6, seed=2), random(9, seed=3)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        weighted_gated(*leaves)
+    assert {tensor.data_ptr() for tensor in saved} == {tensor.data_ptr() for tensor in leaves}

@@ -20,9 +20,10 @@ def joined(decoder: Decoder, like: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         for piece in pieces.get(name, ()):
             target = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.sizes, strict=True))
-            source = tuple(slice(start, start + size) for start, size in zip(piece.at, piece.sizes, strict=True))
+            sizes = (1,) * (len(piece.at) - len(piece.sizes)) + piece.sizes
+            source = tuple(slice(start, start + size) for start, size in zip(piece.at, sizes, strict=True))
             assert stored[piece.tensor][target].isnan().all(), "two parameters in one place"
-            stored[piece.tensor][target] = parameter[source]
+            stored[piece.tensor][target] = parameter[source].view(piece.sizes)
         if name not in pieces:
             stored[name] = parameter
     return stored

@@ -224,12 +224,12 @@ def trained_in_shards(ranks, replicate, dims, weight_dtype, state_dtype):
 
 @pytest.mark.parametrize(("weight_dtype", "state_dtype"), DTYPES)
 def test_the_same_bits_for_any_layout_and_any_chunks(weight_dtype, state_dtype, two_ranks, four_ranks, monkeypatch):
-    """Shards of both dimensions, some uneven or empty; copies on other ranks."""
+    """Shards of any dimension, some uneven or empty; copies on other ranks."""
     weights, gradients = _weights_and_gradients(weight_dtype)
     gradients = [[g.to(weight_dtype) for g in step] for step in gradients]
     expected = _trained([w.clone() for w in weights], state_dtype, gradients)
-    layouts = [(two_ranks, 1, (0, 1, 0, 0, 0)), (two_ranks, 2, (0,) * 5), (four_ranks, 1, (0, 0, 0, 0, 1))]
-    layouts.append((four_ranks, 2, (1, 0, 0, 0, 0)))
+    layouts = [(two_ranks, 1, (0, 1, 0, 1, 0)), (two_ranks, 2, (0,) * 5), (four_ranks, 1, (0, 0, 0, 0, 1))]
+    layouts.append((four_ranks, 2, (1, 0, 0, 2, 0)))
     results = [
         result
         for cluster, *arguments in layouts

@@ -22,6 +22,8 @@ OPTIONS = tuple(
         *("gemma3_text", "seed_oss", "ministral3", "glm4", "stablelm"),
     )
 )
+EXPERTS = Model("qwen3_moe", tied=False, packed=True)
+SHARED_EXPERT = Model("qwen2_moe", tied=False, packed=True)
 
 GEMMA = OPTIONS[2]  # windows and soft caps
 
@@ -45,6 +47,12 @@ CASES: list[Case] = [
     (2, "tensor=2", OPTIONS),
     (2, "pipeline=2", OPTIONS[2:] + OPTIONS[:2]),
     (2, "shard=2", OPTIONS),
+    (1, "recompute=full", (EXPERTS,)),
+    (2, "shard=2", (EXPERTS, SHARED_EXPERT)),
+    (2, "tensor=2", (EXPERTS, SHARED_EXPERT)),
+    (2, "pipeline=2", (EXPERTS,)),
+    (2, "expert=2", (EXPERTS, SHARED_EXPERT)),
+    (4, "tensor=2 expert=2", (SHARED_EXPERT, EXPERTS)),
 ]
 """Every axis, each kind of model. With the first model for every run of the tests."""
 if torch.__version__ < "2.13":  # refused with gloo
@@ -86,6 +94,23 @@ MORE_CASES: list[Case] = [
     (2, "tensor=2 recompute=selective", OPTIONS[:2]),
     (4, "context=2 tensor=2", OPTIONS[:3]),
     (1, "recompute=full", OPTIONS[1:4]),
+    (1, "micro_batch_size=4", (EXPERTS,)),
+    (2, "expert=2 recompute=full", (EXPERTS, SHARED_EXPERT)),
+    (2, "expert=2 recompute=selective", (EXPERTS, SHARED_EXPERT)),
+    (2, "expert=2 micro_batch_size=4", (EXPERTS,)),
+    (2, "expert=2 reduce_gradients=step", (SHARED_EXPERT,)),
+    (2, "expert=2 cpu_offload=true", (EXPERTS,)),
+    (2, "expert=2 reshard_after_forward=false prefetch_blocks=2", (EXPERTS,)),
+    (4, "expert=2", (EXPERTS, SHARED_EXPERT)),
+    (4, "expert=4", (EXPERTS,)),
+    (4, "pipeline=2 expert=2", (EXPERTS, SHARED_EXPERT)),
+    (4, f"pipeline=2 {INTERLEAVED} expert=2", (EXPERTS,)),
+    (4, f"pipeline=2 {ZERO_BUBBLE}zbv_zero_bubble expert=2", (EXPERTS,)),
+    (4, "context=2 expert=2", (EXPERTS, SHARED_EXPERT)),
+    (4, "context=2 expert=4", (EXPERTS,)),
+    (4, "replicate=2 expert=2", (EXPERTS, SHARED_EXPERT)),
+    (4, "tensor=2 expert=2 recompute=full", (SHARED_EXPERT,)),
+    (4, "tensor=2 shard=2", (SHARED_EXPERT, EXPERTS)),
 ]
 """Slow, as what is left of the others."""
 EXTENDED_CASES: list[Case] = [
@@ -93,6 +118,7 @@ EXTENDED_CASES: list[Case] = [
     (2, "context=2 compile=on", (PACKED,)),
     (2, f"context=2 {RING} compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),
+    (2, "expert=2 compile=on", (EXPERTS, SHARED_EXPERT)),
 ]
 """Most of their time is compilation."""
 

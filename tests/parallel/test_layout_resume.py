@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import parity_run
 import pytest
+import torch
 from parity_run import STEPS, Model
 
 LAYOUTS = {
@@ -27,12 +30,23 @@ LAYOUTS = {
     "context 2": (2, ["--parallel.context", "2"]),
     "context 2, ring": (2, ["--parallel.context", "2", "--parallel.context_kind", "ring"]),
 }
+EXPERT_LAYOUTS = {
+    "expert 2": (2, ["--parallel.expert", "2"]),
+    "expert 2 x shard 4": (4, ["--parallel.expert", "2"]),
+    "tensor 2 x expert 2": (4, ["--parallel.expert", "2", "--parallel.tensor", "2"]),
+}
+LAYOUTS |= EXPERT_LAYOUTS
 SAVED_AT, LEFT_AT = 3, 4
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return parity_run.write_run(tmp_path_factory.mktemp("resume"), Model("qwen3", tied=True, packed=True))
+
+
+@pytest.fixture(scope="module")
+def path_of_experts(tmp_path_factory):
+    return parity_run.write_run(tmp_path_factory.mktemp("experts"), Model("qwen2_moe", tied=True, packed=True))
 
 
 @pytest.fixture
@@ -48,11 +62,17 @@ def on_ranks(one_rank, request):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(one_rank, path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    options = ["--run_folder", str(folder), "--data.validation", str({"same": str(path.parent / "data")})]
-    parity_run.run_until(one_rank, path, options, STEPS)
-    return folder
+def undisturbed(one_rank, tmp_path_factory):
+    """Gives the folder of a run of one rank with the YAML file ``path``, which is made once."""
+
+    @functools.cache
+    def run(path):
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        options = ["--run_folder", str(folder), "--data.validation", str({"same": str(path.parent / "data")})]
+        parity_run.run_until(one_rank, path, options, STEPS)
+        return folder
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -69,6 +89,24 @@ def undisturbed(one_rank, path, tmp_path_factory):
     ],
 )
 def test_a_checkpoint_goes_on_in_another_layout(first, then, on_ranks, path, undisturbed, tmp_path):
+    goes_on(first, then, on_ranks, path, undisturbed(path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("expert 2 x shard 4", "tensor 2 x expert 2"),
+        pytest.param("one rank", "expert 2", marks=pytest.mark.slow),
+        pytest.param("expert 2", "one rank", marks=pytest.mark.slow),
+        pytest.param("tensor 2 x expert 2", "expert 2", marks=pytest.mark.slow),
+    ],
+)
+def test_shared_experts_go_on_in_another_layout(first, then, on_ranks, path_of_experts, undisturbed, tmp_path):
+    goes_on(first, then, on_ranks, path_of_experts, undisturbed(path_of_experts), tmp_path)
+
+
+def goes_on(first, then, on_ranks, path, undisturbed, tmp_path):
+    """Compare a run that changes its layout with one of one rank that does not."""
     options = ["--run_folder", str(tmp_path), "--data.validation", str({"same": str(path.parent / "data")})]
     on_ranks(first, parity_run.run_until, path, options, LEFT_AT)
     saved = parity_run.checkpoint(tmp_path, SAVED_AT)
@@ -82,3 +120,14 @@ def test_a_checkpoint_goes_on_in_another_layout(first, then, on_ranks, path, und
     assert [(r["step"], r.get("evaluation")) for r in ours] == [(r["step"], r.get("evaluation")) for r in theirs]
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
     assert sum("evaluation" in r for r in ours) == 1
+
+
+def test_shared_experts_resume_bit_for_bit(on_ranks, path_of_experts, tmp_path):
+    """The run is left in its fourth step, after a checkpoint of the third; ranks then start again."""
+    folders = {"whole": [STEPS], "left": [LEFT_AT, STEPS]}
+    for name, ends in folders.items():
+        for end in ends:
+            on_ranks("expert 2", parity_run.run_until, path_of_experts, ["--run_folder", str(tmp_path / name)], end)
+    whole, resumed = (parity_run.checkpoint(tmp_path / name, STEPS) for name in folders)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

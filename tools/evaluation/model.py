@@ -92,7 +92,7 @@ def open_model(config: RunConfig, ranks: Ranks, mesh: Mesh, say: Say) -> Evaluat
         "parameters": f"{start.architecture.num_parameters:,}",
         "precision": f"{config.training.precision} ({choices.precision_reason})",
         "attention": f"{choices.attention.backend}: {choices.attention.reason}",
-        "layout": str(mesh.layout),
+        "layout": str(mesh),
     }
     notes = [line.removeprefix("note: ") for line in (*found.remarks, *casts)]
     return EvaluatedModel(config, ranks, mesh, start, parts, forward_backward, facts, notes)

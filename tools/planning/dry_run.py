@@ -139,7 +139,7 @@ class SimulatedRank:
         materialize = materialize_without_values() if not has_values() else materialize_empty
         # Meshes are tables of ranks, and need values. The model has none until it is materialized.
         with unset_fake_temporarily():
-            mesh = build_mesh(spec.layout, ranks.device.type)
+            mesh = build_mesh(spec.layout, ranks.device.type, config.parallel.expert)
             built = build_model(config, architecture, ranks, mesh, choices, even_stages(spec), materialize)
         self.model, self.forward_backward = built
         if isinstance(self.forward_backward, Pipelined) and not has_values():

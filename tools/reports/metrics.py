@@ -24,7 +24,7 @@ from ...engine.observe.loss_changes import LossChange, part_of
 COLUMNS = (
     *("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu"),
     *("peak_memory_bytes", "skipped_steps", "steps_without_targets"),
-    *("loss_scale", "overflow_steps"),
+    *("loss_scale", "overflow_steps", "router_aux_loss", "expert_load_max"),
 )
 SPEED_COLUMNS = ("tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "mfu")
 """Columns that are left out of records with ``profiled``: PyTorch's profiler slows steps down."""

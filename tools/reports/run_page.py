@@ -267,6 +267,8 @@ _SMALL_CHARTS = {
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
     "mfu": "Model FLOPs utilization (MFU)",
+    "expert_load_max": "Largest load of an expert / mean load",
+    "router_aux_loss": "Load-balancing loss",
 }
 
 

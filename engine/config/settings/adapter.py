@@ -27,7 +27,7 @@ class AdapterConfig:
     the token and the element, so it is the same in every layout and after every resume."""
     targets: list[str] = field(default_factory=lambda: ["*"])
     """Shell patterns of the names of the linear layers that get an adapter, such as ``"*.q_proj"``. ``"*"``: every
-    linear layer of the blocks."""
+    linear layer of the blocks, in a mixture also those of each expert, but no router."""
     rslora: bool = False
     """Multiply the product by ``alpha`` / sqrt(``rank``) instead (rsLoRA, arXiv 2312.03732): updates keep their size at
     high ranks."""
@@ -35,8 +35,9 @@ class AdapterConfig:
     """Also train the length of every row of the adapted matrices, apart from its direction (DoRA, arXiv 2402.09353).
     Often better at low ranks; every pass computes the adapted matrices, which costs time and memory."""
     quantize_base: Literal["none", "nf4", "int8"] = "none"
-    """Format of the frozen matrices of layers with an adapter, on one rank; needs bitsandbytes. nf4: 4 bits with double
-    quantization (QLoRA, arXiv 2305.14314). int8: 8 bits, closer to the base. Every pass computes them again."""
+    """Format of the frozen matrices of layers with an adapter, except for experts, on one rank; needs bitsandbytes.
+    nf4: 4 bits with double quantization (QLoRA, arXiv 2305.14314). int8: 8 bits, closer to the base. Every pass
+    computes them again."""
     export: Literal["merged", "peft", "both"] = "merged"
     """What ``checkpoint.export_hf`` writes at the end of the run. merged: the model with the adapter added to its
     weights, in ``hf/``. peft: the adapter alone as a folder of PEFT, in ``peft/``. both: both."""

@@ -32,6 +32,10 @@ class ParallelConfig:
     tensor: int = 1
     """Number of ranks that share every matrix and, between matrices, the tokens (tensor and sequence parallelism). They
     exchange activations in every block: keep them within one node."""
+    expert: int = 1
+    """Number of ranks that share the experts of a mixture: each holds some of them, and tokens travel to the ranks of
+    their experts (all-to-all). It does not add ranks: it divides ``shard`` x ``context``, and groups neighbouring ones.
+    Only for models with experts. See docs/parallelism.md for when it pays."""
     pipeline_schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
     """Order of the micro-batches' forward and backward passes. 1f1b: one group of layers on each rank. The others:
     several groups on each rank, for less idle time and more communication."""

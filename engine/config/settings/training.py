@@ -64,6 +64,19 @@ class TrainingConfig:
     """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
     keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
     model. 0: none."""
+    router_aux_loss_coef: float | None = None
+    """Factor of the load-balancing loss of a mixture of experts, a mean over its layers and over all tokens of the
+    global batch. It keeps the load of the experts even. Null: ``router_aux_loss_coef`` of the model's config.json, or
+    0 if it has none. 0: no loss. Only gradients contain it; the metrics show it as ``router_aux_loss``. See "Router
+    losses" in docs/training_methods.md."""
+    router_z_loss_coef: float = 0.0
+    """Factor of a penalty on large logits of routers, such as 1e-3: (log of the sum of exp(logits))^2, a mean over the
+    layers with experts and over all tokens. Only gradients contain it; the metrics show it as ``router_z_loss``.
+    0: none."""
+    router_bias_update_rate: float = 0.001
+    """For models whose routers choose experts with a bias (DeepSeek-V3): how much the bias of an expert rises after a
+    step in which the expert had less than the mean load, or falls after one with more. 0.001 is the rate with which
+    such models are pretrained. A bias moves only if the weight of its router is trained. 0: it stays as it is."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 where the hardware supports it natively (GPUs since Ampere, CPUs with AVX512-BF16, AMX
     or Arm BF16), else fp16 on a GPU (V100, T4) and fp32 on a CPU; the start summary shows the choice and its reason.
@@ -98,8 +111,8 @@ class TrainingConfig:
     """Compile every block with torch.compile. Steps are faster after about a minute of compilation, and results differ
     by rounding. auto: on for a GPU if the attention kernel can be part of a compiled block."""
     float8: bool = False
-    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head stays in
-    ``precision``. Stored weights and optimizer states do not change."""
+    """Compute the blocks' linear layers in float8 (torchao; GPUs of compute capability 8.9 or newer). The head and
+    the experts of a mixture stay in ``precision``. Stored weights and optimizer states do not change."""
     fuse_projections: bool = False
     """Compute queries, keys and values by one matrix product, and gate and up by another. Their weights are views of
     one matrix; parameters and checkpoints do not change, and results differ by rounding. Only for native models on one

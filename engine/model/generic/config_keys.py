@@ -16,13 +16,10 @@ from contextlib import suppress
 from typing import Any
 
 from ...errors import UserError
-from ..config_keys import HARMLESS, foreign_kind, refuse_foreign, refuse_misspelt, refuse_unknown
+from ..config_keys import EXPERTS, HARMLESS, LATER_TOKENS, foreign_kind, refuse_foreign, refuse_misspelt, refuse_unknown
 from ..config_reader import ConfigReader
 from .library import library_config
 
-_EXPERTS = "a mixture of experts"
-_LATER_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Number of layers that predict later tokens. Files hold them; the model of transformers leaves them out."""
 _CONSUMED = {"rope_theta", "rope_scaling"}
 """Settings that every configuration class takes, although none declares them."""
 
@@ -57,8 +54,8 @@ def unread_keys(config: dict[str, Any], made: Any) -> list[str]:
 
 def _is_for_others(key: str, names: frozenset[str]) -> bool:
     """Return whether the key is for other programs that compute the same model."""
-    has_experts = any(foreign_kind(name) == _EXPERTS for name in names)
-    return key in _LATER_TOKENS or (has_experts and foreign_kind(key) == _EXPERTS)
+    has_experts = any(foreign_kind(name) == EXPERTS for name in names)
+    return key in LATER_TOKENS or (has_experts and foreign_kind(key) == EXPERTS)
 
 
 def _unread(config: dict[str, Any], made: Any) -> list[str]:

@@ -118,10 +118,6 @@ class TransformersModel(LanguageModel):
         for buffers, values in kept:
             valued = {name: value for name, value in values.items() if value is None or not value.is_meta}
             buffers.update({name: value if value is None else value.to(device) for name, value in valued.items()})
-        for name in self.constants:
-            owner, _, attribute = name.rpartition(".")
-            constant = self.get_parameter(name).to(device)
-            self.get_submodule(owner).register_parameter(attribute, nn.Parameter(constant, requires_grad=False))
         return self
 
     def _prepare(self, block: Any) -> PackedAttention:

@@ -50,7 +50,8 @@ def _part(name: str, shape: tuple[int, ...], base: TensorParts, adapter: StoredA
     module = name.removesuffix(WEIGHT)
     begin: Callable[[int], ComputeBox]
     if name.endswith(WEIGHT) and module in adapter.parameters.modules:
-        source, begin = base, partial(_begin_sum, base, adapter, module)
+        sum_ = _begin_sum if adapter.parameters.modules[module].num_experts is None else _begin_sum_of_experts
+        source, begin = base, partial(sum_, base, adapter, module)
     else:
         source = adapter.tensors if name in adapter.parameters.saved else base
         begin = partial(_begin_copy, source, name)
@@ -63,6 +64,27 @@ def _path_of(source: TensorParts, name: str) -> Path:
 
 def _begin_copy(source: TensorParts, name: str, descriptor: int) -> ComputeBox:
     return lambda offsets, box: source.read_box(name, offsets, box)
+
+
+def _begin_sum_of_experts(base: TensorParts, adapter: StoredAdapter, module: str, descriptor: int) -> ComputeBox:
+    """Return the function that computes boxes of the merged weight [experts, rows, columns] of ``module``."""
+    scaling, rank = adapter.parameters.scaling, adapter.parameters.config.rank
+
+    rows_of_expert = adapter.parameters.modules[module].out_features
+
+    def compute(offsets: tuple[int, ...], box: Tensor) -> None:
+        if box.dim() == 2:  # of one expert, which files hold as a matrix: the array has the rows of all experts
+            offsets, box = (*divmod(offsets[0], rows_of_expert), offsets[1]), box[None]
+        first, row, column = offsets
+        base.read_box(f"{module}{WEIGHT}", offsets, box)
+        num_experts, rows, columns = box.shape
+        A, B = torch.empty(1, rank, columns), torch.empty(1, rows, rank)
+        for number in range(num_experts):
+            adapter.tensors.read_box(f"{module}.{LORA_A}", (first + number, 0, column), A)
+            adapter.tensors.read_box(f"{module}.{LORA_B}", (first + number, row, 0), B)
+            box[number].addmm_(B[0], A[0], alpha=scaling)
+
+    return compute
 
 
 def _begin_sum(base: TensorParts, adapter: StoredAdapter, module: str, descriptor: int) -> ComputeBox:

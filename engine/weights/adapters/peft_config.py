@@ -87,6 +87,12 @@ class PeftConfig:
         Raises:
             UserError: says why.
         """
+        stack = next((name for name, linear in self.parameters.modules.items() if linear.num_experts is not None), None)
+        if stack is not None:
+            raise UserError(
+                f"the experts of {stack} have an adapter, and PEFT has other forms for experts than one for each "
+                f"matrix; {_REMEDY}, or target other layers"
+            )
         if text_config_of(model_config)[1]:
             raise UserError(
                 "the adapter is for the text model inside of another model, whose layers have other names in PEFT; "

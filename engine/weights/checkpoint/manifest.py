@@ -30,7 +30,7 @@ WITH_DCP, WITHOUT_HASHES = 2, 1
 """Former formats that are still read. In both, PyTorch's distributed checkpoint (DCP) wrote the tensors. The manifest
 of the second lists no files."""
 _CHECKSUM = "manifest_xxh3_128"
-_OPTIONAL = {"emergency", "trackers", "start_evaluation", "early_stopping", "base"}
+_OPTIONAL = {"emergency", "trackers", "start_evaluation", "early_stopping", "base", "router_load"}
 """Fields that are written only if they are not empty: older manifests do not have them."""
 
 
@@ -82,6 +82,9 @@ class Manifest:
     base: dict[str, str] = field(default_factory=dict)
     """``folder`` and content ``hash`` of the base of an adapter, whose frozen weights the checkpoint does not contain;
     see :mod:`retemper.engine.weights.base_identity`."""
+    router_load: dict[str, str] = field(default_factory=dict)
+    """Tokens of each expert in the last step, by number of the layer; see
+    :meth:`retemper.engine.parallel.router_losses.RouterLosses.state_dict`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run, including its seed."""
     world_size: int = 1
@@ -305,6 +308,7 @@ _NESTED: dict[str, Check] = {
     ),
     "trackers": _table(_is_text),
     "base": _nothing_or(_record({"folder": _is_text, "hash": _is_text})),
+    "router_load": _table(lambda value: _is_text(value) and re.fullmatch(r"\d{1,18}( \d{1,18})*", value) is not None),
     "layout": _table(_is_count),
     "versions": _table(_is_text),
     "files": _table(

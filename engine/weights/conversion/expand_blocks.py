@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from ...errors import UserError
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
+from ...model.expert_keys import layer_keys
 from ...model.families import DecoderArchitecture, parse_decoder_architecture
+from ...model.family_table import FAMILIES
 from ...model.implementations import meta_model
 from ...model.wrappers import text_config_of
 from ..checkpoint.assets import is_hf_folder
@@ -32,7 +35,12 @@ from .provenance import ConversionRecord
 from .stored_model import StoredModel, open_hf
 
 _BLOCKS = "model.layers."
-_OUTPUT_PROJECTIONS = ("self_attn.o_proj.", "mlp.down_proj.")
+_OUTPUT_PROJECTIONS = (
+    "self_attn.o_proj.",
+    "mlp.down_proj.",
+    "mlp.experts.down_proj.",
+    "mlp.shared_expert.down_proj.",
+)
 """The modules of the native decoder whose results a block adds to the hidden states."""
 
 
@@ -151,11 +159,18 @@ def _expanded_config(model: StoredModel, name: str, places: Sequence[tuple[int, 
         name: [value[block] for block, _ in places] if _is_by_block(value, before.num_layers) else value
         for name, value in model.config.items()
     } | {key: len(places)}
+    experts = before.experts
+    if experts is not None:
+        experts = replace(experts, layers=tuple(experts.layers[block] for block, _ in places))
+        row = FAMILIES[before.model_type].experts
+        assert row is not None
+        config |= layer_keys(row, experts.layers)
     after = parse_decoder_architecture(config, name)
     by_block = {"sliding_windows", "ropes"}
+    known = {"num_layers": len(places), "experts": experts}
     expected = {
         **{fact: value for fact, value in before.facts().items() if fact not in by_block},
-        "num_layers": len(places),
+        **known,
         **{fact: tuple(getattr(before, fact)[block] for block, _ in places) for fact in by_block},
     }
     different = [fact for fact, value in after.facts().items() if expected[fact] != value]
@@ -189,4 +204,5 @@ def _expanded(model: StoredModel, config: dict[str, Any], places: Sequence[tuple
     assert len(zero) >= 2 * sum(copied for _, copied in places)
     layout = Layout.of(architecture, made)
     published = layout.published(TensorParts(old.where, tensors, parts))
-    return WithZeros(published, frozenset(layout.published_names(zero)))
+    # No file fuses an output projection with others, so all of these tensors are zero.
+    return WithZeros(published, frozenset(piece.tensor for name in zero for piece in layout.pieces[name]))
