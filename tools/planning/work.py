@@ -208,7 +208,8 @@ def hidden_bytes(operator: Any, args: Any) -> int:
     if packet not in _RING:
         return 0
     backward = packet is _RING[1]
-    return ring.scratch_bytes(*(args[1:4] if backward else args[:3]), backward=backward)
+    query, key, value = args[1:4] if backward else args[:3]
+    return ring.scratch_bytes(query, key, value, backward)
 
 
 def _grouped_flops(one: Tensor, other: Tensor, result: Tensor) -> float:
