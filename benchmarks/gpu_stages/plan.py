@@ -13,7 +13,7 @@ PART_SECONDS = {1: 400.0, 2: 360.0}
 """Hard limit of each part. Together with the start of the machine they fit 900 s."""
 RESERVE_SECONDS = 6.0
 """Seconds of a part that no stage may use, for the command's own start and its last files. They scale, too."""
-Kind = Literal["packages", "ceilings", "tests", "step", "kernels", "profile"]
+Kind = Literal["packages", "ceilings", "tests", "step", "kernels", "profile", "mixture"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ TESTS = [
     "tests/kernels/test_cross_entropy_products.py",
     "tests/test_step.py::test_a_step_on_a_gpu_does_not_wait[overrides0]",
     "tests/kernels/test_attention_gpu.py",
+    "tests/kernels/test_mixture_gpu.py",
 ]
 """Tests of the correctness stage, which take about a minute."""
 TEST_MARKS = "gpu and not slow"
@@ -179,6 +180,14 @@ class _Stages:
         command += ["--time-limit", "{seconds}"]  # starts no further case then
         return Stage(kernel, "kernels", command, limit, goal, checks=True)
 
+    def mixture(self, limit: float) -> Stage:
+        """Return the comparison of a layer of Qwen3-30B-A3B with the module of transformers."""
+        sizes = (16, 32, 4, 2, 16) if self.setting.rehearse else (16_384, 2048, 128, 8, 768)
+        names = ("--tokens", "--hidden", "--experts", "--per-token", "--width")
+        command = [self.python, "benchmarks/mixture.py", "--dtype", "bf16", *self._json("mixture")]
+        command += [word for name, size in zip(names, sizes, strict=True) for word in (name, str(size))]
+        return Stage("mixture", "mixture", command, limit, "ours at least 1 x transformers' default")
+
     def _variant(self, name: str, model: str, setting: str, goal: str, limit: float) -> Stage:
         """Return our step with another setting, compared with the default one of the same part."""
         command = self._peers(name, model, "--engines", "retemper", "--ours", setting)
@@ -221,10 +230,11 @@ def _second_part(setting: Setting) -> list[Stage]:
     make = _Stages(2, setting)
     return [
         make.ours("7b", 75),
-        make.peer("trainer+liger", "7b", 70),
-        make.varlen("7b", 48),
+        make.peer("trainer+liger", "7b", 62),
+        make.varlen("7b", 42),
         make.peer("retemper+fsdp", "7b", 44),
         make.kernels("attention", ATTENTION_CASES, ATTENTION_PROVIDERS, 45, "the default is the fastest"),
+        make.mixture(19),
         make.again("0.5b", 38),
         make.peer("trainer+regional", "7b", 20),
     ]

@@ -38,6 +38,7 @@ def headline(kind: Kind, result: dict[str, Any] | None, log: str) -> str:
         "step": _step,
         "kernels": _kernels,
         "profile": _profile,
+        "mixture": _mixture,
     }
     return describe[kind](result) if result and kind in describe else ""
 
@@ -101,6 +102,14 @@ def _kernels(result: dict[str, Any]) -> str:
 def _profile(result: dict[str, Any]) -> str:
     parts = result["summary"]["breakdown_seconds"]
     return ", ".join(f"{name} {1e3 * seconds:,.1f}" for name, seconds in parts.items()) + " ms"
+
+
+def _mixture(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    return "; ".join(
+        f"{row['layer']} {1e3 * row['seconds']:.3g} ms, {row['peak_mb']:,.0f} MB ({row['relative_time']:.2f} x)"
+        for row in rows
+    )
 
 
 def step_rate(result: dict[str, Any] | None) -> float | None:

@@ -6,12 +6,11 @@ may work: the check at the start of each run decides.
 
 PACKED = """
     afmoe apertus arcee aria_text axk1 beam biogpt bitnet cohere cohere2_moe cohere_compass_text ctrl cwm dbrx
-    deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma
-    gemma3n_text gemma4_text gemma4_unified_text glm glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_oss granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
-    iquestcoder jais2 jetmoe kolibri1 laguna longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2
-    minimax_m3_vl_text ministral mixtral modernbert-decoder nanochat nemotron olmo olmoe opt persimmon phi phimoe
-    qwen2_moe qwen3_moe solar_open stablelm vaultgemma youtu
+    deepseek_v2 deepseek_v3 diffllama ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma3n_text
+    gemma4_text gemma4_unified_text glm glm4_moe_lite gpt2 gpt_bigcode gpt_oss granite_swa granitemoe granitemoe_swa
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+    kolibri1 laguna longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
+    modernbert-decoder nanochat nemotron olmo opt persimmon phi phimoe solar_open stablelm vaultgemma youtu
 """
 """Types whose documents are computed all at once."""
 ONE_AT_A_TIME = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from retemper.benchmarks import gpu_check, hardware_limits, peers
+from retemper.benchmarks import gpu_check, hardware_limits, mixture, peers
 from retemper.benchmarks.gpu_stages import plan
 from retemper.benchmarks.gpu_stages.plan import PART_SECONDS, RESERVE_SECONDS, Setting, stages
 from retemper.benchmarks.gpu_stages.run import END_SECONDS, LEAST_SECONDS
@@ -56,6 +56,9 @@ def test_every_command_is_understood(part, rehearse, tmp_path):
         elif script == "benchmarks/peers.py":
             options = peers.parse_arguments(arguments)
             assert len(peers.asked_engines(options)) == 1 and stage.limit_seconds > END_SECONDS
+        elif script == "benchmarks/mixture.py":
+            options = mixture.parse_arguments(arguments)
+            assert options.per_token < options.experts
         else:
             assert script == "benchmarks/hardware_limits.py"
             options = hardware_limits.parse_arguments(arguments)

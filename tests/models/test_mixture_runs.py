@@ -1,0 +1,79 @@
+"""Runs of native mixtures: published names at the start and in exports, and checkpoints of former versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+import yaml
+from library_models import library_model
+from model_table import tiny_config
+from transformers import AutoModelForCausalLM
+
+from retemper.engine.batch import Batch
+from retemper.engine.model.decoder import Decoder
+from retemper.engine.model.families import parse_decoder_architecture
+from retemper.engine.model.family_table import FAMILIES
+
+LAST = "checkpoints/step-00000006"
+SHORT = ("--training.train_tokens", "1536", "--training.eval_interval", "3", "--checkpoint.save_interval", "3")
+"""Six steps."""
+
+
+def write_run(folder: Path, model: dict[str, Any]) -> Path:
+    path = tiny_run.write_config(folder)
+    content = yaml.safe_load(path.read_text())
+    content["model"] = model
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "mixtral"])
+def test_export_of_a_run_that_began_with_published_files(model_type: str, two_ranks: Any, tmp_path: Path) -> None:
+    """bf16 weights: the export computes what the checkpoint does, and biases of the choice are those of the start."""
+    library_model(model_type).save_pretrained(tmp_path / "hf")
+    path = write_run(tmp_path, {"initialize_from": str(tmp_path / "hf"), "implementation": "native"})
+    run = tmp_path / "run"
+    options = ["--training.weight_dtype", "bf16", "--checkpoint.export_hf", "true", "--run_folder", str(run)]
+    options += ["--training.router_bias_update_rate", "0"]
+    two_ranks.run(tiny_run.train, path, [*SHORT, *options])
+    loaded, problems = AutoModelForCausalLM.from_pretrained(
+        run / "hf" / "step-00000006", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(problems.values()), problems
+    trained = {name: t for name, t in tiny_run.tensors_of(run / LAST).items() if not name.startswith("optimizer.")}
+    decoder = Decoder(parse_decoder_architecture(loaded.config.to_dict()))
+    decoder.load_state_dict({name: tensor.float() for name, tensor in trained.items()}, strict=True)
+    tokens = torch.arange(40) * 7 % 97
+    with torch.no_grad():
+        expected, actual = loaded(tokens[None]).logits[0], decoder.logits(Batch.of_documents(tokens, [40]))
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    start = library_model(model_type).state_dict()
+    assert decoder.constants == {name for name in start if name.endswith("e_score_correction_bias")}
+    assert all(trained[name].dtype == torch.float32 for name in decoder.constants)
+    assert all(torch.equal(trained[name], start[name]) for name in decoder.constants)
+    router = "model.layers.1.mlp.gate.weight"
+    stored = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in start.items()}
+    assert trained[router].dtype == torch.bfloat16 and not torch.equal(trained[router], stored[router].bfloat16())
+
+
+def test_checkpoints_of_former_versions_are_resumed(
+    one_rank: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """When transformers computed the type, the experts had one tensor for gate and up projection."""
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    path = write_run(tmp_path, {"architecture": str(tmp_path)})
+    runs = {name: [*SHORT, "--run_folder", str(tmp_path / name)] for name in ("whole", "resumed")}
+    with monkeypatch.context() as former:
+        former.delitem(FAMILIES, "qwen3_moe")
+        tiny_run.train(one_rank, path, runs["whole"])
+        tiny_run.train_until(one_rank, path, runs["resumed"], 4)
+    tiny_run.train(one_rank, path, runs["resumed"])
+    whole, resumed = (tiny_run.tensors_of(tmp_path / name / LAST) for name in runs)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in resumed
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert tiny_run.curve(tmp_path / "whole") == tiny_run.curve(tmp_path / "resumed")
