@@ -152,7 +152,7 @@ def _ring(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (output, [N, T] log-sum-exp)."""
-    ranks = _resolve_process_group(group)
+    ranks = _resolve_process_group(group)  # type: ignore[arg-type]
     options = BlockOptions(backend, scale, window, softcap)
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros((*q.shape[:2], v.shape[-1]), dtype=wide)
@@ -201,7 +201,7 @@ def _ring_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ranks = _resolve_process_group(group)
+    ranks = _resolve_process_group(group)  # type: ignore[arg-type]
     options = BlockOptions(backend, scale, window, softcap)
     dq = torch.zeros_like(q, dtype=lse.dtype)
     travelling: list[_Exchange] = []

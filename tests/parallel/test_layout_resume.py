@@ -131,3 +131,15 @@ def test_shared_experts_resume_bit_for_bit(on_ranks, path_of_experts, tmp_path):
     whole, resumed = (parity_run.checkpoint(tmp_path / name, STEPS) for name in folders)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+def test_ring_attention_resumes_bit_for_bit(on_ranks, path, tmp_path):
+    for name, stops in (("whole", [STEPS]), ("resumed", [LEFT_AT, STEPS])):
+        options = ["--run_folder", str(tmp_path / name)]
+        for step in stops:
+            on_ranks("context 2, ring", parity_run.run_until, path, options, step)
+    whole, resumed = (parity_run.checkpoint(tmp_path / name, STEPS) for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name

@@ -44,6 +44,7 @@ CASES = [
     (2, "parallel.pipeline=2"),
     (2, "parallel.expert=2"),
     pytest.param(4, "parallel.expert=2 parallel.tensor=2", marks=pytest.mark.slow),
+    pytest.param(2, "parallel.expert=2 parallel.context=2 parallel.context_kind=ring", marks=pytest.mark.slow),
     pytest.param(4, "parallel.expert=2 parallel.shard=4 parallel.recompute=full", marks=pytest.mark.slow),
     pytest.param(1, "parallel.recompute=selective", marks=pytest.mark.slow),
     pytest.param(2, "parallel.replicate=2", marks=pytest.mark.slow),

@@ -62,7 +62,7 @@ def overview() -> str:
     for group, commands in groups():
         column = [group, *[""] * len(commands)]
         lines += [f"{label:9}{_row(command)}" for label, command in zip(column, commands, strict=False)]
-    return "\n".join([*lines, "", _FOOTER])
+    return "\n".join([*lines, _FOOTER])
 
 
 def full_help() -> str:

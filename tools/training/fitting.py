@@ -105,9 +105,9 @@ def fit(
     """
     if machine.gpu is None:
         return _fit_on_cpu(config, architecture, machine, adapted if auto else None)
-    plain, _ = without_gpu_features(config)
-    smallest = None if adapted is None else without_gpu_features(adapted)[0]
     cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE)
+    plain, _ = without_gpu_features(config, cluster)
+    smallest = None if adapted is None else without_gpu_features(adapted, cluster)[0]
     with DryRunPool() as pool:
 
         def dry_run(candidate: RunConfig) -> LayoutPlan:
