@@ -113,7 +113,7 @@ def make_layers(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[
 
     layers: dict[str, nn.Module] = {}
     for implementation in IMPLEMENTATIONS:
-        config = AutoConfig.for_model(
+        config: Any = AutoConfig.for_model(
             "qwen3_moe",
             hidden_size=shape.hidden,
             num_hidden_layers=1,
@@ -203,7 +203,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     alive = most = 0
-    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiled.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         alive += event.nbytes()
         most = max(most, alive)
