@@ -10,7 +10,8 @@ PACKED = """
     gemma4_text gemma4_unified_text glm glm4_moe_lite gpt2 gpt_bigcode gpt_oss granite_swa granitemoe granitemoe_swa
     granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
     kolibri1 laguna longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
-    modernbert-decoder nanochat nemotron olmo opt persimmon phi phimoe solar_open stablelm vaultgemma youtu
+    modernbert-decoder nanochat nemotron olmo olmoe opt persimmon phi phimoe solar_open stablelm vaultgemma
+    youtu
 """
 """Types whose documents are computed all at once."""
 ONE_AT_A_TIME = """
