@@ -342,6 +342,11 @@ def require_same_decoder(architecture: DecoderArchitecture, where: str) -> None:
     Raises:
         UserError: names the model's type or activation.
     """
+    if architecture.experts is not None:
+        raise UserError(
+            f"{where}: {architecture.model_type} has experts, whose names and order in Megatron's checkpoints are not "
+            "implemented here; convert it with Megatron Bridge (https://github.com/NVIDIA-NeMo/Megatron-Bridge)"
+        )
     if architecture.model_type not in MODEL_TYPES:
         raise UserError(
             f"{where}: model_type {architecture.model_type} cannot be converted to Megatron's format; supported: "

@@ -60,13 +60,11 @@ class Batch(NamedTuple):
     def tokens_in(self, *parts: slice) -> Batch:
         """Return the same batch with only the tokens in ``parts``; offsets and attention stay those of all tokens."""
         per_token = ("tokens", "targets", "position_ids", "token_numbers", "loss_weights")
-        return self._replace(
-            **{
-                name: value[parts[0]] if len(parts) == 1 else torch.cat([value[part] for part in parts])
-                for name, value in self._tensors()
-                if name in per_token
-            }
-        )
+
+        def taken(value: Any) -> Any:
+            return value[parts[0]] if len(parts) == 1 else torch.cat([value[part] for part in parts])
+
+        return self._replace(**{name: taken(value) for name, value in self._tensors() if name in per_token})
 
     def _tensors(self) -> Iterator[tuple[str, Any]]:
         return ((name, value) for name, value in self._asdict().items() if isinstance(value, Tensor))

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _ALIGNED_BYTES = 16
 """``torch._grouped_mm`` needs rows of matrices that begin at multiples of this."""
+GROUPED_CAPABILITY = (9, 0)
+"""Compute capability of the GPUs that have it."""
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -41,7 +44,11 @@ def grouped_linear_reference(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -
 
 
 def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (9, 0):
+    if (
+        x.device.type != "cuda"
+        or x.dtype != torch.bfloat16
+        or torch.cuda.get_device_capability(x.device) < GROUPED_CAPABILITY
+    ):
         return False
     return all(size * x.element_size() % _ALIGNED_BYTES == 0 for size in weight.shape[1:])
 
@@ -74,6 +81,17 @@ def _weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
 @_weight_gradient.register_fake
 def _(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     return grad_RO.new_empty(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
+
+
+# For tools that count operations. Each row is multiplied by one matrix, however the rows are divided.
+@register_flop_formula(torch.ops.retemper.grouped_linear)
+def _(x_shape: tuple[int, int], weight_shape: tuple[int, int, int], ends_shape: Any, *, out_shape: Any) -> int:
+    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
+
+
+@register_flop_formula(torch.ops.retemper.grouped_linear_weight_gradient)
+def _(grad_shape: tuple[int, int], x_shape: tuple[int, int], ends_shape: Any, *, out_shape: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * grad_shape[1]
 
 
 def _groups(ends_E: Tensor) -> list[tuple[int, slice]]:

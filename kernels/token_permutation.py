@@ -98,13 +98,14 @@ class _Expand(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RH: Tensor, tokens_R: Tensor, rows_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens_R)
+        # Recomputation (torch.utils.checkpoint) ends with the last saved tensor. This one is small, and kept without
+        # being saved, so that the product that made ``y_RH`` is not repeated for it.
+        ctx.tokens_R = tokens_R
         return _sum_of_rows(y_RH, rows_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
-        (tokens_R,) = ctx.saved_tensors
-        return grad_TH[tokens_R], None, None
+        return grad_TH[ctx.tokens_R], None, None
 
 
 class _Permute(torch.autograd.Function):

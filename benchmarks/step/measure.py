@@ -313,7 +313,7 @@ def formula(architecture: Architecture, sequence_length: int, learned: Learning 
     """Return the formula of :func:`training_flops` per token, in symbols and with this model's numbers."""
     a = architecture
     q = a.num_attention_heads * a.head_dim
-    of_blocks = 2 + 2 * learned.backward + 2 * learned.weights
+    of_blocks = 2 + 2 * learned.inputs + 2 * learned.weights
     of_head = 2 + 2 * learned.head_input + 2 * learned.head_weight
     frozen = " (frozen)" if learned.weights == 0 else ""
     weights = "6 (m + h v)" if of_blocks == of_head == 6 else f"{of_blocks:.3g} m{frozen} + {of_head} h v"

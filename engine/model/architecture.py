@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,14 @@ class LayerRange(NamedTuple):
 
     start: int
     stop: int
+
+
+class BlockSize(NamedTuple):
+    """The size of a block. Blocks of one size also cost the same."""
+
+    parameters: int
+    active: int
+    """Number of the parameters that a token uses."""
 
 
 class Piece(NamedTuple):
@@ -81,13 +89,27 @@ class Architecture(ABC):
         """Return the keys of the ``config.json`` of this model that have no effect, and that no table explains."""
 
     @abstractmethod
-    def shortened(self, num_layers: int) -> Architecture:
-        """Return a model with fewer blocks, from whose costs those of this one are extrapolated."""
+    def shortened(self, layers: Sequence[int]) -> Architecture:
+        """Return a model with only these blocks, by number, from whose costs those of this one are extrapolated."""
 
     @property
     @abstractmethod
     def num_parameters(self) -> int:
         """Number of distinct parameters (tied embeddings count once)."""
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of parameters that a token uses: all except those of the experts that it is not routed to."""
+        return self.num_parameters
+
+    @property
+    def block_sizes(self) -> tuple[BlockSize, ...]:
+        """The sizes of all blocks; by default they are equal."""
+        vocabulary = self.vocab_size * self.hidden_size
+        # num_parameters counts a tied embedding once.
+        tables = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+        every, active = self.num_parameters - tables, self.num_active_parameters - tables
+        return (BlockSize(every // self.num_layers, active // self.num_layers),) * self.num_layers
 
     @property
     @abstractmethod

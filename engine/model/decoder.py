@@ -370,7 +370,7 @@ class MixtureOfExperts(nn.Module):
         if self.shared_expert_gate is not None:
             shared_TH = self.shared_expert_gate(hidden_TH).sigmoid() * shared_TH
         # Last in the forward pass is first in the backward pass: FSDP then knows that a recomputed block is in it, and
-        # does not gather the experts once more.
+        # does not gather the experts once more. Recomputation stops before the last product of the forward pass.
         chosen_TH = self.experts(hidden_TH, self.gate(hidden_TH))
         return chosen_TH if shared_TH is None else chosen_TH + shared_TH
 

@@ -6,12 +6,12 @@ is refused by name, never ignored. :mod:`.family_table` says what the families a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from .architecture import Architecture, Implementation, Piece
+from .architecture import Architecture, BlockSize, Implementation, Piece
 from .config_file import INLINE
 from .config_keys import account_for_keys, require_known_keys, unread_keys
 from .config_reader import ConfigReader
@@ -94,6 +94,24 @@ class DecoderArchitecture(Architecture):
         return self._attention_matrices + self._feed_forward_matrices(active=False) + vectors + embeddings
 
     @property
+    def num_active_parameters(self) -> int:
+        """See :class:`Architecture`."""
+        every, used = self._feed_forward_matrices(active=False), self._feed_forward_matrices(active=True)
+        return self.num_parameters - (every - used)
+
+    @property
+    def block_sizes(self) -> tuple[BlockSize, ...]:
+        """See :class:`Architecture`."""
+        sizes, experts = super().block_sizes, self.experts
+        if experts is None:
+            return sizes
+        every, active = self._mixture_matrices(active=False), self._mixture_matrices(active=True)
+        rest = (self.num_layers * sizes[0].parameters - self._feed_forward_matrices(active=False)) // self.num_layers
+        mixture = BlockSize(rest + every, rest + active)
+        dense = BlockSize(rest + self._dense_matrices, rest + self._dense_matrices)
+        return tuple(mixture if has_experts else dense for has_experts in experts.layers)
+
+    @property
     def block_matrices(self) -> int:
         """See :class:`Architecture`."""
         return self._attention_matrices + self._feed_forward_matrices(active=True)
@@ -113,13 +131,21 @@ class DecoderArchitecture(Architecture):
 
     def _feed_forward_matrices(self, active: bool) -> int:
         """Return the elements of the feed-forward layers, of all experts or only of those that a token uses."""
-        h, matrices, experts = self.hidden_size, self._inner_projections + 1, self.experts
-        if experts is None:
-            return self.num_layers * matrices * h * self.intermediate_size
+        dense = self._dense_layers * self._dense_matrices
+        return dense if self.experts is None else dense + self.experts.num_layers * self._mixture_matrices(active)
+
+    def _mixture_matrices(self, active: bool) -> int:
+        """Return the elements of the feed-forward layer of a block with experts, see above."""
+        h, experts = self.hidden_size, self.experts
+        assert experts is not None
         count = experts.per_token if active else experts.num_experts
         inner = count * experts.intermediate_size + experts.shared_intermediate_size
-        mixture = matrices * h * inner + h * experts.num_experts + h * experts.shared_gate
-        return experts.num_layers * mixture + self._dense_layers * matrices * h * self.intermediate_size
+        return (self._inner_projections + 1) * h * inner + h * experts.num_experts + h * experts.shared_gate
+
+    @property
+    def _dense_matrices(self) -> int:
+        """Return the elements of the feed-forward layer of a block without experts."""
+        return (self._inner_projections + 1) * self.hidden_size * self.intermediate_size
 
     @property
     def _feed_forward_biases(self) -> int:
@@ -152,11 +178,13 @@ class DecoderArchitecture(Architecture):
         options = {} if self.logit_softcap is None else {"logit_softcap": self.logit_softcap}
         return options if self.logit_scale == 1.0 else {**options, "logit_scale": self.logit_scale}
 
-    def shortened(self, num_layers: int) -> DecoderArchitecture:
-        """See :class:`Architecture`. Its blocks are like the first one."""
-        experts = self.experts and replace(self.experts, layers=self.experts.layers[-1:] * num_layers)
-        windows = self.sliding_windows[:1] * num_layers
-        return replace(self, num_layers=num_layers, sliding_windows=windows, experts=experts)
+    def shortened(self, layers: Sequence[int]) -> DecoderArchitecture:
+        """See :class:`Architecture`. Their attention is that of the first one."""
+        experts, windows = self.experts, self.sliding_windows[:1] * len(layers)
+        if experts is not None:
+            chosen = tuple(experts.layers[number] for number in layers)
+            experts = replace(experts, layers=chosen) if any(chosen) else None
+        return replace(self, num_layers=len(layers), sliding_windows=windows, experts=experts)
 
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
         """See :class:`Architecture`."""

@@ -36,6 +36,7 @@ def describe(run: Run) -> RunDescription:
         model={
             "model_type": architecture.model_type,
             "parameters": architecture.num_parameters,
+            "active_parameters": architecture.num_active_parameters,
             "trainable_parameters": trainable.count(architecture, run.config.training, run.config.adapter),
             "implementation": architecture.describe_implementation(),
         },

@@ -28,7 +28,8 @@ def training_flops(architecture: Architecture, num_tokens: float, num_pairs: flo
     Each element of a matrix W in y = W x costs a multiplication and an addition per token in three products: y, the
     gradient of x (W^T dy), and the gradient of W (dy x^T): 6 FLOPs (PaLM, appendix B,
     https://arxiv.org/abs/2204.02311). The embedding is looked up and costs none. A frozen weight has no gradient: 4.
-    Below the first trained parameter nothing is computed backward: 2. The matrices of an adapter are trained.
+    Below the first trained parameter nothing is computed backward: 2. The matrices of an adapter are trained. Of a
+    mixture of experts, the experts count to which a token is routed.
 
     Scores and their product with the values cost ``12 * q`` per layer and pair, q = heads x head size, 4 of them
     forward. Pairs are counted in every layer, also outside of a sliding window. Recomputation is not counted.
@@ -40,7 +41,7 @@ def training_flops(architecture: Architecture, num_tokens: float, num_pairs: flo
     """
     q = architecture.num_attention_heads * architecture.head_dim
     head = architecture.hidden_size * architecture.vocab_size
-    of_blocks = (2 + 2 * learning.backward + 2 * learning.weights) * architecture.block_matrices
+    of_blocks = (2 + 2 * learning.inputs + 2 * learning.weights) * architecture.block_matrices
     of_head = (2 + 2 * learning.head_input + 2 * learning.head_weight) * head
     of_attention = (4 + 8 * learning.backward) * q * architecture.num_layers
     return (of_blocks + of_head + 6 * learning.added) * num_tokens + of_attention * num_pairs

@@ -130,8 +130,10 @@ def describe_model(run: Run) -> list[str]:
     training, architecture, attention = run.config.training, run.start.architecture, run.choices.attention
     all_pairs, causal_pairs = _flops_per_token(run)
     num_trained = trainable.count(architecture, training, run.config.adapter)
+    total, active = architecture.num_parameters, architecture.num_active_parameters
+    used = f" ({human(active)} active for each token)" if active < total else ""
     return [
-        f"model       {architecture.model_type}, {human(architecture.num_parameters)} parameters, "
+        f"model       {architecture.model_type}, {human(total)} parameters{used}, "
         f"{human(num_trained)} {'' if run.config.adapter.kind else 'of them '}trainable, {_describe_weights(run)}",
         *([] if training.trainable == "all" else [f"trainable   {trainable.describe(architecture, training)}"]),
         *_describe_adapter(run),

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from ...kernels.token_permutation import (
     combine,
@@ -86,9 +87,10 @@ def apply(model: LanguageModel, mesh: DeviceMesh | None) -> None:
 
 def _part(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     """Return the rows of this rank's experts of a parameter [E, out, in], which may be split over tensor ranks."""
-    axes, places, local = mesh["expert"], [Shard(0)], weight.detach()
-    if isinstance(weight, DTensor):
-        axes, places, local = mesh["expert", "tensor"], [Shard(0), *weight.placements], weight.detach().to_local()
+    places: list[Placement] = [Shard(0)]
+    axes, local = mesh["expert"], weight.detach()
+    if isinstance(local, DTensor):
+        axes, places, local = mesh["expert", "tensor"], [Shard(0), *local.placements], local.to_local()
     mine = local.chunk(mesh["expert"].size())[mesh.get_local_rank("expert")].contiguous()
     shape, stride = weight.shape, weight.stride()
     part = DTensor.from_local(mine, axes, places, run_check=False, shape=shape, stride=stride)

@@ -91,9 +91,9 @@ def _shard(
         ranks_of[fully_shard(module, mesh=ranks, reshard_after_forward=reshard, **options)] = ranks
 
     for block in model.blocks:
-        for experts in experts_of(block) if apart is not None else ():
-            # The other ranks of the block's group have other experts.
-            shard(experts, apart, config.reshard_after_forward)
+        if apart is not None:  # the other ranks of the block's group have other experts
+            for experts in experts_of(block):
+                shard(experts, apart, config.reshard_after_forward)
         shard(block, mesh.fsdp, config.reshard_after_forward)
     embedding = model.embedding
     if embedding is not None and not model.architecture.tie_word_embeddings:

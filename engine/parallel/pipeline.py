@@ -125,23 +125,20 @@ def stage_numbers(schedule: str, place: int, pipeline: int, stages_per_rank: int
 def cut_layers(architecture: Architecture, num_stages: int) -> list[LayerRange]:
     """Return the layers of each stage, divided to minimize the work of the slowest stage, and then to balance weights.
 
-    The work is that of matrix products. A block is one unit, and the head and its loss count by their size. The
-    embedding costs no work and counts only by its weights.
+    The work is that of matrix products: blocks, and the head with its loss, count by the parameters that a token uses.
+    The embedding costs no work and counts only by its weights.
     """
     vocabulary = architecture.vocab_size * architecture.hidden_size
-    tied = vocabulary if architecture.tie_word_embeddings else 0
-    # num_parameters counts a tied embedding once.
-    block = (architecture.num_parameters - 2 * vocabulary + tied) / architecture.num_layers
-    layers = architecture.num_layers
+    layers, sizes = architecture.num_layers, architecture.block_sizes
 
-    def cost(start: int, stop: int) -> tuple[float, float]:
+    def cost(start: int, stop: int) -> tuple[int, int]:
         head = vocabulary if stop == layers else 0
         embedding = vocabulary if start == 0 else 0
-        weights = (stop - start) * block + head + embedding
-        return (stop - start) * block + head, weights**2
+        weights = sum(size.parameters for size in sizes[start:stop]) + head + embedding
+        return sum(size.active for size in sizes[start:stop]) + head, weights**2
 
     @functools.cache
-    def best(start: int, stages: int) -> tuple[float, float, tuple[int, ...]]:
+    def best(start: int, stages: int) -> tuple[int, int, tuple[int, ...]]:
         """Return (most work, sum of squared weights, first layers of the later stages) for layers ``start`` and on."""
         if stages == 1:
             return *cost(start, layers), ()

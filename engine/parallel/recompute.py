@@ -12,11 +12,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..config.settings import ParallelConfig
 from ..model.architecture import Architecture
+from ..model.experts import GroupedLinear, Router
 from ..model.families import DecoderArchitecture
 from ..model.language_model import LanguageModel, SameInput
 from ..model.lora import LoraLinear
 
-_MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
+_MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "retemper::grouped_linear", "aten::_grouped_mm")
+_ROUTING = ("aten::topk", "aten::sort")
+"""The choice of experts and the order of their rows: small, and slow to compute again."""
 _ATTENTIONS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -48,13 +51,15 @@ def apply(model: LanguageModel, config: ParallelConfig, fuse_projections: bool =
         # A block uses no random numbers, so the generators' states need not be saved.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if config.recompute == "selective":
-            num_linear = sum(isinstance(module, nn.Linear) for module in block.modules())
+            # The routers of mixtures are products as well.
+            num_linear = sum(isinstance(module, (nn.Linear, GroupedLinear, Router)) for module in block.modules())
             num_linear += sum(m.num_other_products for m in block.modules() if isinstance(m, LoraLinear))
             if fuse_projections:
                 fused = [module for module in block.modules() if isinstance(module, SameInput)]
                 num_linear -= sum(len(module.layers_with_same_input) - 1 for module in fused)
-            num_kept = num_linear if _reads_last_product(model.architecture) else num_linear - 1
-            options["context_fn"] = functools.partial(_selective_contexts, num_kept)
+            # Not a number: torch.compile takes one that differs between blocks for a variable.
+            kept = (True,) * (num_linear - 1) + (_reads_last_product(model.architecture),)
+            options["context_fn"] = functools.partial(_selective_contexts, kept)
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
@@ -63,16 +68,16 @@ def _reads_last_product(architecture: Architecture) -> bool:
     return isinstance(architecture, DecoderArchitecture) and architecture.block_norms.after_mlp is not None
 
 
-def _selective_contexts(num_kept: int) -> tuple[Any, Any]:
+def _selective_contexts(kept: tuple[bool, ...]) -> tuple[Any, Any]:
     """Return the contexts of one forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts(_keep_products(num_kept))
+    return create_selective_checkpoint_contexts(_keep_products(kept))
 
 
-def _keep_products(num_kept: int) -> Callable[..., CheckpointPolicy]:
-    """Return the policy of one forward pass of a block.
+def _keep_products(kept: tuple[bool, ...]) -> Callable[..., CheckpointPolicy]:
+    """Return the policy of one forward pass of a block, with matrix products ``kept`` or not in their order.
 
-    It stores the outputs of the first ``num_kept`` matrix products and of attention, which cost most to compute. The
-    last product of most blocks is not stored, because their backward pass does not read it.
+    It stores their outputs and those of attention, which cost most to compute. The last product of most blocks is not
+    stored, because their backward pass does not read it.
     """
     # Of the forward pass (False) and of its recomputation (True): before PyTorch 2.13 the policy decides in both.
     products: Counter[bool] = Counter()
@@ -80,7 +85,7 @@ def _keep_products(num_kept: int) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operator.name().partition(".")[0]
         products[context.is_recompute] += name in _MATMULS
-        keep = name in _ATTENTIONS or (name in _MATMULS and products[context.is_recompute] <= num_kept)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        is_kept = kept[: products[context.is_recompute]][-1] if name in _MATMULS else name in _ATTENTIONS + _ROUTING
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

@@ -44,6 +44,8 @@ class Learning:
     """Share of the blocks' matrices that have a gradient: of those of experts, that a token uses."""
     backward: float = 1.0
     """Share of the blocks through which gradients flow: those from the first one with a trained parameter on."""
+    inputs: float = 1.0
+    """Share of the blocks' matrices that are in those blocks: the gradients of their inputs are computed."""
     head_weight: bool = True
     """Whether the head's matrix has a gradient."""
     head_input: bool = True
@@ -113,14 +115,22 @@ def _learning(architecture: Architecture, trained: Collection[str], names: Colle
     first = 0 if outside & _before_blocks(every) else min(blocks, default=architecture.num_layers)
     in_blocks = {name: facts.shape for name, facts in every.items() if facts.block is not None}
     matrices = {name: architecture.active_elements(shape) for name, shape in in_blocks.items()}
+    total = sum(matrices.values())
     learned = sum(elements for name, elements in matrices.items() if name in trained)
+    reached = sum(elements for name, elements in matrices.items() if _block_of(every[name]) >= first)
     return Learning(
-        weights=learned / sum(matrices.values()),
+        weights=learned / total,
         backward=1 - first / architecture.num_layers,
+        inputs=reached / total,
         head_weight=embeds if tied else architecture.head_name in trained,
         head_input=bool(blocks or outside),
         added=added,
     )
+
+
+def _block_of(facts: ParameterFacts) -> int:
+    assert facts.block is not None
+    return facts.block
 
 
 def count(architecture: Architecture, config: TrainingConfig, adapter: AdapterConfig | None = None) -> int:

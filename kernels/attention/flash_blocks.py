@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,13 +105,14 @@ def _padded(x: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _offsets(block: Block, device: torch.device) -> _Offsets:
-    on_device = []
-    for lengths in (block.query_lengths, block.key_lengths):
+    def on_device(lengths: Sequence[int]) -> Tensor:
         on_host = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        on_device.append(on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host)
-    # At least two, see flash.kernel_length.
-    lengths = (flash.kernel_length(max(lengths)) for lengths in (block.query_lengths, block.key_lengths))
-    return _Offsets(*on_device, *lengths)
+        return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+
+    both = block.query_lengths, block.key_lengths
+    queries, keys = (on_device(lengths) for lengths in both)
+    max_queries, max_keys = (flash.kernel_length(max(lengths)) for lengths in both)
+    return _Offsets(queries, keys, max_queries, max_keys)
 
 
 def _aten_forward(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron_by_hand import by_hand, quiet_from, quiet_to, save_megatron, save_models
+from mixture_folders import save_mixture
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, Command, assert_refused, edit_json, read_folder
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -308,3 +309,10 @@ def test_nothing_that_exists_is_overwritten(run: Run, megatron: Path, models: di
     ):
         assert_refused(run(module, *options, "--output", tmp_path / "there"), "exists already")
     assert_refused(run(from_megatron, "--megatron", megatron, "--output", megatron / "hf"), "inside --megatron")
+
+
+def test_a_mixture_of_experts_is_refused_with_a_remedy(run: Run, tmp_path: Path) -> None:
+    source = save_mixture(tmp_path / "mixture", "qwen3_moe")
+    command = run(to_megatron, "--hf", source, "--output", tmp_path / "output")
+    assert_refused(command, "qwen3_moe has experts", "not implemented here", "Megatron Bridge")
+    assert not (tmp_path / "output").exists()

@@ -42,6 +42,9 @@ SHIPPED = {
     "gemma3_4b": (8, 3.880),
     "phi4": (8, 14.660),
     "pythia_160m": (1, 0.1623),
+    "qwen3_30b_a3b": (8, 30.532),
+    "qwen2_57b_a14b": (16, 57.409),
+    "mixtral_8x7b": (16, 46.703),
     "demo_base": (1, None),
     "demo": (2, None),
 }

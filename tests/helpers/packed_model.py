@@ -18,6 +18,28 @@ VOCAB_SIZE = 61
 NUM_TOKENS = 96
 
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 6, **EXPERTS},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [0],
+        **EXPERTS,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        **EXPERTS,
+    },
+}
+"""Changes of :func:`tiny_decoder` to mixtures of experts: alone, with a gated shared expert, with groups."""
+
+
 def tiny_decoder(num_layers: int = 3, device: str = "cpu", **changes) -> Decoder:
     """A Qwen3 model (norms of queries and keys, grouped queries) with random weights."""
     values = {
@@ -57,7 +79,8 @@ def gradients(model: Decoder, batch: Batch) -> dict[str, Tensor]:
     model.zero_grad()
     loss = model(batch)
     loss.backward()
-    return {"loss": loss.detach()} | {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {"loss": loss.detach()} | {name: parameter.grad.clone() for name, parameter in named}
 
 
 def compilable_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, plan=None):

@@ -7,7 +7,7 @@ import shutil
 import packed_model
 import pytest
 import torch
-from packed_model import gradients, packed, tiny_decoder
+from packed_model import MIXTURES, gradients, packed, tiny_decoder
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -57,6 +57,18 @@ def test_same_losses_and_gradients(backend, mode, kernel_attention):
     for batch in (packed(7, 40), packed(1, 2, 3, 50, 70, seed=3), packed(seed=4)):
         assert_close(gradients(model, batch), gradients(plain, batch), 2e-6)
     assert counter.frame_count
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize(("family", "mode"), [("qwen2_moe", "none"), ("glm4_moe", "selective"), ("qwen3_moe", "full")])
+def test_mixtures_have_the_same_losses_and_gradients(backend, family, mode, kernel_attention):
+    """The choice and order of experts and their grouped products are in the graph."""
+    counter = CompileCounterWithBackend(backend)
+    model, plain = compiled(counter, mode, **MIXTURES[family]), tiny_decoder(**MIXTURES[family])
+    for batch in (packed(7, 40), packed(1, 2, 3, 50, 70, seed=3)):
+        assert_close(gradients(model, batch), gradients(plain, batch), 3e-6)
+    assert counter.frame_count <= 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -11,6 +11,7 @@ import parity_run
 import pytest
 import torch
 import torch.distributed as dist
+from plan_runs import configure, spec_of, write_config
 from torch import Tensor, nn
 
 from retemper.engine import pretrain
@@ -25,6 +26,7 @@ from retemper.engine.parallel import expert
 from retemper.engine.parallel.layout import Layout, check_experts
 from retemper.engine.parallel.mesh import build_mesh
 from retemper.engine.parallel.process_group import Ranks
+from retemper.tools.planning.dry_run import dry_run
 
 NUM_EXPERTS, HIDDEN, INNER, TOKENS = 4, 16, 8, 10
 LOADS = {
@@ -134,3 +136,15 @@ def test_which_ranks_hold_copies(options, of_experts, of_router, four_ranks, tmp
     found = four_ranks.run(placed, path, words)
     assert [one["model.layers.0.mlp.experts.gate_proj.weight"] for one in found] == of_experts
     assert [one["model.layers.0.mlp.gate.weight"][0] for one in found] == of_router
+
+
+def test_a_dry_run_assumes_a_balanced_load(tmp_path):
+    """Bytes of the exchanges in a step: rows to the experts and back in both passes, weights and their gradients, and
+    the numbers of rows."""
+    facts = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+    config = configure(write_config(tmp_path, **facts), "--parallel.expert 2")
+    found = dry_run(spec_of(config, 2)).collectives
+    (exchanges,) = (total for key, total in found.items() if key.kind == "all-to-all")
+    rows, hidden, layers, bf16, fp32 = 2 * 256 * 2, 128, 4, 2, 4
+    of_a_layer = 4 * rows * hidden * bf16 + 2 * rows * fp32 + 8 * 4
+    assert exchanges.size == layers * of_a_layer

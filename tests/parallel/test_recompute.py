@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from packed_model import gradients, packed, tiny_decoder
+from packed_model import MIXTURES, gradients, packed, tiny_decoder
 from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from retemper.engine.config.settings import ParallelConfig
 from retemper.engine.parallel import compile as block_compile
 from retemper.engine.parallel import recompute
+from retemper.kernels import grouped_linear as grouped_linear_module
 from retemper.kernels.attention import plan_attention
 
 BATCH = packed(10, 11, 60)
@@ -66,7 +67,9 @@ def kept_and_repeated(mode: str, every: int = 1, **changes) -> tuple[int, Counte
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True}, {"model_type": "olmo2"}], ids=str
+    "changes",
+    [{}, {"model_type": "qwen2"}, {"attention_bias": True}, {"model_type": "olmo2"}, *MIXTURES.values()],
+    ids=lambda changes: "-".join(map(str, changes.values())),
 )
 @pytest.mark.parametrize(("mode", "every"), [("selective", 1), ("full", 1), ("selective", 2), ("full", 3)])
 def test_gradients_are_bitwise_the_same(mode, every, changes, each_version):
@@ -99,7 +102,7 @@ def test_the_last_product_of_a_block_is_not_kept(monkeypatch):
     """Only the residual sum reads it, and the sum is kept as the next block's input."""
     kept, _ = kept_and_repeated("selective")
     policy = recompute._keep_products
-    monkeypatch.setattr(recompute, "_keep_products", lambda num_kept: policy(num_kept + 1))
+    monkeypatch.setattr(recompute, "_keep_products", lambda kept: policy((True,) * len(kept)))
     with_last, _ = kept_and_repeated("selective")
     tokens, hidden, fp32, blocks = len(BATCH.tokens), 32, 4, 4
     assert with_last - kept == blocks * tokens * hidden * fp32
@@ -153,6 +156,30 @@ def test_selective_repeats_no_product_of_a_block_with_a_norm_at_its_end(each_ver
     olmo = {"model_type": "olmo2"}
     repeated = [kept_and_repeated(mode, **olmo)[1][torch.ops.aten.mm] for mode in ("none", "selective", "full")]
     assert repeated[0] == repeated[1] == repeated[2] - 7 * 4
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_selective_repeats_no_product_and_no_choice_of_a_mixture(family, each_version, monkeypatch):
+    """Nor the last product, that of the experts: the backward pass does not read it. With the operator of GPUs."""
+    aten, grouped = torch.ops.aten, torch.ops.aten._grouped_mm
+    monkeypatch.setattr(grouped_linear_module, "_has_grouped_kernel", lambda x, weight: True)
+    none, selective, full = (kept_and_repeated(mode, **MIXTURES[family])[1] for mode in ("none", "selective", "full"))
+    for operator in (aten.mm, grouped, aten.topk, aten.sort):
+        assert selective[operator] == none[operator], operator
+    layers, dense = (4, 0) if family == "qwen3_moe" else (3, 1)
+    assert full[grouped] == none[grouped] + 2 * layers
+    assert full[aten.sort] == layers and full[aten.topk] >= layers
+    others = {"qwen3_moe": 1, "qwen2_moe": 5, "glm4_moe": 4}[family]  # the router, the shared expert and its gate
+    repeated = full[aten.mm] - none[aten.mm] + full[aten.addmm] - none[aten.addmm]
+    assert repeated == 4 * 4 + others * layers + 2 * dense
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_without_a_grouped_kernel_only_the_last_product_is_repeated(family):
+    none, selective, full = (kept_and_repeated(mode, **MIXTURES[family])[1] for mode in ("none", "selective", "full"))
+    grouped, layers = torch.ops.retemper.grouped_linear, 4 if family == "qwen3_moe" else 3
+    assert (selective[grouped], full[grouped]) == (none[grouped] + layers, none[grouped] + 3 * layers)
+    assert selective[torch.ops.aten.topk] == selective[torch.ops.aten.sort] == 0
 
 
 def test_every_second_block_repeats_half():

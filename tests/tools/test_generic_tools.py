@@ -15,18 +15,13 @@ from retemper.benchmarks.step.measure import measure_step
 from retemper.benchmarks.step.options import StepBenchmarkOptions
 from retemper.engine.errors import UserError
 from retemper.engine.model.implementations import parse_architecture
+from retemper.engine.observe.progress import human
 from retemper.tools.planning.options import PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
 from retemper.tools.planning.search import require_possible
 from retemper.tools.vocabulary.weights import open_model, require_known_tables
 
-EXPERTS = {
-    "model_type": "qwen3_moe",
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 96,
-    "decoder_sparse_step": 1,
-}
+EXPERTS = {"model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96}
 
 
 @pytest.mark.parametrize("recompute", ["full", pytest.param("none", marks=pytest.mark.slow)])
@@ -58,7 +53,7 @@ def test_operations_of_routed_experts_are_those_of_the_chosen_ones(tmp_path):
     assert dry_run_alone(spec).flops == pytest.approx(tokens * (6 * matrices + attention), rel=0.01)
 
 
-@pytest.mark.parametrize(("axis", "model_type"), [("tensor", "qwen3_moe"), ("pipeline", "qwen3_moe")])
+@pytest.mark.parametrize(("axis", "model_type"), [("tensor", "granitemoe"), ("pipeline", "granitemoe")])
 def test_plans_refuse_what_a_run_refuses(axis, model_type, tmp_path):
     config = plan_runs.configure(
         plan_runs.write_config(tmp_path, **EXPERTS), f"--parallel.{axis} 2 --training.global_batch_size 64"
@@ -83,6 +78,10 @@ def test_benchmark_counts_the_chosen_experts(one_rank, tmp_path):
     assert architecture.block_matrices == 4 * attention + dense + 3 * routed
     per_token = 6 * (architecture.block_matrices + 64 * 202) + 12 * 64 * 4 * 32
     assert found.flops_per_step["all pairs of positions"] == found.tokens_per_step * per_token
+    idle = 3 * (4 - 2) * expert
+    assert architecture.num_active_parameters == architecture.num_parameters - idle
+    [model] = [line for line in found.plan if line.startswith("model ")]
+    assert f"({human(architecture.num_active_parameters)} active for each token)" in model
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("convert", "convert between Hugging Face, checkpoints and Megatron", subcommands=CONVERT),
         Command("extend-vocab", "add tokens for a domain to a model", "tools.extend_vocab"),
         Command("expand-blocks", "add blocks to a model that can be trained alone", "tools.expand_blocks"),
+        Command("upcycle", "make a mixture of experts of a dense model", "tools.upcycle"),
     ),
     "machine": (
         Command("doctor", "check this machine and installation", "tools.doctor"),

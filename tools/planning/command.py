@@ -54,7 +54,7 @@ def make_plan(
     """
     config = with_planned_budget(config)
     record: dict[str, Any] = {"config": to_dict(config)}
-    config, left_out = without_gpu_features(config)
+    config, left_out = without_gpu_features(config, cluster)
     if left_out:
         say(f"dry run without {', '.join(left_out)}, which need a GPU")
     if not wants_search:
@@ -89,7 +89,7 @@ def list_savings(config: RunConfig, cluster: ClusterSpec, say: Callable[[str], N
     """
     config = with_planned_budget(config)
     record: dict[str, Any] = {"config": to_dict(config)}
-    config, left_out = without_gpu_features(config)
+    config, left_out = without_gpu_features(config, cluster)
     if left_out:
         say(f"dry run without {', '.join(left_out)}, which need a GPU")
     with DryRunPool() as pool:
@@ -127,9 +127,9 @@ def _search(
     return "\n\n".join(parts), best, plans
 
 
-def without_gpu_features(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def without_gpu_features(config: RunConfig, cluster: ClusterSpec) -> tuple[RunConfig, list[str]]:
     """Return the run without settings that need a GPU, and the keys of these. None of them takes more memory."""
-    config = with_named_precision(config, "bf16")  # the meaning of auto on every GPU in the table
+    config = with_named_precision(config, "bf16" if cluster.gpu.has_bf16 else "fp16")  # the meaning of auto there
     training, parallel = config.training, config.parallel
     left_out = []
     if training.float8:
@@ -185,5 +185,6 @@ def _settings(plan: LayoutPlan, configured: RunConfig) -> str:
         lines += ["    optimizer:", f"      state_dtype: {optimizer.state_dtype}"]
     lines.append("    parallel:")
     lines += [f"      {axis}: {size}" for axis, size in layout._asdict().items() if size > 1 and axis != "shard"]
+    lines += [f"      expert: {parallel.expert}"] if parallel.expert > 1 else []
     lines += ["      shard: auto", f"      recompute: {parallel.recompute}"]
     return "\n".join(lines)

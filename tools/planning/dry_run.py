@@ -37,7 +37,7 @@ from .gpu_paths import (
 )
 from .memory import MemoryCounter
 from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
-from .work import Collective, CollectiveTotal, WorkCounter, hidden_bytes
+from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork, WorkCounter, hidden_bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class RankUsage:
     collectives: dict[Collective, CollectiveTotal]
     sent_activations: float = 0.0
     """Bytes of activations that are sent to host memory."""
+    experts: ExpertWork = NO_EXPERTS
+    """Work of the experts, if the model has any."""
 
     @property
     def most(self) -> dict[str, float]:
@@ -86,8 +88,8 @@ class RankSpec:
     """Bytes that PyTorch may use of it; None: unknown, and the loss has the budget of a small GPU."""
     place: int = 0
     """Place in the pipeline; ranks that differ only in other axes do the same."""
-    blocks_per_stage: int | None = None
-    """Overrides the number of the model."""
+    stage_blocks: tuple[int, ...] | None = None
+    """Numbers of the blocks that each stage has, instead of its own."""
     whole_steps: bool = True
     """Make the optimizer's states by a step, as a run does. False: by an empty one, in half the time."""
 
@@ -215,7 +217,8 @@ def dry_run(spec: RankSpec) -> RankUsage:
 
 def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
     """Return what ``ranks`` holds and does in a step, on tensors with or without values."""
-    work = WorkCounter(spec.layout, spec.gpus_per_node, spec.config.training.sequence_length)
+    length, expert = spec.config.training.sequence_length, spec.config.parallel.expert
+    work = WorkCounter(spec.layout, spec.gpus_per_node, length, expert)
     counter = MemoryCounter(work.count_operator, hidden_bytes=hidden_bytes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fresh_constants())
@@ -233,12 +236,13 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             rank.declare_states()
         counter.reset_peaks()
         kept, work.flops, work.collectives, sent[0] = dict(counter.bytes), 0.0, {}, 0.0
+        work.experts = NO_EXPERTS
         rank.one_step()
     sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
     peaks, most = counter.peaks, counter.most
-    work_done = work.flops, work.collectives, sent[0]
+    work_done = work.flops, work.collectives, sent[0], work.experts
     return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, *work_done)
 
 
@@ -247,17 +251,17 @@ def _num_stages(spec: RankSpec) -> int:
 
 
 def _shortened(spec: RankSpec) -> RankSpec:
-    """Return the spec with a model of ``blocks_per_stage``."""
-    if spec.blocks_per_stage is None:
+    """Return the spec with a model of ``stage_blocks``."""
+    if spec.stage_blocks is None:
         return spec
-    return replace(spec, architecture=spec.architecture.shortened(spec.blocks_per_stage * _num_stages(spec)))
+    return replace(spec, architecture=spec.architecture.shortened(spec.stage_blocks * _num_stages(spec)))
 
 
 def even_stages(spec: RankSpec) -> list[LayerRange] | None:
-    """Return the layers of each stage, if all have ``blocks_per_stage``."""
-    if spec.blocks_per_stage is None:
+    """Return the layers of each stage, if all have ``stage_blocks``."""
+    if spec.stage_blocks is None:
         return None
-    blocks = spec.blocks_per_stage
+    blocks = len(spec.stage_blocks)
     return [LayerRange(stage * blocks, (stage + 1) * blocks) for stage in range(_num_stages(spec))]
 
 

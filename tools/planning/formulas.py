@@ -15,9 +15,10 @@ from ...engine.observe.flops import flops_per_token
 from ...engine.parallel import adapter, trainable
 from ...engine.parallel.layout import Layout
 from ...engine.schedule import plan_batches
+from .experts import parameters_of, settings_of
 from .options import ClusterSpec
 from .prediction import StepPrediction, bytes_of, gradient_bytes, predict
-from .work import Collective, CollectiveTotal, sent_bytes
+from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork, sent_bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def rough_prediction(config: RunConfig, layout: Layout, cluster: ClusterSpec) ->
         _flops(config, layout, architecture) * count,
         _collectives(config, layout, cluster, count),
         _num_trained(config, architecture) / (layout.pipeline * layout.tensor * layout.shard * layout.context),
+        experts=_expert_work(config, layout, architecture, count),
     )
 
 
@@ -62,7 +64,10 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     per_trained = trainable.state_bytes(architecture, config) / num_trained + config.training.average_bytes
     states = (weights + trained * per_trained) / ranks
     once = parallel.reduce_gradients == "step" and count > 1
-    gradients = trained * (4 if once or layout.pipeline > 1 else gradient_bytes(config, count) / ranks)
+    # Experts of other ranks are neither gathered, nor have gradients before the reduction.
+    elsewhere = parameters_of(architecture) / split * (1 - 1 / parallel.expert)
+    whole = 4 * trained * (1 - elsewhere / mine)
+    gradients = whole if once or layout.pipeline > 1 else trained * gradient_bytes(config, count) / ranks
     tokens = _tokens(config, layout)
     blocks = architecture.num_layers / layout.pipeline
     recomputed = blocks / parallel.recompute_every
@@ -70,7 +75,7 @@ def rough_memory(config: RunConfig, layout: Layout, cluster: ClusterSpec, calibr
     if parallel.offload_activations:  # those of the last block stay, and of two more that are on their way
         recomputed, blocks = recomputed * min(1.0, 3 / blocks), min(blocks, 3)
     kept = recomputed * calibration.kept[parallel.recompute] + (blocks - recomputed) * calibration.kept["none"]
-    gathered = 0.0 if parallel.reshard_after_forward else 2 * mine
+    gathered = 0.0 if parallel.reshard_after_forward else 2 * (mine - elsewhere)
     if layout.data_parallel * layout.context == 1 and parallel.cpu_offload is not True:  # copies in the compute dtype
         copied = trained if adapted and not parallel.cpu_offload else mine
         differs = config.training.weight_dtype != config.training.precision or parallel.cpu_offload
@@ -102,6 +107,21 @@ def _flops(config: RunConfig, layout: Layout, architecture: Architecture) -> flo
     return (both + again * forward) * _tokens(config, layout) / layout.pipeline
 
 
+def _expert_work(config: RunConfig, layout: Layout, architecture: Architecture, count: int) -> ExpertWork:
+    """Return the work of the experts of one rank in ``count`` micro-batches: in each pass, three products read the
+    experts, or write their gradients, and read or write rows.
+    """
+    experts, sharing = settings_of(architecture), config.parallel.expert
+    if experts is None:
+        return NO_EXPERTS
+    hidden, inner = architecture.hidden_size, experts.intermediate_size / layout.tensor
+    rows = _tokens(config, layout) * layout.tensor * experts.per_token
+    passes = 3 + (1 / config.parallel.recompute_every if config.parallel.recompute == "full" else 0)
+    times = count * passes * 3 * experts.num_layers / layout.pipeline
+    size = 2 * (experts.num_experts / sharing * hidden * inner + rows * (hidden + inner))
+    return ExpertWork(times * 2 * rows * hidden * inner, times * size)
+
+
 def _collectives(
     config: RunConfig, layout: Layout, cluster: ClusterSpec, count: int
 ) -> dict[Collective, CollectiveTotal]:
@@ -109,7 +129,7 @@ def _collectives(
     found: dict[Collective, CollectiveTotal] = {}
 
     def add(kind: str, axes: tuple[str, ...], size: float, times: float) -> None:
-        ranks, per_node = _group(layout, axes, cluster.assumptions.gpus_per_node)
+        ranks, per_node = _group(layout, axes, cluster.assumptions.gpus_per_node, parallel.expert)
         if ranks > 1 and times > 0:
             entry = found.setdefault(Collective(kind, axes, ranks, per_node), CollectiveTotal())
             entry.count += round(times)
@@ -120,8 +140,13 @@ def _collectives(
     trained = _num_trained(config, architecture) / (layout.pipeline * layout.tensor)
     reductions = 1 if parallel.reduce_gradients == "step" or layout.pipeline > 1 else count
     sharding = ("shard", "context") if layout.context > 1 else ("shard",)
-    add("all-gather", sharding, 2 * mine, count * (2 if parallel.reshard_after_forward else 1))
-    add("reduce-scatter", sharding, 4 * trained, reductions)
+    gathers = count * (2 if parallel.reshard_after_forward else 1)
+    experts = parameters_of(architecture) / (layout.pipeline * layout.tensor) if parallel.expert > 1 else 0.0
+    learning = experts * trained / mine
+    add("all-gather", sharding, 2 * (mine - experts), gathers)
+    add("reduce-scatter", sharding, 4 * (trained - learning), reductions)
+    add("all-gather", ("expert_shard",), 2 * experts / parallel.expert, gathers)
+    add("reduce-scatter", ("expert_shard",), 4 * learning / parallel.expert, reductions)
     add("all-reduce", ("replicate",), 4 * trained / (layout.shard * layout.context), reductions)
     blocks = count * architecture.num_layers / layout.pipeline
     again = 1 / parallel.recompute_every if parallel.recompute == "full" else 0.0
@@ -136,12 +161,20 @@ def _collectives(
     else:
         heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads) * architecture.head_dim
         add("all-to-all", ("context",), 2 * heads * _tokens(config, layout), blocks * (2 + again))
+    if (mixture := settings_of(architecture)) is not None:  # rows travel to their experts and back
+        rows = hidden * layout.tensor * mixture.per_token
+        add("all-to-all", ("expert",), rows, 2 * (2 + again) * count * mixture.num_layers / layout.pipeline)
     add("send", ("pipeline",), hidden, 2 * count)
     return found
 
 
-def _group(layout: Layout, axes: tuple[str, ...], gpus_per_node: int) -> tuple[int, int]:
+def _group(layout: Layout, axes: tuple[str, ...], gpus_per_node: int, expert: int) -> tuple[int, int]:
     """Return (total ranks, ranks in one node) of a group along neighbouring axes."""
+    if axes == ("expert",):
+        return expert, max(1, min(expert, gpus_per_node // layout.tensor))
+    if axes == ("expert_shard",):
+        ranks = layout.shard * layout.context // expert
+        return ranks, max(1, min(ranks, gpus_per_node // (layout.tensor * expert)))
     ranks = 1
     for axis in axes:
         ranks *= getattr(layout, axis)

@@ -1,6 +1,7 @@
 """Tabulate the peak performance of GPUs from their makers' datasheets. Nothing here was measured.
 
 ``flops`` counts dense products in bf16 with accumulation in fp32: half of the datasheets' numbers "with sparsity".
+GPUs before Ampere have none in bf16, so theirs are in fp16.
 ``memory`` is PyTorch's ``total_memory``: less than the product's name says, because error correction and the driver use
 a part.
 """
@@ -21,7 +22,7 @@ class Gpu:
 
     name: str
     flops: float
-    """Dense bf16 matrix products, FLOP/s."""
+    """Dense matrix products in bf16, or in fp16 without it, FLOP/s."""
     memory: int
     """Bytes that PyTorch may use (``total_memory``): less than the product's name says."""
     memory_bandwidth: float
@@ -35,11 +36,20 @@ class Gpu:
 
     @property
     def host_link(self) -> float:
-        """Return the bytes per second to the host in one direction: 16 lanes of PCIe 5 since Hopper, else of PCIe 4."""
+        """Return the bytes per second to the host in one direction: 16 lanes of PCIe 5 since Hopper, 4 since Ampere, or
+        3.
+        """
+        if not self.has_bf16:
+            return _PCIE3
         return _PCIE5 if self.capability >= (9, 0) else _PCIE4
 
+    @property
+    def has_bf16(self) -> bool:
+        """Return whether it multiplies matrices in bf16: since Ampere."""
+        return self.capability >= (8, 0)
 
-_PCIE4, _PCIE5 = 32e9, 64e9
+
+_PCIE3, _PCIE4, _PCIE5 = 16e9, 32e9, 64e9
 """Bytes per second of 16 lanes in one direction. Bridges that join pairs of cards are not counted."""
 _SHARED_NETWORK = 100e9 / 8 / 8
 """Share of a GPU in a server whose eight cards share 100 Gbit/s; for other servers use ``--network``."""
@@ -70,6 +80,10 @@ GPUS = {
         Gpu("h100-nvl-94gb", 835e12, int(93.1 * GiB), 3.9e12, _PCIE5, _SHARED_NETWORK, (9, 0)),
         # NVIDIA H20 datasheet: 148 TFLOP/s, 96 GB at 4 TB/s, NVLink 900 GB/s both ways.
         Gpu("h20-96gb", 148e12, int(95.1 * GiB), 4.0e12, 450e9, 50e9, (9, 0)),
+        # NVIDIA V100 (SXM2) datasheet: 125 TFLOP/s in fp16, 32 GB at 900 GB/s, NVLink 300 GB/s both ways; DGX-1: four
+        # 100 Gb/s cards for eight GPUs. NVIDIA T4 datasheet: 65 TFLOP/s in fp16, 16 GB at 320 GB/s.
+        Gpu("v100-32gb", 125e12, int(31.7 * GiB), 0.9e12, 150e9, 6.25e9, (7, 0)),
+        Gpu("t4-16gb", 65e12, int(14.6 * GiB), 0.32e12, _PCIE3, _SHARED_NETWORK, (7, 5)),
         # NVIDIA A10, A30, A40, L4, L40 and L40S datasheets.
         Gpu("a10-24gb", 125e12, int(22.1 * GiB), 0.6e12, _PCIE4, _SHARED_NETWORK, (8, 6)),
         Gpu("a30-24gb", 165e12, int(23.5 * GiB), 0.933e12, _PCIE4, _SHARED_NETWORK, (8, 0)),

@@ -87,6 +87,7 @@ class LayoutPlan:
             rank.trained,
             rank.parameters,
             rank.sent_activations,
+            rank.experts,
         )
 
     @property
@@ -131,6 +132,8 @@ def shown_layout(config: RunConfig, layout: Layout) -> str:
     """Describe a layout in a few words."""
     parallel = config.parallel
     parts = [f"{axis} {size}" for axis, size in layout._asdict().items() if size > 1] or ["one rank"]
+    if parallel.expert > 1:
+        parts.append(f"expert {parallel.expert}")
     parts.append(f"micro batch {config.training.micro_batch_size}")
     every = f" every {parallel.recompute_every}" if parallel.recompute_every > 1 else ""
     parts.append(f"recompute {parallel.recompute}{every}")

@@ -51,7 +51,7 @@ class DryRunPool:
 
 
 def _cost(spec: RankSpec) -> float:
-    blocks = spec.blocks_per_stage or spec.architecture.num_layers
+    blocks = len(spec.stage_blocks or spec.architecture.block_sizes)
     width = spec.config.training.micro_batch_size * spec.layout.data_parallel
     return blocks * spec.config.training.global_batch_size / width * (3 if spec.layout.tensor > 1 else 1)
 

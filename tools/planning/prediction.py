@@ -10,6 +10,7 @@ which is bound by memory, are added.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
@@ -18,7 +19,7 @@ from ...engine.parallel.layout import Layout
 from .gpus import Gpu
 from .offload import offload_seconds
 from .options import Assumptions
-from .work import Collective, CollectiveTotal
+from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork
 
 _WAITED_FOR = ("tensor", "pipeline")
 
@@ -59,13 +60,14 @@ def predict(
     trained: float,
     parameters: float | None = None,
     sent_activations: float = 0.0,
+    experts: ExpertWork = NO_EXPERTS,
 ) -> StepPrediction:
     """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters.
 
     ``parameters`` are all of them, if some are frozen; ``sent_activations`` are the bytes of activations that go to
-    host memory in a step.
+    host memory in a step; ``experts`` is the work of experts, whose operations are also in ``flops``.
     """
-    computing = flops / (gpu.flops * assumptions.efficiency)
+    computing = flops / (gpu.flops * assumptions.efficiency) + expert_seconds(experts, gpu, assumptions)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
         seconds = sent.sent / (bandwidth(collective, gpu) * assumptions.link_efficiency)
@@ -94,14 +96,28 @@ def predict(
     )
 
 
+def expert_seconds(experts: ExpertWork, gpu: Gpu, assumptions: Assumptions) -> float:
+    """Return what experts take longer than their operations alone.
+
+    A grouped product of few rows for each expert is bound by reading the experts: it takes as long as its operations,
+    or as its factors and results pass the memory once, if that is longer. Rows that are sorted pass it as well.
+    """
+    memory = gpu.memory_bandwidth * assumptions.link_efficiency
+    computing = experts.flops / (gpu.flops * assumptions.efficiency)
+    return max(0.0, experts.bytes / memory - computing) + experts.moved / memory
+
+
 def bandwidth(collective: Collective, gpu: Gpu) -> float:
-    """Return the bytes per second that each rank of a ring can send.
+    """Return the bytes per second that each rank of a group can send.
 
     Between nodes, rings use the network cards of all the group's ranks in a node, and each carries its part of the
-    traffic.
+    traffic. In an all-to-all, the network card of each rank carries what this rank sends to other nodes.
     """
     if collective.per_node == collective.ranks:
         return gpu.intra_node
+    if collective.kind == "all-to-all":
+        share = (collective.ranks - collective.per_node) / (collective.ranks - 1)
+        return min(gpu.inter_node / share, gpu.intra_node / (1 - share) if share < 1 else math.inf)
     between = gpu.inter_node * collective.per_node
     if collective.kind == "send":  # of two neighbours in different nodes
         return gpu.inter_node

@@ -8,6 +8,8 @@ from typing import Any
 from ...engine.observe.flops import flops_per_token
 from ...engine.observe.progress import duration
 from ...engine.parallel.trainable import learning
+from ...kernels.grouped_linear import GROUPED_CAPABILITY
+from .experts import describe_missing
 from .layout_plan import LayoutPlan, digits, gib, shown_layout
 from .memory import KINDS
 from .prediction import StepPrediction
@@ -62,7 +64,8 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
     if offloaded:
         lines += ["", f"host        {gib(plan.host_bytes)} GiB of host memory for each rank, and pinned buffers"]
     lines += ["", f"memory      {_sizes(plan)}"]
-    return lines
+    missing = describe_missing(plan)
+    return lines if missing is None else [*lines, missing]
 
 
 def _sizes(plan: LayoutPlan) -> str:
@@ -138,6 +141,16 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
         f"not counted fragmentation, NCCL's buffers, CUDA's context: the reserve of {gib(cluster.reserve)} GiB is for "
         "them (--reserve). Compiled blocks keep less than is counted. Nothing was measured on a GPU",
     ]
+    if plan.slowest.experts.flops:
+        lines.append(
+            "experts     all have equally many rows; grouped products take as long as their operations, or as their "
+            "matrices need to pass the memory once; rows that are sorted pass it too"
+        )
+        if gpu.capability < GROUPED_CAPABILITY:
+            lines.append(
+                f"not counted on {gpu.name} each expert is a product of its own, and the host waits for the number of "
+                "rows of each: there is no kernel for grouped products"
+            )
     if plan.config.parallel.cpu_offload or plan.config.parallel.offload_activations:
         lines.append(
             f"offload     {gpu.host_link / 1e9:g} GB/s to the host in each direction, host memory "
@@ -249,6 +262,7 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
                 "peak_bytes": plan.peak_of(rank),
                 "peaks_bytes": rank.peaks,
                 "flops": rank.flops,
+                "experts": rank.experts._asdict(),
                 "collectives": [
                     {**key._asdict(), **dataclasses.asdict(sent)} for key, sent in rank.collectives.items()
                 ],

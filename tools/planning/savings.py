@@ -10,6 +10,7 @@ from ...engine.config.checks import validate
 from ...engine.config.settings import RunConfig
 from ...engine.errors import UserError
 from ...engine.parallel.layout import Layout
+from .experts import sizes_of as expert_sizes
 from .layout_plan import LayoutPlan
 from .options import ClusterSpec
 from .pool import DryRunPool
@@ -107,6 +108,9 @@ def changes(config: RunConfig, layout: Layout, cluster: ClusterSpec) -> Iterator
         yield Change({"parallel.replicate": 1, **_shared_by_all(config)})
     if 2 * layout.tensor <= cluster.assumptions.gpus_per_node:
         yield Change({"parallel.tensor": 2 * layout.tensor, **_shared_by_all(config)})
+    experts = [size for size in expert_sizes(cluster.architecture, layout.shard * layout.context) if size > 1]
+    if experts and parallel.expert == 1:
+        yield Change({"parallel.expert": experts[-1]})
     if training.sequence_length >= 2 * layout.context * _LEAST_TOKENS:
         yield Change({"parallel.context": 2 * layout.context, **_shared_by_all(config)})
     if config.optimizer.has_state_dtype and config.optimizer.state_dtype != "bf16":

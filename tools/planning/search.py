@@ -16,6 +16,7 @@ from ...engine.parallel.layout import Layout, plan_layout
 from ...engine.schedule import plan_batches
 from ...kernels.attention import Choice
 from .dry_run import RankSpec, RankUsage, attention_backend
+from .experts import sizes_of as expert_sizes
 from .extrapolation import dry_run_short, places
 from .formulas import Calibration, rough_memory, rough_prediction
 from .layout_plan import LayoutPlan, shown_layout
@@ -194,11 +195,12 @@ def calibrate(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> Cali
     training = replace(config.training, micro_batch_size=1, global_batch_size=1)
     specs = []
     for mode in modes:
-        parallel = _plain(config, pipeline=1, replicate=1, shard=1, context=1, tensor=1, recompute=mode)
+        parallel = _plain(config, pipeline=1, replicate=1, shard=1, context=1, tensor=1, expert=1, recompute=mode)
         one = replace(config, training=training, parallel=parallel)
         gpu = cluster.gpu
         spec = RankSpec(one, cluster.architecture, Layout(), 1, gpu.capability, gpu.memory, whole_steps=False)
-        specs += [replace(spec, blocks_per_stage=blocks) for blocks in (1, 2)]
+        last = cluster.architecture.num_layers - 1  # of a mixture, the first blocks may have no experts
+        specs += [replace(spec, stage_blocks=(last,) * blocks) for blocks in (1, 2)]
     usages = pool.run(specs)
     kept = {}
     for number, mode in enumerate(modes):
@@ -230,15 +232,16 @@ def _layouts(config: RunConfig, cluster: ClusterSpec) -> Iterator[tuple[Any, int
     length = config.training.sequence_length
     contexts = [n for n in _powers(per_node) if n == 1 or length // n >= _LEAST_TOKENS]
     micro_batches = [n for n in _powers(config.training.global_batch_size) if n <= 64]
-    for tensor, pipeline, context, replicate, recompute, micro_batch in itertools.product(
+    for tensor, pipeline, context, replicate, expert, recompute, micro_batch in itertools.product(
         _powers(per_node),
         _powers(min(world, _LONGEST_PIPELINE)),
         sorted({*contexts, config.parallel.context}),
         sorted({1, cluster.nodes}),
+        expert_sizes(cluster.architecture, world),
         ("none", "selective", "full"),
         micro_batches,
     ):
-        axes = {"tensor": tensor, "pipeline": pipeline, "context": context, "replicate": replicate}
+        axes = {"tensor": tensor, "pipeline": pipeline, "context": context, "replicate": replicate, "expert": expert}
         yield _plain(config, shard="auto", recompute=recompute, **axes), micro_batch
 
 

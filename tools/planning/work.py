@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ...engine.parallel import ring
-from ...engine.parallel.layout import AXES, Layout
+from ...engine.parallel.layout import Layout
+from ...kernels import grouped_linear as _operators  # noqa: F401 - registers them
 
 _KINDS = {
     "all-gather": ("allgather", "all_gather"),
@@ -31,10 +32,32 @@ sent."""
 _NAMESPACES = ("c10d", "c10d_functional", "_c10d_functional", "_dtensor")
 
 
-_GROUPED = tuple(
-    getattr(torch.ops.aten, name) for name in ("_grouped_mm", "_scaled_grouped_mm") if hasattr(torch.ops.aten, name)
+_GROUPED = (
+    *(getattr(torch.ops.aten, name) for name in ("_grouped_mm", "_scaled_grouped_mm") if hasattr(torch.ops.aten, name)),
+    torch.ops.retemper.grouped_linear,
+    torch.ops.retemper.grouped_linear_weight_gradient,
 )
 _RING = (torch.ops.retemper.ring_attention, torch.ops.retemper.ring_attention_backward)
+_BAGS = (torch.ops.aten._embedding_bag, torch.ops.aten._embedding_bag_forward_only)
+"""Sums of rows."""
+
+
+class ExpertWork(NamedTuple):
+    """What experts add to the time of a rank beyond operations, which are counted with all others."""
+
+    flops: float = 0.0
+    """Floating-point operations of the grouped products, which are also in the sum of all."""
+    bytes: float = 0.0
+    """Bytes of the factors and results of the grouped products. Each expert of the rank is read, if every expert has
+    rows."""
+    moved: float = 0.0
+    """Bytes that are read and written to sort rows by expert, and to sum the rows of a token."""
+
+    def __add__(self, other: Any) -> ExpertWork:
+        return ExpertWork(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NO_EXPERTS = ExpertWork()
 
 
 class Collective(NamedTuple):
@@ -67,12 +90,16 @@ class WorkCounter:
         layout: of the ranks.
         gpus_per_node: consecutive ranks are in one node.
         document_length: tokens of each document, for the operations of attention.
+        expert: see below.
     """
 
     layout: Layout
     gpus_per_node: int
     document_length: int
+    expert: int = 1
+    """``parallel.expert``: groups along these ranks get the names ``expert`` and ``expert_shard``."""
     flops: float = 0.0
+    experts: ExpertWork = NO_EXPERTS
     collectives: dict[Collective, CollectiveTotal] = field(default_factory=dict)
 
     def add_flops(self, count: float) -> None:
@@ -87,13 +114,22 @@ class WorkCounter:
         elif packet in _RING:
             self._count_ring(operator, args)
         elif packet in _GROUPED:
-            self.flops += _grouped_flops(args[0], args[1], result)
+            self._count_grouped(args[0], args[1], result)
+        elif packet == torch.ops.aten.index and args[0].is_floating_point() and args[0].dim() == 2:
+            self.experts += ExpertWork(moved=2 * _bytes(result))
+        elif packet in _BAGS:
+            self.experts += ExpertWork(moved=_bytes(args[0]) + _bytes(result[0]))
         elif packet in flop_registry:
             # PyTorch counts all pairs of positions; attention is causal, and its kernels skip half of them.
             share = 0.5 if "attention" in operator._schema.name else 1
             self.flops += share * flop_registry[packet](*args, **kwargs, out_val=result)
         elif operator.namespace in _NAMESPACES:
             self._count_collective(operator, args, kwargs, result)
+
+    def _count_grouped(self, one: Tensor, other: Tensor, result: Tensor) -> None:
+        flops = _grouped_flops(one, other, result)
+        self.flops += flops
+        self.experts += ExpertWork(flops, _bytes((one, other, result)))
 
     def _count_attention(self, operator: Any, args: Any) -> None:
         # q @ k and p @ v forward; backward these again and four more products, less one (Dao, 2023,
@@ -132,23 +168,38 @@ class WorkCounter:
 
     def _add(self, kind: str, ranks: list[int], size: float, count: int) -> None:
         nodes = Counter(rank // self.gpus_per_node for rank in ranks)
-        key = Collective(kind, self._axes(ranks), len(ranks), max(nodes.values()))
+        key = Collective(kind, self._expert_axes(kind, ranks) or self._axes(ranks), len(ranks), max(nodes.values()))
         entry = self.collectives.setdefault(key, CollectiveTotal())
         entry.count += count
         entry.size += count * size
         entry.sent += count * sent_bytes(kind, size, len(ranks))
 
     def _axes(self, ranks: Iterable[int]) -> tuple[str, ...]:
-        places = []
-        for rank in ranks:
-            place = []
-            for size in reversed(self.layout):
-                rank, index = divmod(rank, size)
-                place.append(index)
-            places.append(place[::-1])
-        return tuple(
-            axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len(set(indices)) > 1
-        )
+        return _differing(ranks, self.layout._asdict())
+
+    def _expert_axes(self, kind: str, ranks: Sequence[int]) -> tuple[str, ...]:
+        """Return the axis of a group that exists because ranks share experts; nothing for others."""
+        sharing = self.layout.shard * self.layout.context
+        if self.expert == 1 or len(ranks) == 1 or kind == "send":
+            return ()
+        sizes = {"pipeline": self.layout.pipeline, "replicate": self.layout.replicate}
+        sizes |= {"expert_shard": sharing // self.expert, "expert": self.expert, "tensor": self.layout.tensor}
+        axes = _differing(ranks, sizes)
+        if axes not in (("expert",), ("expert_shard",)) or len(ranks) != sizes[axes[0]]:
+            return ()
+        return axes if len(ranks) < sharing or kind == "all-to-all" else ()
+
+
+def _differing(ranks: Iterable[int], sizes: dict[str, int]) -> tuple[str, ...]:
+    """Return the axes along which ``ranks`` differ, of a mesh with axes of these sizes, outermost first."""
+    places = []
+    for rank in ranks:
+        place = []
+        for size in reversed(sizes.values()):
+            rank, index = divmod(rank, size)
+            place.append(index)
+        places.append(place[::-1])
+    return tuple(axis for axis, indices in zip(sizes, zip(*places, strict=True), strict=True) if len(set(indices)) > 1)
 
 
 def hidden_bytes(operator: Any, args: Any) -> int:
@@ -157,7 +208,8 @@ def hidden_bytes(operator: Any, args: Any) -> int:
     if packet not in _RING:
         return 0
     backward = packet is _RING[1]
-    return ring.scratch_bytes(*(args[1:4] if backward else args[:3]), backward=backward)
+    query, key, value = args[1:4] if backward else args[:3]
+    return ring.scratch_bytes(query, key, value, backward)
 
 
 def _grouped_flops(one: Tensor, other: Tensor, result: Tensor) -> float:

@@ -42,6 +42,8 @@ class TransformersArchitecture(Architecture):
     parameters: int
     matrices: int
     """See :attr:`block_matrices`."""
+    inactive: int
+    """Number of parameters of the experts that a token is not routed to."""
     names: tuple[str, str]
     """Of the embedding and of the head."""
     unused: tuple[str, ...] = field(default=(), compare=False)
@@ -69,6 +71,11 @@ class TransformersArchitecture(Architecture):
         return self.parameters
 
     @property
+    def num_active_parameters(self) -> int:
+        """See :class:`Architecture`."""
+        return self.parameters - self.inactive
+
+    @property
     def block_matrices(self) -> int:
         """See :class:`Architecture`."""
         return self.matrices
@@ -87,10 +94,10 @@ class TransformersArchitecture(Architecture):
         """See :class:`Architecture`."""
         return self.names[1]
 
-    def shortened(self, num_layers: int) -> TransformersArchitecture:
-        """See :class:`Architecture`. Its blocks are spread evenly over those of this model."""
+    def shortened(self, layers: Sequence[int]) -> TransformersArchitecture:
+        """See :class:`Architecture`. Instead of ``layers``, its blocks are spread evenly over those of this model."""
         config = library_config(dict(self.config), self.model_type).to_dict()
-        short = parse_transformers_architecture(with_num_blocks(config, num_layers), self.model_type, self.reason)
+        short = parse_transformers_architecture(with_num_blocks(config, len(layers)), self.model_type, self.reason)
         return replace(short, documents=self.documents, remark=self.remark)
 
     def unread_keys(self, config: dict[str, Any]) -> list[str]:
@@ -166,6 +173,8 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
     heads = made.num_attention_heads if isinstance(getattr(made, "num_attention_heads", None), int) else 1
     kv_heads = getattr(made, "num_key_value_heads", None)
     modules, chosen = list(parts.backbone.modules()), _experts_per_token(made)
+    matrices = [parameter.shape for parameter in parts.blocks.parameters() if parameter.dim() >= 2]
+    active = round(sum(_active_elements(shape, chosen) for shape in matrices))
     return TransformersArchitecture(
         model_type=made.model_type,
         vocab_size=parts.embedding.num_embeddings,
@@ -178,7 +187,8 @@ def _facts(config: dict[str, Any], made: Any, parts: Parts) -> TransformersArchi
         sliding_windows=tuple(_window(block) for block in parts.blocks),
         config=config,
         parameters=sum(parameter.numel() for parameter in parts.model.parameters()),
-        matrices=round(sum(_active_elements(parameter.shape, chosen) for parameter in parts.blocks.parameters())),
+        matrices=active,
+        inactive=sum(map(math.prod, matrices)) - active,
         names=(f"{names[id(parts.embedding)]}.weight", f"{names[id(parts.head)]}.weight"),
         unused=unused_tensors(parts.model),
         float32=float32_tensors(parts.model, list(parts.model.state_dict())),

@@ -26,6 +26,7 @@ from retemper.engine.weights.checkpoint.tensors import model_tensors, optimizer_
 from retemper.engine.weights.saving import save_tensors
 from retemper.tools import plan as command
 from retemper.tools.planning import command as planning_command
+from retemper.tools.planning.command import without_gpu_features
 from retemper.tools.planning.extrapolation import dry_run_short, places
 from retemper.tools.planning.gpus import GPUS, GiB, find_gpu
 from retemper.tools.planning.layout_plan import LayoutPlan
@@ -47,11 +48,17 @@ from retemper.tools.planning.work import Collective, CollectiveTotal
 
 ROOT = Path(__file__).parents[3]
 QWEN2_72B = ROOT / "megatron_configs" / "qwen2_72b.yaml"
-SHIPPED = [path for path in sorted(QWEN2_72B.parent.glob("*.yaml")) if not path.stem.startswith("demo")]
+MIXTURES = ("mixtral_8x7b", "qwen2_57b_a14b", "qwen3_30b_a3b")
+SHIPPED = sorted(
+    (path for path in QWEN2_72B.parent.glob("*.yaml") if not path.stem.startswith("demo")),
+    key=lambda path: (path.stem in MIXTURES, path.name),
+)
 MACHINES = {
     "qwen2_72b": (4, 8, "a100-80gb"),
     "qwen2.5_72b": (4, 8, "h100-80gb"),
     "qwen2.5_0.5b": (1, 1, "h100-80gb"),
+    "qwen2_57b_a14b": (2, 8, "h100-80gb"),
+    "mixtral_8x7b": (2, 8, "h100-80gb"),
 }
 """(nodes, GPUs in each, GPU) where it is not one node of 8 GPUs of 80 GB."""
 
@@ -417,6 +424,14 @@ def test_gpus_are_found_by_what_people_call_them():
     assert all(find_gpu(name) is gpu for name, gpu in GPUS.items())
 
 
+@pytest.mark.parametrize(("gpu", "precision"), [("v100", "fp16"), ("t4", "fp16"), ("a100-80gb", "bf16")])
+def test_auto_precision_is_that_of_the_planned_gpu(gpu, precision, run_file):
+    config = plan_runs.configure(run_file, "--training.precision auto")
+    cluster = request(gpu, 1, 1).cluster(read_architecture(config.model))
+    planned_config, _ = without_gpu_features(config, cluster)
+    assert planned_config.training.precision == precision
+
+
 def test_a_gpu_is_described_by_memory_and_speed():
     """The A100's own numbers give the A100, but for the links, which the datasheet of another server would say."""
     a100 = GPUS["a100-80gb"]
@@ -556,7 +571,7 @@ def test_narrower_dtypes_are_proposed_where_the_configured_ones_fit_nowhere(run,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--gpu v100", "--gpu v100: unknown; use one of a100-40gb, "),
+        ("--gpu p100", "--gpu p100: unknown; use one of a100-40gb, "),
         ("--gpu a100", "--gpu a100 is one of a100-40gb, a100-80gb; name one"),
         ("--gpu h100 --gpu-tflops 100", "--gpu h100 and --gpu-tflops both define the GPU"),
         ("--gpu-tflops 100", "--gpu-memory GIB and --gpu-tflops N"),
