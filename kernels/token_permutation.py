@@ -111,10 +111,9 @@ class _Combine(torch.autograd.Function):
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_R: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
+        ctx.inverse_R = inverse_R  # not saved, as in _Combine
         return x_R[order_R]
 
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_R[inverse_R], None, None
+        return grad_R[ctx.inverse_R], None, None
