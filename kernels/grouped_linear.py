@@ -16,6 +16,8 @@ _ALIGNED_BYTES = 16
 """``torch._grouped_mm`` needs rows of matrices that begin at multiples of this."""
 GROUPED_CAPABILITY = (9, 0)
 """Compute capability of the GPUs that have it."""
+_STEP = 32
+"""On CPUs, products in half precision have a multiple of so many rows: oneDNN compiles a kernel for each number."""
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -57,6 +59,9 @@ def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
 def _grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
     for expert, rows in _groups(ends_E):
+        # Rows of later experts that are computed as well are overwritten by theirs.
+        more = slice(rows.start, _rounded_stop(rows, x_RI))
+        rows = more if more.stop <= len(x_RI) else rows
         torch.mm(x_RI[rows], weight_EOI[expert].t(), out=y_RO[rows])
     return y_RO
 
@@ -72,7 +77,8 @@ def _weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     gradient = grad_RO.new_empty(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
     groups = _groups(ends_E)
     for expert, rows in groups:
-        torch.mm(grad_RO[rows].t(), x_RI[rows], out=gradient[expert])
+        count = _rounded_stop(rows, x_RI) - rows.start
+        torch.mm(_padded(grad_RO, rows, count).t(), _padded(x_RI, rows, count), out=gradient[expert])
     for expert in set(range(len(ends_E))).difference(expert for expert, _ in groups):
         gradient[expert].zero_()
     return gradient
@@ -92,6 +98,24 @@ def _(x_shape: tuple[int, int], weight_shape: tuple[int, int, int], ends_shape: 
 @register_flop_formula(torch.ops.retemper.grouped_linear_weight_gradient)
 def _(grad_shape: tuple[int, int], x_shape: tuple[int, int], ends_shape: Any, *, out_shape: Any) -> int:
     return 2 * x_shape[0] * x_shape[1] * grad_shape[1]
+
+
+def _rounded_stop(rows: slice, x: Tensor) -> int:
+    """Return the end of ``rows`` of ``x``, whose number is rounded up to a multiple of :data:`_STEP` if that pays."""
+    if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return rows.stop
+    return rows.start + -(-(rows.stop - rows.start) // _STEP) * _STEP
+
+
+def _padded(x: Tensor, rows: slice, count: int) -> Tensor:
+    """Return [count, ...]: ``rows`` of ``x``, and zeros."""
+    num_rows = rows.stop - rows.start
+    if num_rows == count:
+        return x[rows]
+    padded = x.new_empty(count, *x.shape[1:])
+    padded[:num_rows] = x[rows]
+    padded[num_rows:] = 0
+    return padded
 
 
 def _groups(ends_E: Tensor) -> list[tuple[int, slice]]:

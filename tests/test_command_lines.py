@@ -47,6 +47,7 @@ TEXTS = {
         "--export",
         "--ssh-option",
         "--engines",
+        "--dtype",
         "--engine",
         "--ours",
         "--partition",

@@ -259,7 +259,8 @@ def test_changes_that_a_run_with_checkpoints_refuses_say_so(one_rank, run_file, 
     tiny_run.train(one_rank, run_file, options)
     config = tiny_run.configure(run_file, *options[:2], "--training.train_tokens", "2048")
     refused = {}
-    cluster = SimpleNamespace(assumptions=SimpleNamespace(gpus_per_node=1))
+    without_experts = SimpleNamespace(experts=None)
+    cluster = SimpleNamespace(assumptions=SimpleNamespace(gpus_per_node=1), architecture=without_experts)
     for change in changes(config, plan_layout(config.parallel, 1), cluster):
         try:
             pretrain.build(change.applied_to(config), one_rank)

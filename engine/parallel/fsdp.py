@@ -7,6 +7,7 @@ wrong if ranks hold different numbers of targets.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ..config.settings import ParallelConfig
 from ..model.language_model import LanguageModel
+from ..optim.local import local_part
 from .expert import experts_of
 from .mesh import Mesh
 
@@ -88,6 +91,7 @@ def _shard(
 
     def shard(module: nn.Module, ranks: DeviceMesh, reshard: bool) -> None:
         options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "ignored_params": constants or None}
+        options["shard_placement_fn"] = functools.partial(_placement, ranks.size(-1))
         ranks_of[fully_shard(module, mesh=ranks, reshard_after_forward=reshard, **options)] = ranks
 
     for block in model.blocks:
@@ -101,6 +105,20 @@ def _shard(
         shard(embedding, mesh.fsdp, config.reshard_after_forward)
     shard(model, mesh.fsdp, False)
     return ranks_of
+
+
+def _placement(ranks: int, parameter: nn.Parameter) -> Shard | None:
+    """Return how FSDP divides ``parameter`` over ``ranks``; None: along the first dimension.
+
+    A stack of experts whose number is no multiple of the ranks would leave some ranks with more experts than others, or
+    with none. It is divided along the rows of each expert instead, where that is even and tensor parallelism does not
+    divide them already.
+    """
+    if parameter.ndim != 3:
+        return None
+    experts, rows = local_part(parameter).shape[:2]
+    divided = isinstance(parameter, DTensor) and any(place.is_shard(1) for place in parameter.placements)
+    return Shard(1) if experts % ranks and rows % ranks == 0 and not divided else None
 
 
 def _prefetch(model: LanguageModel, count: int) -> None:

@@ -19,7 +19,8 @@ from ..model.lora import LoraLinear
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "retemper::grouped_linear", "aten::_grouped_mm")
 _ROUTING = ("aten::topk", "aten::sort")
-"""The choice of experts and the order of their rows: small, and slow to compute again."""
+"""The choice of experts and the order of their rows: small, and slow to compute again. Only in the native decoder:
+modules of transformers change the results in place."""
 _ATTENTIONS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -59,7 +60,8 @@ def apply(model: LanguageModel, config: ParallelConfig, fuse_projections: bool =
                 num_linear -= sum(len(module.layers_with_same_input) - 1 for module in fused)
             # Not a number: torch.compile takes one that differs between blocks for a variable.
             kept = (True,) * (num_linear - 1) + (_reads_last_product(model.architecture),)
-            options["context_fn"] = functools.partial(_selective_contexts, kept)
+            others = _ATTENTIONS + (_ROUTING if isinstance(model.architecture, DecoderArchitecture) else ())
+            options["context_fn"] = functools.partial(_selective_contexts, kept, others)
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
@@ -68,15 +70,15 @@ def _reads_last_product(architecture: Architecture) -> bool:
     return isinstance(architecture, DecoderArchitecture) and architecture.block_norms.after_mlp is not None
 
 
-def _selective_contexts(kept: tuple[bool, ...]) -> tuple[Any, Any]:
+def _selective_contexts(kept: tuple[bool, ...], others: tuple[str, ...]) -> tuple[Any, Any]:
     """Return the contexts of one forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts(_keep_products(kept))
+    return create_selective_checkpoint_contexts(_keep_products(kept, others))
 
 
-def _keep_products(kept: tuple[bool, ...]) -> Callable[..., CheckpointPolicy]:
+def _keep_products(kept: tuple[bool, ...], others: tuple[str, ...]) -> Callable[..., CheckpointPolicy]:
     """Return the policy of one forward pass of a block, with matrix products ``kept`` or not in their order.
 
-    It stores their outputs and those of attention, which cost most to compute. The last product of most blocks is not
+    It stores their outputs and those of ``others``, which cost most to compute. The last product of most blocks is not
     stored, because their backward pass does not read it.
     """
     # Of the forward pass (False) and of its recomputation (True): before PyTorch 2.13 the policy decides in both.
@@ -85,7 +87,7 @@ def _keep_products(kept: tuple[bool, ...]) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operator.name().partition(".")[0]
         products[context.is_recompute] += name in _MATMULS
-        is_kept = kept[: products[context.is_recompute]][-1] if name in _MATMULS else name in _ATTENTIONS + _ROUTING
+        is_kept = kept[: products[context.is_recompute]][-1] if name in _MATMULS else name in others
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
