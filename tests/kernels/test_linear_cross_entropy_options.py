@@ -113,14 +113,16 @@ def test_unknown_backend():
 
 def shared_vocabulary(ranks, dtype, backend, size, options, budget):
     """This rank's (loss, number of targets, gradients of the hidden states, the weight and the bias)."""
-    kernel.logit_budget = kernel.device_budget = lambda device: budget
     hidden, weight, targets = make_inputs(TOKENS, HIDDEN, VOCAB, dtype, size=size)
     rows = VOCAB // ranks.world_size
     part = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
     mine = weight.detach()[part].clone().requires_grad_()
     bias = make_bias(weight, options.get("bias"))
     options = options | {"bias": None if bias is None else bias.detach()[part].clone().requires_grad_()}
-    result = linear_cross_entropy(hidden, mine, targets, vocab_group=dist.group.WORLD, backend=backend, **options)
+    with pytest.MonkeyPatch.context() as patch:  # these processes run other tests as well
+        for name in ("logit_budget", "device_budget"):
+            patch.setattr(kernel, name, lambda device: budget)
+        result = linear_cross_entropy(hidden, mine, targets, vocab_group=dist.group.WORLD, backend=backend, **options)
     (result.loss_sum * 1.3008).backward()
     bias_grad = mine.grad[:0, 0] if bias is None else options["bias"].grad
     return result.loss_sum.detach(), result.count, hidden.grad, mine.grad, bias_grad
