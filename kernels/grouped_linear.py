@@ -59,10 +59,12 @@ def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
 def _grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
     for expert, rows in _groups(ends_E):
-        # Rows of later experts that are computed as well are overwritten by theirs.
-        more = slice(rows.start, _rounded_stop(rows, x_RI))
-        rows = more if more.stop <= len(x_RI) else rows
-        torch.mm(x_RI[rows], weight_EOI[expert].t(), out=y_RO[rows])
+        matrix, stop = weight_EOI[expert].t(), _rounded_stop(rows, x_RI)
+        if stop <= len(x_RI):
+            # Rows of later experts that are computed as well are overwritten by theirs.
+            torch.mm(x_RI[rows.start : stop], matrix, out=y_RO[rows.start : stop])
+        else:
+            y_RO[rows] = (_padded(x_RI, rows, stop - rows.start) @ matrix)[: rows.stop - rows.start]
     return y_RO
 
 

@@ -16,6 +16,7 @@ COUNTS = {
     "all rows on one expert": [0, 11, 0],
     "one expert": [6],
     "no rows": [0, 0, 0],
+    "more rows than are rounded up": [40, 0, 33, 70, 5, 64],
 }
 
 

@@ -53,15 +53,11 @@ def describe_missing(plan: LayoutPlan) -> str | None:
 
 
 def _remedies(plan: LayoutPlan, ranks: int) -> list[str]:
-    experts, shown = settings_of(plan.cluster.architecture), plan.config.parallel.expert
-    assert experts is not None
-    found = []
+    shown, found = plan.config.parallel.expert, []
     larger = [size for size in sizes_of(plan.cluster.architecture, ranks) if size > shown]
     if larger:
         saved = _gathered_bytes(plan, shown) - _gathered_bytes(plan, larger[-1])
         found.append(f"parallel.expert {larger[-1]} (gathers {gib(saved)} GiB less)")
-    if experts.num_experts % ranks:  # FSDP divides stacks of experts by whole experts
-        found.append(f"parallel.tensor, because {experts.num_experts} experts are unequal shares of {ranks} ranks")
     return [*found, "more ranks to share them", "optimizer.state_dtype bf16", "parallel.cpu_offload true"]
 
 
