@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .config_reader import ConfigReader
-from .expert_settings import ExpertSettings
-from .family_table import ExpertFamily, Family
+from .expert_settings import ExpertFamily, ExpertSettings
+from .family_table import Family
 
 MOST_EXPERTS = 10_000
 _LARGEST_WIDTH = 2**24

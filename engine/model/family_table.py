@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from .expert_settings import Scoring
+from .expert_settings import ExpertFamily
 
 NormKind = Literal["rms", "rms_fp32", "rms_plus_one", "layer_norm"]
 """rms_fp32 scales before it casts back from fp32, rms scales after. rms_plus_one scales by one plus the weight."""
@@ -44,56 +44,6 @@ _SANDWICH = BlockNorms(
 _GLM_SANDWICH = BlockNorms(
     "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"
 )
-
-_LAYER_KEYS: dict[str, list[str]] = {
-    "all": [],
-    "sparse_step": ["decoder_sparse_step", "mlp_only_layers"],
-    "first_dense": ["first_k_dense_replace"],
-}
-_SHARED_KEYS: dict[str, list[str]] = {
-    "none": [],
-    "own_size": ["shared_expert_intermediate_size"],
-    "number": ["n_shared_experts"],
-}
-_SCORING_KEYS: dict[str, list[str]] = {
-    "softmax": ["router_aux_loss_coef"],
-    "sigmoid": ["n_group", "topk_group", "routed_scaling_factor"],
-}
-
-
-class ExpertFamily(NamedTuple):
-    """The facts about the experts of a ``model_type``. The defaults are those of Qwen3."""
-
-    num_experts: str = "num_experts"
-    """Key of their number."""
-    num_experts_alias: str | None = "num_local_experts"
-    """Another name of that key, which transformers also writes."""
-    default_num_experts: int | None = None
-    intermediate_size: str = "moe_intermediate_size"
-    """Key of their inner width."""
-    layers: Literal["all", "sparse_step", "first_dense"] = "sparse_step"
-    """The layers with experts. all: every layer. sparse_step: every ``decoder_sparse_step``-th but those in
-    ``mlp_only_layers``. first_dense: all but the first ``first_k_dense_replace``."""
-    shared: Literal["none", "own_size", "number"] = "none"
-    """The expert of all tokens. own_size: its width is ``shared_expert_intermediate_size``, and it has a gate. number:
-    ``n_shared_experts`` times that of an expert."""
-    scoring: Scoring = "softmax"
-    """sigmoid: as DeepSeek-V3, with groups, a bias for the choice and ``routed_scaling_factor``."""
-    normalize: bool | str = "norm_topk_prob"
-
-    @property
-    def read_keys(self) -> tuple[str, ...]:
-        """Return the keys of these facts."""
-        keys: list[str | None] = [
-            self.num_experts,
-            self.num_experts_alias,
-            self.intermediate_size,
-            "num_experts_per_tok",
-        ]
-        keys += _LAYER_KEYS[self.layers] + _SHARED_KEYS[self.shared] + _SCORING_KEYS[self.scoring]
-        keys += [self.normalize] if isinstance(self.normalize, str) else []
-        return tuple(key for key in keys if key is not None)
-
 
 Scalar = tuple[str, float]
 """A field of the architecture, and the exponent that is applied to the key's value to get it."""
