@@ -41,7 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
     """Two gloo ranks."""
-    cluster = RankCluster(2, str(tmp_path_factory.mktemp("two_ranks") / "rendezvous"))
+    cluster = RankCluster(2, tmp_path_factory.mktemp("two_ranks"))
     yield cluster
     cluster.close()
 
@@ -49,7 +49,7 @@ def two_ranks(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory):
     """Four gloo ranks."""
-    cluster = RankCluster(4, str(tmp_path_factory.mktemp("four_ranks") / "rendezvous"))
+    cluster = RankCluster(4, tmp_path_factory.mktemp("four_ranks"))
     yield cluster
     cluster.close()
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
 import multiprocessing
 import os
 import signal
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,9 @@ from retemper.engine.parallel import mesh
 from retemper.engine.parallel.process_group import Ranks
 
 CPU = torch.device("cpu")
+_SHOW_STACK = signal.SIGRTMIN  # runs handle SIGUSR2 themselves
+_PATIENCE = 30.0
+"""Seconds that other ranks have to answer after one has failed."""
 
 
 class RankCluster:
@@ -29,14 +36,27 @@ class RankCluster:
     A fresh process imports what all need, which takes seconds, and forks the ranks before it has threads or a group.
     Between two functions the ranks are stopped: a process group of gloo has threads that wake a hundred times a second,
     which would cost the other tests a third of a core.
+
+    If some ranks do not answer, their stacks are shown, and the next function is run by new ranks.
+
+    Args:
+        world_size: number of ranks.
+        parent_folder: in which the cluster makes a folder for its files.
+        time_limit: seconds that a function may take. Less than what pytest-timeout gives a test, so that the failure
+            tells what the ranks were doing.
     """
 
-    def __init__(self, world_size: int, rendezvous_file: str):
+    def __init__(self, world_size: int, parent_folder: Path, time_limit: float = 240):
+        self._world_size, self._parent_folder, self._time_limit = world_size, parent_folder, time_limit
+        self._start()
+
+    def _start(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks", dir=self._parent_folder))
         context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(world_size)]
+        pipes = [context.Pipe() for _ in range(self._world_size)]
         self._pipes: list[Connection] = [ours for ours, _ in pipes]
         theirs = [their for _, their in pipes]
-        self._parent = context.Process(target=_fork_ranks, args=(rendezvous_file, theirs), daemon=True)
+        self._parent = context.Process(target=_fork_ranks, args=(self._folder, theirs), daemon=True)
         self._parent.start()
         for their in theirs:
             their.close()
@@ -44,14 +64,44 @@ class RankCluster:
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(ranks, *arguments)`` on every rank at once; the results by rank. A failure anywhere is raised."""
         self._signal(signal.SIGCONT)
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        results = [pipe.recv() for pipe in self._pipes]
-        self._signal(signal.SIGSTOP)
-        failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(results) if not ok]
+        answers: dict[int, tuple[bool, Any]] = {}
+        try:
+            for pipe in self._pipes:
+                pipe.send((function, arguments))
+            self._receive(answers)
+        finally:
+            missing = [rank for rank in range(self._world_size) if rank not in answers]
+            if missing:
+                stacks = self._stacks(missing)
+                self._kill()
+                self._start()
+            else:
+                self._signal(signal.SIGSTOP)
+        failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok]
+        failures += [f"rank {rank} has not answered; it ended or was here:\n{stacks[rank]}" for rank in missing]
         if failures:
             raise AssertionError("\n".join(failures))
-        return [value for _, value in results]
+        return [answers[rank][1] for rank in range(self._world_size)]
+
+    def _receive(self, answers: dict[int, tuple[bool, Any]]) -> None:
+        """Wait for the answers of all ranks; not for long after a failure, as others may wait for that rank forever."""
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        end = time.monotonic() + self._time_limit
+        while waiting and (ready := wait(list(waiting), timeout=max(end - time.monotonic(), 0))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank, ok = waiting.pop(pipe), False
+                with contextlib.suppress(EOFError):
+                    ok, value = pipe.recv()
+                    answers[rank] = ok, value
+                if not ok:
+                    end = min(end, time.monotonic() + _PATIENCE)
+
+    def _stacks(self, ranks: list[int]) -> dict[int, str]:
+        """Let ``ranks`` write where they are, and return that."""
+        self._signal(_SHOW_STACK)
+        time.sleep(1)
+        return {rank: (self._folder / f"stack{rank}").read_text() for rank in ranks}
 
     def close(self) -> None:
         """End the ranks."""
@@ -59,6 +109,9 @@ class RankCluster:
         for pipe in self._pipes:
             pipe.send(None)
         self._parent.join(30)
+        self._kill()
+
+    def _kill(self) -> None:
         self._signal(signal.SIGKILL)
         self._parent.join()
 
@@ -82,9 +135,10 @@ def share_meshes() -> None:
     mesh.build_mesh = build_or_share
 
 
-def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
+def _fork_ranks(folder: Path, pipes: list[Connection]) -> None:
     """The parent of the ranks: leads their process group, and ends after the last of them."""
     os.setpgid(0, 0)
+    signal.signal(_SHOW_STACK, signal.SIG_IGN)
     for name in ("guards.run_guards", "observe.reporter", "observe.start_summary", "pretrain", "start"):
         importlib.import_module(f"retemper.engine.{name}")
     # Test files import these, and ranks import the test files whose functions they run.
@@ -97,7 +151,7 @@ def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
         if os.fork() == 0:
             for other in pipes[:rank] + pipes[rank + 1 :]:
                 other.close()
-            _serve(rank, len(pipes), rendezvous_file, pipe)
+            _serve(rank, len(pipes), folder, pipe)
     # So that a rank that dies closes its pipe's last end.
     for pipe in pipes:
         pipe.close()
@@ -106,9 +160,11 @@ def _fork_ranks(rendezvous_file: str, pipes: list[Connection]) -> None:
     os._exit(0)
 
 
-def _serve(rank: int, world_size: int, rendezvous_file: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, folder: Path, pipe: Connection) -> None:
+    stack_file = (folder / f"stack{rank}").open("w")
+    faulthandler.register(_SHOW_STACK, stack_file, all_threads=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     share_meshes()
     try:
         while (task := pipe.recv()) is not None:

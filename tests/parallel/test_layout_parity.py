@@ -172,7 +172,7 @@ def train_on(one_rank, request, tmp_path):
         if world_size == 1:
             return parity_run.five_steps(one_rank, path, options_of(settings))
         if "compile=on" in settings:
-            cluster = RankCluster(world_size, str(tmp_path / "rendezvous"))
+            cluster = RankCluster(world_size, tmp_path)
             clusters.append(cluster)
         else:
             cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])

@@ -73,7 +73,7 @@ def pool():
 @pytest.fixture(scope="module")
 def fresh_ranks(tmp_path_factory):
     """Two ranks whose memory no other test has used."""
-    cluster = RankCluster(2, str(tmp_path_factory.mktemp("fresh_ranks") / "rendezvous"))
+    cluster = RankCluster(2, tmp_path_factory.mktemp("fresh_ranks"))
     yield cluster
     cluster.close()
 
