@@ -15,8 +15,8 @@ _DROPOUT = ("dropout", "pdrop", "layerdrop", "jitter")
 """Parts of the names of keys. Jitter multiplies the input of a router by random factors."""
 _OTHER_HEADS = ("classifier", "summary")
 _NO_NOISE = {"phimoe": ("router_jitter_noise",)}
-"""Keys with such names that are no noise, by type: the router of Phi-3.5-MoE masks experts whose scores are further than
-this from the highest one, also without randomness (https://arxiv.org/abs/2409.12136)."""
+"""Keys with such names that are no noise, by type: the router of Phi-3.5-MoE masks experts whose scores are further
+than this from the highest one, also without randomness (https://arxiv.org/abs/2409.12136)."""
 
 
 def with_settings(config: dict[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
