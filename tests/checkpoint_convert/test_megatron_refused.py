@@ -22,7 +22,7 @@ from tiny_models import SHAPE, Command, assert_refused, edit_json, read_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retemper.checkpoint_convert import from_megatron, to_megatron
-from retemper.checkpoint_convert.megatron_config import read_args
+from retemper.checkpoint_convert.megatron_args import read_args
 from retemper.engine.weights.dcp_metadata import read_metadata
 
 Run = Callable[..., Command]
