@@ -1,8 +1,8 @@
 """Read a Megatron-Core checkpoint of the ``torch_dist`` format under Hugging Face names, without Megatron.
 
 Such a checkpoint is a folder of PyTorch's distributed checkpoint (DCP) with a ``metadata.json``, which is written last.
-Any rows of any tensor can be read without the others: the tensors of Hugging Face are pieces of Megatron's, according to
-:mod:`megatron_layout`, and only these are read. Optimizer and random states are left out.
+Any rows of any tensor can be read without the others: the tensors of Hugging Face are pieces of Megatron's, as the table
+in :mod:`megatron_layout` says, and only these are read. Optimizer and random states are left out.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class MegatronModel:
         """Content of a Hugging Face ``config.json``."""
         self.architecture: DecoderArchitecture = parse_decoder_architecture(config, where)
         require_same_decoder(self.architecture, where)
+        if self.architecture.experts is None:
+            _refuse_experts(weights, self.folder, where)
         if args is not None:
             self.notes += describe_disagreement(args, self.architecture, said_in)
         layout = Layout.of(self.architecture, meta_model(self.architecture))
@@ -264,6 +266,15 @@ def _refuse_foreign(weights: Iterable[str], folder: Path) -> None:
                 f"{folder}: holds {what} ({', '.join(keys[:3])}), which is not supported; supported are models of "
                 f"the types {', '.join(MODEL_TYPES)}"
             )
+
+
+def _refuse_experts(weights: Iterable[str], folder: Path, where: str) -> None:
+    keys = [name for name in weights if ".experts." in name or ".router." in name]
+    if keys:
+        raise UserError(
+            f"{folder}: holds a mixture of experts ({', '.join(keys[:3])}), but {where} is of a model without experts; "
+            "name this model's config.json"
+        )
 
 
 def _unit(name: str, index: tuple[int, ...]) -> str:
