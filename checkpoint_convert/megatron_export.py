@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from retemper.engine.errors import UserError
 from retemper.engine.files.atomic import require_absent
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.model.families import require_native
+from retemper.engine.model.wrappers import text_config_of
 from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER
 from retemper.engine.weights.conversion.logits import compare_logits
 from retemper.engine.weights.conversion.pipeline import Conversion, Target, Written
@@ -57,6 +59,11 @@ def convert(
     assert hf is not None or not verify
     folder, model = _open_source(hf, checkpoint, output)
     architecture = require_native(model.architecture, str(folder))
+    if text_config_of(model.config)[1]:
+        raise UserError(
+            f"{folder}: model_type {model.config.get('model_type')} is a text model with other parts around it; only "
+            "text models can be converted to Megatron's format"
+        )
     layout = replace(layout, per_layer=per_layer or not is_homogeneous(architecture))
     args = args_from_config(model.config, architecture, layout.vocabulary, str(folder))
     source, written = model.published, target or model.export_dtype

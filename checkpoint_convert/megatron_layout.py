@@ -175,9 +175,8 @@ _EXPERT_MODULES = (f"{_EXPERTS}.linear_fc1", f"{_EXPERTS}.linear_fc2")
 
 def _entries(architecture: DecoderArchitecture, layer: int | None) -> tuple[Entry, ...]:
     """Return the rows of the table for a layer; None: for the rest of the model."""
-    if layer is None:
-        entries = MODEL_ENTRIES
-    else:
+    entries: tuple[Entry, ...] = MODEL_ENTRIES
+    if layer is not None:
         entries = _ATTENTION_ENTRIES + (_MIXTURE_ENTRIES if is_mixture(architecture, layer) else _DENSE_ENTRIES)
     return tuple(entry for entry in entries if entry.exists(architecture))
 

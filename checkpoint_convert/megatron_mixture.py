@@ -124,6 +124,7 @@ def mixture_config(args: Args, num_layers: int, where: str) -> dict[str, Any]:
         refuse(where, "add_bias_linear", args.get("add_bias_linear"), "supported with experts: False")
     width = "ffn_hidden_size" if args.get("moe_ffn_hidden_size") is None else "moe_ffn_hidden_size"
     inner = _size(args, width, _WIDEST, where)
+    more: dict[str, Any]
     if shared and gated and not qk_norm:
         family = "qwen2_moe"
         more = {

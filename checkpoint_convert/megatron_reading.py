@@ -1,8 +1,8 @@
 """Read a Megatron-Core checkpoint of the ``torch_dist`` format under Hugging Face names, without Megatron.
 
 Such a checkpoint is a folder of PyTorch's distributed checkpoint (DCP) with a ``metadata.json``, which is written last.
-Any rows of any tensor can be read without the others: the tensors of Hugging Face are pieces of Megatron's, as the table
-in :mod:`megatron_layout` says, and only these are read. Optimizer and random states are left out.
+:mod:`megatron_layout` says which pieces of Megatron's tensors the tensors of Hugging Face are. Any rows of these can be
+read without the others. Optimizer and random states are left out.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ class MegatronModel:
         self, tensors: Iterable[FusedTensor], weights: Mapping[str, StoredTensor], where: str, most_padding: int
     ) -> dict[str, _Place]:
         """Return the place of every Hugging Face tensor; every tensor in the checkpoint must belong to one."""
-        places, problems, used = {}, [], set()
+        places: dict[str, _Place] = {}
+        problems: list[str] = []
+        used: set[str] = set()
         for fused in tensors:
             found = self._find(fused, weights)
             names = {place.name for place in found}

@@ -20,6 +20,7 @@ from mixture_folders import save_mixture
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, Command, assert_refused, edit_json, read_folder
 from transformers import AutoConfig, AutoModelForCausalLM
+from wrapped_models import save_wrapped
 
 from retemper.checkpoint_convert import from_megatron, to_megatron
 from retemper.checkpoint_convert.megatron_args import read_args
@@ -290,6 +291,12 @@ def test_biases_that_megatron_has_not(run: Run, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
     command = run(to_megatron, "--hf", tmp_path / "hf", "--output", tmp_path / "out")
     assert_refused(command, "biases are on attention only")
+
+
+def test_a_text_model_inside_another(run: Run, tmp_path: Path) -> None:
+    save_wrapped(tmp_path / "hf", "mistral3")
+    command = run(to_megatron, "--hf", tmp_path / "hf", "--output", tmp_path / "out")
+    assert_refused(command, "model_type mistral3 is a text model with other parts")
 
 
 def test_one_dtype_for_what_megatron_keeps_as_one(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
