@@ -110,7 +110,7 @@ def test_megatron_loads_what_we_write(one_rank: Ranks, tmp_path: Path, family: s
     torch.testing.assert_close(theirs[..., :VOCAB_SIZE], transformers_logits(folder), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe, dense layer", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
 def test_a_checkpoint_for_the_trainer(one_rank: Ranks, tmp_path: Path, family: str) -> None:
     """Every bit from Megatron to a checkpoint and back to Megatron."""
     args = mm.args_of(SETTINGS[family])
@@ -218,7 +218,7 @@ def test_what_megatron_does_where_nothing_is_said() -> None:
     assert (fields["moe_router_topk"], fields["moe_router_pre_softmax"], fields["moe_layer_freq"]) == (2, False, 1)
 
 
-@pytest.mark.parametrize("every", [1, 2, [0, 1, 1]], ids=str)
+@pytest.mark.parametrize("every", [2, [0, 1, 1]], ids=str)
 def test_layers_with_experts(one_rank: Ranks, tmp_path: Path, every: Any) -> None:
     """Megatron counts from the first layer, and transformers from the n-th."""
     args = mm.args_of(SETTINGS["qwen3_moe"])
