@@ -59,6 +59,7 @@ RANGES = {
     "data.prefetch_steps": _FROM_1,
     "data.validation_fraction": _SHARE,
     "model.rope.factor": _FROM_1,
+    "model.rope.theta": Range("above 1, or null", lambda value: 1 < value <= _LARGEST),
     "model.dropout": Range("0, or null", lambda value: value == 0),
     "adapter.rank": _FROM_1,
     "adapter.alpha": _POSITIVE,
@@ -213,6 +214,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     rope = config.model.rope
     if rope.kind is not None and rope.factor == 1:
         yield f"model.rope.kind is {rope.kind}, but model.rope.factor is 1; set it to a larger number, such as 4"
+    if rope.kind == "default" and rope.theta is None:
+        yield "model.rope.kind is default, but model.rope.theta is null; set it to the new base, such as 8_000_000"
 
 
 def _precision(training: TrainingConfig) -> Iterator[str]:

@@ -88,6 +88,12 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("model.rope.theta",),
+        lambda now: now.config.model.rope.kind == "default",
+        "model.rope.kind is not default, and scalings keep the base of the model; set it to default, or remove theta",
+        refused=True,
+    ),
+    Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
             *("adapter.modules_to_save", "adapter.export", "adapter.quantize_base"),

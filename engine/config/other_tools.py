@@ -153,6 +153,7 @@ MEGATRON = {
     "moe_aux_loss_coeff": "training.router_aux_loss_coef; the same strength is it x layers / experts of a token",
     "moe_z_loss_coeff": "training.router_z_loss_coef; the same strength is it x layers",
     "moe_router_bias_update_rate": "training.router_bias_update_rate",
+    "rotary_base": "model.rope: {kind: default, theta: N, factor: M}",
     "recompute_granularity": "parallel.recompute",
     "recompute_activations": "parallel.recompute: selective",
     "recompute_method": "parallel.recompute and parallel.recompute_every",
@@ -188,6 +189,7 @@ TORCHTITAN = {
     "init_timeout_seconds": "parallel.timeout_seconds",
     "train_timeout_seconds": "parallel.timeout_seconds",
     "activation_checkpoint": "parallel.recompute",
+    "rope_theta": "model.rope: {kind: default, theta: N, factor: M}",
     "load_balance_coeff": "training.router_bias_update_rate",
 }
 NAMES = {**TORCHTITAN, **MEGATRON, **AXOLOTL, **LLAMA_FACTORY, **LORA, **TRANSFORMERS_BEFORE_5, **TRANSFORMERS}

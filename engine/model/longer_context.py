@@ -1,7 +1,7 @@
 """Lengthen the context of a model: write ``model.rope`` into its ``config.json``, as transformers reads it.
 
-The result is what the run trains with, keeps in its checkpoints and exports. A config that has the scaling already is
-unchanged, so a run that resumes is not lengthened twice.
+The result is what the run trains with, keeps in its checkpoints and exports. A config that has the scaling or the base
+already is unchanged, so a run that resumes is not lengthened twice.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from .family_table import FAMILIES
 from .rope_settings import FULL, PARAMETERS, SCALING
 
 _ORIGINAL, _LENGTH = "original_max_position_embeddings", "max_position_embeddings"
+_TYPE, _THETA, _PLAIN = "rope_type", "rope_theta", "default"
+_BASES = (_THETA, "rotary_emb_base")
+"""Keys of the base at the top of a config: of nearly all types, and of GPT-NeoX."""
+_BASES_OF_LAYERS = ("layer_rope_theta", "swa_rope_theta", "compress_rope_theta", "global_rope_theta")
+"""Keys of further bases in types of transformers that are not native."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Of the published Llama 3.1 models."""
 _KEEPS_LENGTH = "dynamic"
@@ -22,7 +27,7 @@ _KEEPS_LENGTH = "dynamic"
 
 
 def with_rope(config: dict[str, Any], rope: RopeConfig, where: str) -> dict[str, Any]:
-    """Return a Hugging Face ``config`` with the rotary scaling ``rope``.
+    """Return a Hugging Face ``config`` with the rotary positions ``rope``.
 
     Args:
         config: content of a ``config.json``. If it is that of a wrapper, its ``text_config`` is changed.
@@ -30,7 +35,7 @@ def with_rope(config: dict[str, Any], rope: RopeConfig, where: str) -> dict[str,
         where: names the config in errors.
 
     Raises:
-        UserError: the model has no rotary positions, or has another scaling already.
+        UserError: the model has no rotary positions, or has another scaling or a larger base already.
     """
     if rope.kind is None:
         return config
@@ -46,20 +51,57 @@ def with_rope(config: dict[str, Any], rope: RopeConfig, where: str) -> dict[str,
     length = config.get(_LENGTH)
     if not isinstance(length, int) or isinstance(length, bool):
         raise UserError(f"model.rope: {where}: {_LENGTH} is {length!r}; set it to the length that the model has now")
-    present = full.get("rope_type", full.get("type", "default"))
-    if present != "default":
+    present = full.get(_TYPE, full.get("type", _PLAIN))
+    if present != _PLAIN:
         _require_present(full, rope, present, where)
         return config
+    if rope.kind == _PLAIN and _has_base(config, rope, where):
+        return config
     full.pop("type", None)
-    full |= {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        full |= _LLAMA3
-    if rope.kind in ("llama3", "yarn"):
-        full[_ORIGINAL] = length
+    full |= _parameters(rope, length)
     changed = {key: value for key, value in config.items() if key not in (SCALING, _ORIGINAL)}
+    if rope.kind == _PLAIN:  # programs that do not know rope_parameters read the key at the top
+        changed |= {key: rope.theta for key in _BASES if config.get(key) is not None}
     changed[PARAMETERS] = {**settings, FULL: full} if by_layer else full
     changed[_LENGTH] = length if rope.kind == _KEEPS_LENGTH else math.ceil(length * rope.factor)
+    if rope.kind == _PLAIN and _base(changed, where) != rope.theta:
+        raise UserError(f"model.rope: {where}: {model_type} models have no single rope_theta; change their config.json")
     return changed
+
+
+def _parameters(rope: RopeConfig, length: int) -> dict[str, Any]:
+    """Return the entries of ``rope_parameters`` for a model whose length was ``length``."""
+    if rope.kind == _PLAIN:
+        return {_TYPE: _PLAIN, _THETA: rope.theta}
+    found = {_TYPE: rope.kind, "factor": rope.factor}
+    if rope.kind == "llama3":
+        found |= _LLAMA3
+    if rope.kind in ("llama3", "yarn"):
+        found[_ORIGINAL] = length
+    return found
+
+
+def _has_base(config: dict[str, Any], rope: RopeConfig, where: str) -> bool:
+    """Return whether ``config`` has the base of ``rope`` already; refuse a smaller one."""
+    before = _base(config, where)
+    if before is not None and rope.theta is not None and rope.theta < before:
+        raise UserError(
+            f"model.rope.theta is {rope.theta:g}, but {where} has the larger rope_theta {before:g} already; set a "
+            "larger theta, or remove model.rope"
+        )
+    return before == rope.theta
+
+
+def _base(config: dict[str, Any], where: str) -> float | None:
+    """Return the base of the layers with full attention, as transformers reads it; None if layers differ in it."""
+    from .generic.library import library_config
+
+    made = library_config(config, where)
+    if any(getattr(made, key, None) is not None for key in _BASES_OF_LAYERS):
+        return None
+    parameters = made.rope_parameters
+    value = parameters.get(FULL, parameters).get(_THETA)
+    return None if value is None else float(value)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

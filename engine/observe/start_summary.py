@@ -357,7 +357,8 @@ def notes(config: RunConfig, catalog: Catalog, assets: HfAssets) -> list[str]:
     if max_positions is not None and training.sequence_length > max_positions:
         lines.append(
             f"note: training.sequence_length {training.sequence_length:,} is beyond the model's "
-            f"max_position_embeddings {max_positions:,}; the exported config.json still has {max_positions:,}"
+            f"max_position_embeddings {max_positions:,}; the exported config.json still has {max_positions:,}, which "
+            "model.rope would raise"
         )
     return lines
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ..errors import UserError
 from ..guards.liveness import BACKGROUND_GROUP, Liveness
 from ..guards.rendezvous import Rendezvous, join
+from .gloo import use_one_thread
 from .launcher import read_launcher
 
 Result = TypeVar("Result")
@@ -27,6 +28,7 @@ _SHORTEST_COLLECTIVE_LIMIT = 3600.0  # seconds
 
 # PyTorch's own code calls functions that PyTorch is about to rename, and would warn the user on every rank.
 warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor", category=FutureWarning)
+use_one_thread()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,10 @@ print(json.dumps(seen))
 """
 
 
-def sparse_model(folder: Path, num_layers: int, hidden_size: int, vocab_size: int) -> tuple[int, int]:
-    """Bytes of a bf16 model of zeros with tied embeddings, and of its largest tensor."""
+def sparse_model(
+    folder: Path, num_layers: int, hidden_size: int, vocab_size: int, **mixture: int | str
+) -> tuple[int, int]:
+    """Bytes of a bf16 model of zeros with tied embeddings, and of its largest parameter."""
     config = {
         "model_type": "llama",
         "vocab_size": vocab_size,
@@ -42,16 +45,21 @@ def sparse_model(folder: Path, num_layers: int, hidden_size: int, vocab_size: in
         "num_hidden_layers": num_layers,
         "num_attention_heads": 16,
         "torch_dtype": "bfloat16",
+        **mixture,
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    parameters = meta_model(parse_architecture(config)).named_parameters()
-    tensors = {name: StoredTensor(tuple(parameter.shape), torch.bfloat16) for name, parameter in parameters}
+    architecture = parse_architecture(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(architecture).named_parameters()}
+    pieces = architecture.stored_pieces(shapes)
+    stored = {name: shape for name, shape in shapes.items() if name not in pieces}
+    stored |= {piece.tensor: piece.sizes for parts in pieces.values() for piece in parts}
+    tensors = {name: StoredTensor(shape, torch.bfloat16) for name, shape in stored.items()}
     plan = ShardPlan(tensors, 5 * 10**9)
     for file in plan.files:
         file.begin(folder / file.name)
     plan.write_index(folder)
-    sizes = [tensor.num_bytes for tensor in tensors.values()]
+    sizes = [2 * math.prod(shape) for shape in shapes.values()]
     return sum(sizes), max(sizes)
 
 
@@ -72,6 +80,19 @@ def test_memory_is_that_of_some_blocks(tmp_path: Path, start: Start) -> None:
     # Two blocks of 8 MB, two to read files back, and what is imported late. Measured: 27 MB.
     assert there - before < 80e6, (before, there)
     assert back - before < 80e6, (before, there, back)
+
+
+def test_memory_is_less_than_the_experts_of_a_layer(tmp_path: Path, start: Start) -> None:
+    """Files have a tensor for each expert, and a checkpoint one of all: 34 MB, three times in each layer."""
+    experts = {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 1024, "head_dim": 32}
+    whole, largest = sparse_model(
+        tmp_path / "hf", num_layers=4, hidden_size=512, vocab_size=8192, model_type="qwen3_moe", **experts
+    )
+    layer = 3 * largest
+    assert largest == 32 * 1024 * 512 * 2 and whole > 4 * layer
+    before, there, back = resident_bytes(tmp_path, start)
+    # Measured: 51 MB. With blocks of any size: 453 MB.
+    assert max(there, back) - before < layer, (before, there, back)
 
 
 @pytest.mark.slow

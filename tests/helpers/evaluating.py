@@ -40,16 +40,35 @@ MORE_OF_TYPE: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "gemma2": {"sliding_window": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+    },
 }
 
 
 def save_model(folder: Path, model_type: str, tokenizer: Path, seed: int = 0, **options: Any) -> Path:
-    """Save a random model with the files of a tokenizer."""
+    """Save a random model with the files of a tokenizer. Biases of routers are random too."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**SHAPE, **MORE_OF_TYPE[model_type], **options})
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     return folder
 

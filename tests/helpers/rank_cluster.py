@@ -78,7 +78,7 @@ class RankCluster:
             else:
                 self._signal(signal.SIGSTOP)
         failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in sorted(answers.items()) if not ok]
-        failures += [f"rank {rank} has not answered; it ended or was here:\n{stacks[rank]}" for rank in missing]
+        failures += [f"rank {rank} has not answered; it was here:\n{stacks[rank]}" for rank in missing]
         if failures:
             raise AssertionError("\n".join(failures))
         return [answers[rank][1] for rank in range(self._world_size)]
@@ -162,6 +162,7 @@ def _fork_ranks(folder: Path, pipes: list[Connection]) -> None:
 
 def _serve(rank: int, world_size: int, folder: Path, pipe: Connection) -> None:
     stack_file = (folder / f"stack{rank}").open("w")
+    faulthandler.enable(stack_file)
     faulthandler.register(_SHOW_STACK, stack_file, all_threads=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)

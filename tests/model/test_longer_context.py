@@ -11,6 +11,7 @@ import pytest
 import torch
 from converting import convert_back
 from family_models import FULL, SHAPE, SLIDING
+from model_table import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -61,6 +62,42 @@ def test_transformers_reads_the_scaling_that_we_write(family: str, kind: Any) ->
     assert with_rope(changed, rope, "x") == changed
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_base_that_we_write(family: str) -> None:
+    """Of layers with full attention, whichever key had the base before; lengths grow by the factor."""
+    shape = {**SHAPE, "num_hidden_layers": 6, "num_key_value_heads": 4}  # Gemma 3 has no window in the sixth
+    config = {"model_type": family, **shape, **FAMILIES[family]}
+    rope = RopeConfig("default", 8.0, 8e6)
+    changed = with_rope(config, rope, "x")
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(changed)))
+    assert theirs.max_position_embeddings == changed["max_position_embeddings"] == 8 * LENGTH
+    modules = AutoModelForCausalLM.from_config(theirs).named_buffers()
+    names = ("rotary_emb.inv_freq", f"rotary_emb.{FULL}_inv_freq")
+    [expected] = [buffer for name, buffer in modules if name.endswith(names)]
+    architecture, plain = parse_decoder_architecture(changed), parse_decoder_architecture(config)
+    for ours, before, window in zip(architecture.ropes, plain.ropes, architecture.sliding_windows, strict=True):
+        assert ours is not None and before is not None
+        if window is not None and FULL in theirs.rope_parameters:
+            assert ours == before
+            continue
+        assert (ours.theta, ours.dim, ours.scaling) == (8e6, before.dim, None) and before.theta < 8e6
+        torch.testing.assert_close(torch.tensor(inverse_frequencies(ours)), expected, rtol=2e-6, atol=0)
+    # Programs that read rope_theta at the top, such as transformers 4, find the same there.
+    assert {changed[key] for key in ("rope_theta", "rotary_emb_base") if key in changed} <= {8e6}
+    assert with_rope(changed, rope, "x") == changed
+    with pytest.raises(UserError, match=r"model\.rope\.theta is 1000, but x has the larger rope_theta 8e") as caught:
+        with_rope(changed, RopeConfig("default", 8.0, 1e3), "x")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_base_of_models_that_transformers_computes() -> None:
+    rope = RopeConfig("default", 2.0, 5e7)
+    changed = with_rope(tiny_config("deepseek_v3").to_dict(), rope, "x")
+    assert AutoConfig.for_model(**json.loads(json.dumps(changed))).rope_parameters["rope_theta"] == 5e7
+    with pytest.raises(UserError, match="granite_swa models have no single rope_theta; change"):
+        with_rope(tiny_config("granite_swa").to_dict(), rope, "x")
+
+
 def test_the_text_model_of_a_wrapper_is_changed() -> None:
     text = {"model_type": "llama", **SHAPE}
     wrapper = {"model_type": "llava", "text_config": text, "vision_config": {}}
@@ -90,6 +127,10 @@ def test_what_cannot_be_lengthened_is_refused(change: dict[str, Any], message: s
         ("factor 2", "model.rope.factor is 2.0, but model.rope.kind is null"),
         ("kind yarn", "model.rope.factor is 1; set it"),
         ("kind yarn factor 0.5", "model.rope.factor is 0.5; it must be"),
+        ("kind default factor 4", "model.rope.theta is null; set it to the new base"),
+        ("kind default theta 8e6", "model.rope.factor is 1; set it"),
+        ("kind default factor 4 theta 0.5", "model.rope.theta is 0.5; it must be above 1"),
+        ("kind yarn factor 4 theta 8e6", "model.rope.theta is 8000000.0, but model.rope.kind is not default"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, options: str, message: str) -> None:
@@ -116,11 +157,13 @@ def test_checkpoints_keep_the_scaling_and_resume_with_it(one_rank, tmp_path: Pat
         pretrain.build(parse_config(["--config", str(path)]), one_rank)
 
 
-def test_a_published_model_is_lengthened_and_exported(one_rank, saved_models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["yarn", "default"])
+def test_a_published_model_is_lengthened_and_exported(kind, one_rank, saved_models, tmp_path: Path) -> None:
     path = parity_run.write_run(tmp_path, parity_run.Model("llama", False, True))
     folder = saved_models["qwen2-tied"]
     options = ["--model.architecture", "null", "--model.initialize_from", str(folder)]
-    options += ["--model.rope.kind", "yarn", "--model.rope.factor", "4", "--checkpoint.export_hf", "true"]
+    options += ["--model.rope.kind", kind, "--model.rope.factor", "4", "--checkpoint.export_hf", "true"]
+    options += ["--model.rope.theta", "8e6"] if kind == "default" else []
     parity_run.run_until(one_rank, path, options, 4)
     resumed = pretrain.build(parse_config(["--config", str(path), *options]), one_rank)
     assert resumed.progress.step == 3
@@ -128,7 +171,8 @@ def test_a_published_model_is_lengthened_and_exported(one_rank, saved_models, tm
     convert_back(checkpoint, tmp_path / "hf")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     assert exported.config.max_position_embeddings == 4 * 64
-    assert exported.config.rope_parameters["rope_type"] == "yarn"
+    parameters = exported.config.rope_parameters
+    assert parameters["rope_type"] == kind and (kind != "default" or parameters["rope_theta"] == 8e6)
     decoder = Decoder(resumed.start.architecture)
     decoder.load_state_dict({name: exported.state_dict()[name] for name in decoder.state_dict()})
     tokens = torch.arange(90) * 7 % 97

@@ -11,6 +11,7 @@ import torch
 import yaml
 from library_models import library_model
 from model_table import tiny_config
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from retemper.engine.batch import Batch
@@ -31,15 +32,19 @@ def write_run(folder: Path, model: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model_type", ["glm4_moe", "mixtral"])
-def test_export_of_a_run_that_began_with_published_files(model_type: str, two_ranks: Any, tmp_path: Path) -> None:
-    """bf16 weights: the export computes what the checkpoint does, and biases of the choice are those of the start."""
-    library_model(model_type).save_pretrained(tmp_path / "hf")
-    path = write_run(tmp_path, {"initialize_from": str(tmp_path / "hf"), "implementation": "native"})
-    run = tmp_path / "run"
-    options = ["--training.weight_dtype", "bf16", "--checkpoint.export_hf", "true", "--run_folder", str(run)]
-    options += ["--training.router_bias_update_rate", "0"]
-    two_ranks.run(tiny_run.train, path, [*SHORT, *options])
+def bf16_run(folder: Path, model_type: str) -> tuple[Path, list[str]]:
+    """The configuration and options of a run with bf16 weights that begins with published files."""
+    library_model(model_type).save_pretrained(folder / "hf")
+    path = write_run(folder, {"initialize_from": str(folder / "hf"), "implementation": "native"})
+    return path, [*SHORT, "--training.weight_dtype", "bf16", "--checkpoint.export_hf", "true"]
+
+
+def check_export(run: Path) -> tuple[Decoder, dict[str, torch.Tensor], Any]:
+    """Compare logits of the last checkpoint with those of its export in transformers.
+
+    Returns:
+        The decoder of the checkpoint, its tensors, and the model of transformers.
+    """
     loaded, problems = AutoModelForCausalLM.from_pretrained(
         run / "hf" / "step-00000006", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -51,6 +56,17 @@ def test_export_of_a_run_that_began_with_published_files(model_type: str, two_ra
     with torch.no_grad():
         expected, actual = loaded(tokens[None]).logits[0], decoder.logits(Batch.of_documents(tokens, [40]))
     assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    return decoder, trained, loaded
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "mixtral"])
+def test_export_of_a_run_that_began_with_published_files(model_type: str, two_ranks: Any, tmp_path: Path) -> None:
+    """bf16 weights: the export computes what the checkpoint does, and biases of the choice are those of the start."""
+    path, options = bf16_run(tmp_path, model_type)
+    run = tmp_path / "run"
+    options += ["--run_folder", str(run), "--training.router_bias_update_rate", "0"]
+    two_ranks.run(tiny_run.train, path, options)
+    decoder, trained, _ = check_export(run)
     start = library_model(model_type).state_dict()
     assert decoder.constants == {name for name in start if name.endswith("e_score_correction_bias")}
     assert all(trained[name].dtype == torch.float32 for name in decoder.constants)
@@ -58,6 +74,32 @@ def test_export_of_a_run_that_began_with_published_files(model_type: str, two_ra
     router = "model.layers.1.mlp.gate.weight"
     stored = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in start.items()}
     assert trained[router].dtype == torch.bfloat16 and not torch.equal(trained[router], stored[router].bfloat16())
+
+
+@pytest.mark.parametrize(("model_type", "layout"), [("glm4_moe", "--parallel.expert 2"), ("dots1", "")])
+def test_biases_that_moved_are_resumed_and_exported(
+    model_type: str, layout: str, two_ranks: Any, tmp_path: Path
+) -> None:
+    """In fp32, as bf16 would round a step of 0.001 away; transformers chooses the experts that we do."""
+    path, options = bf16_run(tmp_path, model_type)
+    rate = 0.003
+    options += [*layout.split(), "--training.router_bias_update_rate", str(rate)]
+    runs = {name: [*options, "--run_folder", str(tmp_path / name)] for name in ("whole", "resumed")}
+    two_ranks.run(tiny_run.train, path, runs["whole"])
+    two_ranks.run(tiny_run.train_until, path, runs["resumed"], 4)  # saved at 3
+    two_ranks.run(tiny_run.train, path, runs["resumed"])
+    decoder, trained, loaded = check_export(tmp_path / "resumed")
+    whole = tiny_run.tensors_of(tmp_path / "whole" / LAST)
+    start, exported = library_model(model_type).state_dict(), loaded.state_dict()
+    stored = load_file(tmp_path / "resumed" / "hf" / "step-00000006" / "model.safetensors")
+    resumed = tiny_run.tensors_of(tmp_path / "resumed" / LAST)
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert len(decoder.constants) >= 2
+    for name in decoder.constants:
+        assert {trained[name].dtype, stored[name].dtype} == {torch.float32}
+        assert torch.equal(trained[name], exported[name])
+        steps = (trained[name] - start[name]) / rate
+        assert steps.abs().max() > 1 and torch.allclose(steps, steps.round(), atol=1e-3), steps
 
 
 def test_checkpoints_of_former_versions_are_resumed(

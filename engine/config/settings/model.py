@@ -10,13 +10,17 @@ from .marks import FilePath
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Scaling of the rotary positions, which lengthens the context of a model."""
+    """Change of the rotary positions, which lengthens the context of a model."""
 
-    kind: Literal["yarn", "linear", "llama3", "dynamic"] | None = None
-    """Kind of scaling, by its name in transformers (``rope_type``). yarn needs the fewest tokens to adapt, and is the
-    usual choice. Null: the model keeps its own positions."""
+    kind: Literal["default", "yarn", "linear", "llama3", "dynamic"] | None = None
+    """Kind of rotary positions, by its name in transformers (``rope_type``). default: no scaling, but the larger base
+    ``theta`` (adjusted base frequency, Xiong et al., 2023, https://arxiv.org/abs/2309.16039). The others are scalings,
+    of which yarn needs the fewest tokens to adapt. Null: the model keeps its own positions."""
     factor: float = 1.0
     """New length divided by the model's ``max_position_embeddings``, which is raised by it."""
+    theta: float | None = None
+    """Base of the frequencies (``rope_theta``) of kind default, larger than that of the model. A model that has this
+    base already stays as it is, also its length."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class ModelConfig:
     """0: train without the dropout of the model's ``config.json``, which is set to 0. Null: a config with dropout is
     refused, because dropout is not implemented."""
     rope: RopeConfig = field(default_factory=RopeConfig)
-    """Lengthen the context: ``{kind: yarn, factor: 4}``. The run changes the model's ``config.json`` before it builds
-    the model. Checkpoints and exports contain the changed one, so the setting may stay when the run resumes."""
+    """Lengthen the context: ``{kind: yarn, factor: 4}``, or ``{kind: default, theta: 8_000_000, factor: 8}``. The run
+    changes the model's ``config.json`` before it builds the model. Checkpoints and exports contain the changed one, so
+    the setting may stay when the run resumes."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model whose type transformers does not know (``auto_map`` in its
     ``config.json``). False: no code of a model runs, and such a model is refused. Checkpoints and exports contain the

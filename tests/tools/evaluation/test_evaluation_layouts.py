@@ -54,6 +54,17 @@ def test_two_ranks_compute_what_one_does(layout: str, mode: str, one_rank, two_r
     assert expected.text_bytes
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "glm4_moe"])
+def test_ranks_that_share_experts(
+    model_type: str, one_rank, two_ranks, tiny_tokenizer: Path, tmp_path: Path, data: str
+) -> None:
+    folder = save_model(tmp_path / "model", model_type, tiny_tokenizer)
+    options = request(folder, data, sequence_length=32, batch_size=2)
+    [expected] = evaluate(one_rank, options).model.sets
+    for result in two_ranks.run(evaluate, options, [*FP32, *LAYOUTS["sharded"], "--parallel.expert", "2"]):
+        require_equal(result.model.sets[0], expected)
+
+
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv_zero_bubble"])
 def test_pipelines_with_several_stages_on_a_rank(
     schedule: str, one_rank, two_ranks, tiny_tokenizer: Path, tmp_path: Path, data: str

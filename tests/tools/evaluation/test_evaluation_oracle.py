@@ -84,9 +84,11 @@ def losses(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     return -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "kind"), [("qwen2", "bytes"), ("gemma2", "sentencepiece"), ("olmoe", "bytes"), ("qwen2", "pieces")]
-)
+CASES = [("qwen2", "bytes"), ("gemma2", "sentencepiece"), ("qwen2", "pieces")]
+MIXTURES = [("olmoe", "bytes"), ("qwen2_moe", "bytes"), ("glm4_moe", "bytes")]
+
+
+@pytest.mark.parametrize(("model_type", "kind"), CASES + MIXTURES)
 def test_a_plain_loop_over_documents(
     model_type: str, kind: str, one_rank, corpus: Path, tiny_tokenizer: Path, sentencepiece_folder: Path, tmp_path: Path
 ) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluating import save_model
 from model_table import tiny_config, tiny_model
 from oracles.tiny_tokenizer import sample_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retemper.engine.model.decoder import Decoder
+from retemper.engine.weights.conversion import hf_to_dcp
+from retemper.tools.generation.decoder_backend import DecoderBackend
 from retemper.tools.generation.sampling import Sampling
 from retemper.tools.generation.text_generator import Completion, TextGenerator
 
@@ -50,6 +54,22 @@ def test_greedy_batches_equal_transformers(
     expected = [library_text(chat_models["folder"], prompt, repetition_penalty=penalty) for prompt in PROMPTS]
     assert [(completion.text, completion.num_tokens) for completion in found] == expected
     assert len({completion.text for completion in found}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "glm4_moe"])
+def test_greedy_batches_of_native_mixtures_equal_transformers(
+    model_type: str, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """From a checkpoint, with the key/value cache: texts of different lengths in a batch."""
+    folder = save_model(tmp_path / "folder", model_type, tiny_tokenizer, vocab_size=400)
+    hf_to_dcp.convert(str(folder), tmp_path / "checkpoint", say=lambda line: None)
+    model = TextGenerator(tmp_path / "checkpoint", device="cpu")
+    assert isinstance(model.backend, DecoderBackend) and isinstance(model.backend.module, Decoder)
+    expected = [library_text(folder, prompt) for prompt in PROMPTS]
+    for batch_size in (1, 3):
+        found = texts(model, Sampling(NEW), batch_size)
+        assert [(completion.text, completion.num_tokens) for completion in found] == expected
+    assert len({text for text, _ in expected}) == len(PROMPTS)
 
 
 def test_stop_strings_equal_transformers(model: TextGenerator, chat_models: dict[str, Path]) -> None:
