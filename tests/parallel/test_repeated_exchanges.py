@@ -4,38 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import parity_run
 import pytest
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from seen_operators import EXCHANGE, Operators
 
 from retemper.engine import pretrain
 from retemper.engine.config.parser import parse_config
 from retemper.engine.parallel.process_group import Ranks
 from retemper.kernels import grouped_linear as grouped_linear_module
 
-EXCHANGE, PRODUCT = "_c10d_functional::all_to_all_single", "aten::_grouped_mm"
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators of each phase by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
-        self._phase = "forward"
-
-    def begin(self, phase: str) -> None:
-        self._phase = phase
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it arrives as operators on its parts
-        self.counts[self._phase][func.name().partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
+PRODUCT = "aten::_grouped_mm"
 
 
 def operators(ranks: Ranks, path: Path, options: list[str]) -> dict[str, Counter[str]]:
