@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         require_report("--json", options.json)
     shape = Shape(*(getattr(options, name) for name in Shape._fields))
+    _require_possible(shape, options.rounds)
     machine = describe_torch()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -80,6 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         settings = {**shape._asdict(), "dtype": options.dtype, "rounds": options.rounds}
         BenchmarkReport(command_line("benchmarks/mixture.py"), machine, settings, rows).write(options.json)
+
+
+def _require_possible(shape: Shape, rounds: int) -> None:
+    for name, value in {**shape._asdict(), "rounds": rounds}.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if shape.per_token > shape.experts:
+        raise UserError(f"--per-token {shape.per_token}: there are {shape.experts} experts; use a smaller number")
 
 
 def compare(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> list[dict[str, Any]]:

@@ -149,6 +149,9 @@ def write_run(folder: Path, implementation: str) -> Path:
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": GLOBAL_BATCH // 2,
             "precision": "fp32",
+            # The loop of transformers has no losses of routers, and moves no biases.
+            "router_aux_loss_coef": 0,
+            "router_bias_update_rate": 0,
         },
         "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "eps": EPS},
         "parallel": {"shard": 2},

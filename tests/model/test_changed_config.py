@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from model_table import tiny_config, tiny_model
 from transformers import AutoConfig
 
 from retemper.engine.config.settings import ModelConfig
@@ -34,3 +36,21 @@ def test_a_model_with_dropout_is_refused_unless_it_is_switched_off(name: str):
     assert {key: value for key, value in changed.items() if "drop" not in key} == {
         key: value for key, value in config.items() if "drop" not in key
     }
+
+
+def test_the_threshold_of_phimoe_is_no_noise():
+    """Its router masks experts by ``router_jitter_noise`` without noise too: with 0 transformers' logits are others."""
+    config = tiny_config("phimoe")
+    written = config.to_dict()
+    assert written["router_jitter_noise"] > 0
+    assert parse_architecture(written, "config.json").implementation == "transformers"
+    assert with_settings(written, ModelConfig(dropout=0.0), "config.json") == written
+    tokens = torch.arange(12)[None]
+    model = tiny_model(config).eval()
+    other = tiny_model(AutoConfig.for_model(**{**written, "router_jitter_noise": 0.0})).eval()
+    with torch.no_grad():
+        assert not torch.allclose(model(tokens).logits, other(tokens).logits)
+    noisy = {**written, "input_jitter_noise": 0.01}
+    with pytest.raises(UserError, match=r"input_jitter_noise is 0.01.*set model\.dropout to 0"):
+        parse_architecture(noisy, "config.json")
+    assert with_settings(noisy, ModelConfig(dropout=0.0), "config.json") == {**written, "input_jitter_noise": 0.0}

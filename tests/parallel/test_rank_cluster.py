@@ -31,6 +31,7 @@ def wait(ranks: Ranks) -> None:
     time.sleep(1000)
 
 
+@pytest.mark.slow  # starts ranks three times
 def test_ranks_that_fail_or_hang_tell_where(tmp_path, monkeypatch):
     cluster = RankCluster(2, tmp_path, time_limit=60)
     try:

@@ -181,7 +181,8 @@ def format_found(found: SearchResult) -> str:
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     lines += [
-        f"| {shown_layout(plan.config, plan.layout)} | {digits(plan.tokens_per_second)} "
+        f"| {shown_layout(plan.config, plan.layout)}{' (configured)' if plan is found.configured else ''} "
+        f"| {digits(plan.tokens_per_second)} "
         f"| {plan.mfu(causal_halved=True):.1%} | {gib(plan.peak_bytes)} | {gib(plan.headroom)} "
         f"| {'yes' if plan.fits else 'no'} |"
         for plan in found.plans
@@ -191,6 +192,11 @@ def format_found(found: SearchResult) -> str:
         f"{found.num_possible} layouts are possible: {found.num_too_large} are too large by formulas, {found.num_left} "
         "slower by formulas than those above, which were dry run with a few blocks"
     )
+    if found.timed_out:
+        lines.append(
+            "Time was up before more of them were dry run: some of these may fit and be faster; search again "
+            "on an idle machine"
+        )
     return "\n".join(lines)
 
 

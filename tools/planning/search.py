@@ -62,6 +62,10 @@ class SearchResult:
     """Number of layouts that are too large by formulas alone."""
     num_left: int
     """Number of other layouts: slower by formulas than those."""
+    timed_out: bool = False
+    """Whether time was up before enough layouts fitted."""
+    configured: LayoutPlan | None = None
+    """That of ``plans`` whose layout is the configured one; None if that is impossible."""
 
 
 def search(
@@ -73,7 +77,7 @@ def search(
     seconds: float = 120.0,
     wanted: int = 6,
 ) -> SearchResult:
-    """Dry run layouts of the run, the fastest by formulas first, until ``wanted`` fit or time is up.
+    """Dry run the configured layout, and others, the fastest by formulas first, until ``wanted`` fit or time is up.
 
     Args:
         config: of the run; its dtypes are those of all layouts.
@@ -82,7 +86,7 @@ def search(
         say: receives progress lines.
         calibration: of the model, if known; it does not depend on the dtypes of weights and states.
         seconds: time after which no more layouts are tried.
-        wanted: number of layouts that fit.
+        wanted: number of other layouts that fit.
     """
     start = time.monotonic()
     calibration = calibration or calibrate(config, cluster, pool)
@@ -91,6 +95,10 @@ def search(
     hopeful = sorted((c for c in all_candidates if c.rough_bytes <= room), key=lambda c: -c.rough_rate)
     too_large = len(all_candidates) - len(hopeful)
     say(f"{len(all_candidates)} layouts are possible, {too_large} of them too large by formulas")
+    configured = _plan_configured(config, cluster, pool)
+    if configured is not None:
+        known = describe(configured)
+        hopeful = [one for one in hopeful if shown_layout(one.config, one.layout) != known]
     plans: list[LayoutPlan] = []
     position = 0
     while position < len(hopeful) and sum(o.fits for o in plans) < wanted and time.monotonic() - start < seconds:
@@ -98,8 +106,19 @@ def search(
         position += len(batch)
         plans += plan_briefly([(one.config, one.layout) for one in batch], cluster, pool)
         say(f"{position} layouts tried with a few blocks, {sum(o.fits for o in plans)} fit")
+    timed_out = position < len(hopeful) and sum(o.fits for o in plans) < wanted
+    plans += [] if configured is None else [configured]
     plans.sort(key=lambda o: (not o.fits, -o.tokens_per_second if o.fits else o.peak_bytes))
-    return SearchResult(plans, len(all_candidates), too_large, len(hopeful) - position)
+    return SearchResult(plans, len(all_candidates), too_large, max(0, len(hopeful) - position), timed_out, configured)
+
+
+def _plan_configured(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> LayoutPlan | None:
+    """Return the plan of the configured layout; None if it is impossible on the cluster."""
+    try:
+        layout = require_possible(config, cluster)
+    except UserError:
+        return None
+    return plan_briefly([(config, layout)], cluster, pool)[0]
 
 
 def narrower(config: RunConfig) -> list[RunConfig]:
