@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import plan_runs
 import pytest
+import torch
+from torch import Tensor
 
+from retemper.engine.model.experts import Router
+from retemper.engine.parallel.process_group import Ranks
+from retemper.tools.planning.dry_run import RankSpec
 from retemper.tools.planning.experts import describe_missing, sizes_of
 from retemper.tools.planning.extrapolation import dry_run_short
 from retemper.tools.planning.formulas import _collectives
@@ -138,6 +144,44 @@ def test_experts_over_ranks_exchange_rows_and_gather_their_own_experts(tmp_path,
     rough = _collectives(shared, require_possible(shared, cluster), cluster, micro_batches)
     for key in (key for key in usage.collectives if key.axes in (("expert",), ("expert_shard",))):
         assert rough[key].sent == pytest.approx(usage.collectives[key].sent, rel=0.01), key
+
+
+@pytest.mark.parametrize(("mode", "again"), [("selective", 0), ("full", 1), ("full --parallel.recompute_every 2", 0.5)])
+def test_recomputation_sends_rows_to_their_experts_again_but_no_results(mode, again, tmp_path, pool):
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    config = plan_runs.configure(path, f"--parallel.expert 2 --parallel.recompute {mode}")
+    (usage,) = pool.run([plan_runs.spec_of(config, 2, (9, 0))])
+    (found,) = (total for key, total in usage.collectives.items() if key.kind == "all-to-all")
+    layers, rows, hidden = 2, 2 * 256 * 2, 128
+    there, back = rows * (2 * hidden + 4) + 8 * 4, rows * 2 * hidden
+    gradients = rows * (2 * hidden + 4) + back
+    assert found.size == layers * (there + back + gradients + again * there)
+    cluster = PlanOptions(1, 2, "h100-80gb", 0.55, 4.0, None).cluster(read_architecture(config.model))
+    rough = _collectives(config, require_possible(config, cluster), cluster, 1)
+    (estimate,) = (total for key, total in rough.items() if key.kind == "all-to-all")
+    assert estimate.sent == pytest.approx(found.sent, rel=0.02)
+
+
+def counted_forward(ranks: Ranks, spec: RankSpec) -> dict[str, float]:
+    """Bytes by kind at the peak of a forward pass on real ranks, whose tokens choose all experts equally."""
+    choose = Router._choose
+
+    def balanced(router: Router, scores_TE: Tensor) -> Tensor:
+        tokens, experts = scores_TE.shape
+        first_T1 = torch.arange(tokens)[:, None] * router.settings.per_token
+        return choose(router, -(torch.arange(experts) - first_T1).remainder(experts).float())
+
+    with mock.patch.object(Router, "_choose", balanced):
+        return plan_runs.counted(ranks, spec).peaks["forward"]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_dry_run_keeps_what_ranks_with_shared_experts_keep(mode, two_ranks, tmp_path, pool):
+    """To the byte: real ranks have unfinished exchanges, a dry run has none."""
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    spec = plan_runs.spec_of(plan_runs.configure(path, f"--parallel.expert 2 --parallel.recompute {mode}"), 2)
+    (usage,) = pool.run([spec])
+    assert two_ranks.run(counted_forward, spec) == [usage.peaks["forward"]] * 2
 
 
 def test_an_all_to_all_between_nodes_uses_the_card_of_each_rank():
