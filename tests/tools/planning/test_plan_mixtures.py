@@ -55,6 +55,26 @@ def test_memory_of_a_mixture_is_what_the_allocator_gives(overrides, tmp_path, po
     assert peak(usage) == pytest.approx(most, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "--parallel.expert 2",
+        pytest.param("--parallel.recompute full", marks=pytest.mark.slow),
+        pytest.param("--parallel.tensor 2", marks=pytest.mark.slow),
+        pytest.param("--parallel.expert 2 --parallel.recompute selective", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, tmp_path, pool, fresh_ranks):
+    """Real ranks and real collectives, as in the test of this name in test_plan.py. A dry run gives all ranks equally
+    many rows. Real routers do not, but the mean over the ranks is the same."""
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    spec = plan_runs.spec_of(plan_runs.configure(path, overrides), 2)
+    real = fresh_ranks.run(plan_runs.counted, spec)
+    (usage,) = pool.run([spec])
+    assert sum(usage.kept.values()) == pytest.approx(sum(real[0].kept.values()), rel=0.02)
+    assert peak(usage) == pytest.approx(sum(map(peak, real)) / len(real), rel=0.05)
+
+
 def test_operations_are_those_of_the_chosen_experts(tmp_path, pool):
     """Three products of each matrix that a token uses, and seven of attention with half of the pairs."""
     config = plan_runs.configure(plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2))
