@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from retemper.engine.errors import UserError
 from retemper.engine.model.experts import Router
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools.planning.dry_run import RankSpec
 from retemper.tools.planning.experts import describe_missing, sizes_of
 from retemper.tools.planning.extrapolation import dry_run_short
-from retemper.tools.planning.formulas import _collectives
+from retemper.tools.planning.formulas import Calibration, _collectives
 from retemper.tools.planning.gpus import GPUS
 from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
 from retemper.tools.planning.prediction import bandwidth, expert_seconds
 from retemper.tools.planning.report import format_plan
-from retemper.tools.planning.search import plan_briefly, require_possible
+from retemper.tools.planning.search import candidates, plan_briefly, require_possible
 from retemper.tools.planning.work import Collective, ExpertWork
 
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
@@ -228,3 +229,16 @@ def test_sizes_of_expert_parallelism_divide_ranks_and_experts(tmp_path):
     assert sizes_of(architecture, 16) == [1, 2, 4, 8]
     assert sizes_of(architecture, 12) == [1, 2, 4]
     assert sizes_of(replace(architecture, experts=None), 16) == [1]
+
+
+def test_layouts_whose_ranks_cannot_share_experts_are_impossible(tmp_path):
+    config = plan_runs.configure(plan_runs.write_config(tmp_path, **EXPERTS), "--training.global_batch_size 8")
+    cluster = PlanOptions(1, 8, "h100-80gb", 0.55, 0.0, None).cluster(read_architecture(config.model))
+    tried = candidates(config, cluster, Calibration(dict.fromkeys(("none", "selective", "full"), 1.0)))
+    sizes = {(one.layout.shard * one.layout.context, one.config.parallel.expert) for one in tried}
+    assert {expert for _, expert in sizes} == {1, 2, 4, 8}
+    assert all(ranks % expert == 0 for ranks, expert in sizes)
+    three = replace(config, parallel=replace(config.parallel, expert=3))
+    refusal = r"parallel\.expert 3 does not divide parallel\.shard 8 x parallel\.context 1 = 8 ranks"
+    with pytest.raises(UserError, match=refusal):
+        require_possible(three, cluster)
