@@ -188,6 +188,7 @@ def _with_defaults(config: dict[str, Any], architecture: DecoderArchitecture) ->
     family, scaling = FAMILIES[architecture.model_type], config.get(SCALING) or config.get(PARAMETERS) or {}
     values = {**family.defaults, family.norm_eps: architecture.norm_eps}
     values["num_key_value_heads"] = architecture.num_key_value_heads
-    if family.rope_theta_key not in scaling:
-        values[family.rope_theta_key] = architecture.ropes[0].theta
+    rope = architecture.ropes[0]
+    if rope is not None and family.rope_theta_key not in scaling:
+        values[family.rope_theta_key] = rope.theta
     return {**config, **{key: value for key, value in values.items() if config.get(key) is None}}
