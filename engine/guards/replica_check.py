@@ -4,7 +4,7 @@ Replicas start equal and get equal updates, and nothing else compares them. So i
 a GPU miscomputes, a replica diverges unnoticed. The placement of each tensor on the mesh tells which ranks replicate
 it: hybrid sharding replicates all, tensor parallelism the norms. Tensors without replicas, as with plain sharding,
 cannot be checked, and a tied embedding is not compared between the ends of a pipeline. Constants of a model are not
-sharded: all ranks hold them.
+sharded: all ranks with the layers hold them.
 """
 
 from __future__ import annotations
@@ -42,11 +42,15 @@ class ReplicaCheck:
     Args:
         interval: number of steps; 0: never.
         ranks: that train together.
+        pipeline: number of groups of consecutive ranks, of which each holds other layers.
         newest: names the newest checkpoint, for messages.
     """
 
-    def __init__(self, interval: int, ranks: Ranks, newest: Callable[[], str]):
+    def __init__(self, interval: int, ranks: Ranks, pipeline: int, newest: Callable[[], str]):
         self._interval, self._ranks, self._newest = interval, ranks, newest
+        size = ranks.world_size // pipeline
+        first = ranks.rank // size * size
+        self._same_layers: Owners = tuple(range(first, first + size))
         self._passed: int | None = None
 
     def due(self, step: int) -> bool:
@@ -68,7 +72,7 @@ class ReplicaCheck:
         owners = {name: owners_of(tensor) for name, tensor in tensors.items()}
         for name, parameter in model.named_parameters():
             if name in model.constants:
-                owners[name] = tuple(range(self._ranks.world_size))
+                owners[name] = self._same_layers
             # States that are not sharded, such as a count of steps, are replicated wherever the parameter is.
             for state in optimizer.state.get(parameter, {}):
                 if not isinstance(tensors[f"{OPTIMIZER_PREFIX}{state}.{name}"], DTensor):

@@ -60,7 +60,8 @@ class RunGuards:
         self.step_guard = StepGuard(config.training, ranks, self._newest_checkpoint, say)
         if resumed is not None:
             self.step_guard.load_state_dict(resumed.health)
-        self.replica_check = ReplicaCheck(config.training.check_replicas_interval, ranks, self._newest_checkpoint)
+        interval, pipeline = config.training.check_replicas_interval, config.parallel.pipeline
+        self.replica_check = ReplicaCheck(interval, ranks, pipeline, self._newest_checkpoint)
         self.watchdog = Watchdog(seconds, ranks)
         saved = {name: parameter for name, parameter in model.named_parameters() if name not in model.base_names}
         self.emergency = EmergencySave(ranks, saved, saver, say, seconds)

@@ -16,7 +16,9 @@ ContextKind = Literal["heads", "ring"]
 
 
 def context_kind(parallel: ParallelConfig, architecture: Architecture) -> ContextKind:
-    """Return how context-parallel ranks compute attention; see ``parallel.context_kind``."""
+    """Return how context-parallel ranks compute attention; see ``parallel.context_kind``. One rank has all heads."""
+    if parallel.context == 1:
+        return "heads"
     if parallel.context_kind != "auto":
         return parallel.context_kind
     return "heads" if heads_problem(parallel, architecture) is None else "ring"
@@ -69,7 +71,7 @@ def choose_attention(config: RunConfig, architecture: Architecture, device: torc
             DTYPES[config.training.precision],
             longest=config.training.sequence_length,
             equal_lengths=config.data.attend_across_documents,
-            in_blocks=config.parallel.context > 1 and context_kind(config.parallel, architecture) == "ring",
+            in_blocks=context_kind(config.parallel, architecture) == "ring",
         )
     except UnusableBackend as error:
         raise UserError(f"training.attention_backend: {error}") from None

@@ -112,14 +112,6 @@ class Decoder(LanguageModel):
         """See :class:`LanguageModel`."""
         block.forward = functools.partial(_seeing, see, block.forward)
 
-    def materialize(self, device: torch.device, weights_device: torch.device | None = None) -> LanguageModel:
-        """See :class:`LanguageModel`."""
-        super().materialize(device, weights_device)
-        for name in self.constants:
-            bias = self.get_parameter(name)
-            bias.data = bias.data.to(device)
-        return self
-
     @torch.no_grad()
     def initialize_(self, seed: int, copy_: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """See :class:`LanguageModel`: normal with the architecture's ``initializer_range``, norms one, biases zero."""

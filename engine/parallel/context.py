@@ -61,7 +61,7 @@ def check(architecture: Architecture, config: ParallelConfig, training: Training
 
 def own_tokens(num_tokens: int, rank: int, ranks: int, kind: ContextKind) -> tuple[slice, ...]:
     """Return which of a micro-batch's tokens a context-parallel rank computes, in the order in which it holds them."""
-    if kind == "ring" and ranks > 1:
+    if kind == "ring":
         return ring.zigzag(num_tokens, rank, ranks)
     size = num_tokens // ranks
     return (slice(rank * size, (rank + 1) * size),)

@@ -46,18 +46,30 @@ def plan_layout(config: ParallelConfig, world_size: int) -> Layout:
     """Return the axes for ``world_size`` ranks; ``parallel.shard: auto`` takes the ranks that the others leave.
 
     Raises:
-        UserError: the product cannot be the number of ranks.
+        UserError: the product cannot be the number of ranks, or ``parallel.expert`` does not divide the ranks of
+            ``shard`` x ``context``.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    if config.shard != "auto":
-        layout = Layout(**sizes)
-        if layout.world_size != world_size:
-            raise UserError(
-                f"{_product(sizes)} = {layout.world_size} ranks, but the run has {world_size}; start that many ranks "
-                "or set parallel.shard to auto"
-            )
-        return layout
-    del sizes["shard"]
+    if config.shard == "auto":
+        sizes["shard"] = _shard_of(sizes, world_size)
+    layout = Layout(**sizes)
+    if layout.world_size != world_size:
+        raise UserError(
+            f"{_product(sizes)} = {layout.world_size} ranks, but the run has {world_size}; start that many ranks or "
+            "set parallel.shard to auto"
+        )
+    ranks = layout.shard * layout.context
+    if ranks % config.expert:
+        raise UserError(
+            f"parallel.expert {config.expert} does not divide parallel.shard {layout.shard} x parallel.context "
+            f"{layout.context} = {ranks} ranks; use a divisor of {ranks}"
+        )
+    return layout
+
+
+def _shard_of(sizes: dict[str, int], world_size: int) -> int:
+    """Return the number of ranks that the axes other than ``shard`` leave."""
+    sizes = {axis: size for axis, size in sizes.items() if axis != "shard"}
     others = math.prod(sizes.values())
     if world_size % others:
         named = f"{_product(sizes)} = {others}" if sum(size > 1 for size in sizes.values()) > 1 else _product(sizes)
@@ -65,21 +77,7 @@ def plan_layout(config: ParallelConfig, world_size: int) -> Layout:
             f"{named} does not divide the {world_size} ranks of this run; use a divisor of {world_size}, or start a "
             f"multiple of {others} ranks"
         )
-    return Layout(**sizes, shard=world_size // others)
-
-
-def check_experts(layout: Layout, expert: int) -> None:
-    """Refuse a number of ranks that share experts which the ranks of ``shard`` x ``context`` cannot be divided into.
-
-    Raises:
-        UserError: with both sides of the division.
-    """
-    ranks = layout.shard * layout.context
-    if ranks % expert:
-        raise UserError(
-            f"parallel.expert {expert} does not divide parallel.shard {layout.shard} x parallel.context "
-            f"{layout.context} = {ranks} ranks; use a divisor of {ranks}"
-        )
+    return world_size // others
 
 
 def _product(sizes: dict[str, int]) -> str:
@@ -96,5 +94,4 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         UserError: the mesh or the global batch cannot be divided among the ranks.
     """
     layout = plan_layout(config.parallel, world_size)
-    check_experts(layout, config.parallel.expert)
     plan_batches(config.training, layout.data_parallel)

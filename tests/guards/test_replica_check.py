@@ -102,6 +102,15 @@ def test_stages_of_a_pipeline_hold_different_parameters(two_ranks, run_file, tmp
     assert two_ranks.run(train, run_file, [*options, "--run_folder", str(tmp_path)], {}) == [None, None]
 
 
+def test_stages_of_a_pipeline_hold_different_constants(two_ranks, run_file, tmp_path):
+    """Biases of routers are whole on all ranks that have the layer, and on no others."""
+    experts = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0}
+    model = {**tiny_run.ARCHITECTURE, "model_type": "glm4_moe", "head_dim": 8, "moe_intermediate_size": 24, **experts}
+    options = [*OPTIONS, "--model.architecture", json.dumps(model), "--training.check_replicas_interval", "1"]
+    options += ["--run_folder", str(tmp_path), "--parallel.pipeline", "2"]
+    assert two_ranks.run(train, run_file, options, {}) == [None, None]
+
+
 def test_of_four_copies_the_odd_one_is_named(four_ranks, run_file, tmp_path):
     options = [*OPTIONS, "--parallel.replicate", "4", "--parallel.shard", "1", "--run_folder", str(tmp_path)]
     options += ["--training.check_replicas_interval", "1", "--training.micro_batch_size", "2"]

@@ -288,6 +288,7 @@ def test_fp32_runs_do_without_flash_attention(machine):
     ("context", "kind", "expected", "end"),
     [
         (1, "auto", "heads", "the backend for CPUs"),
+        (1, "ring", "heads", "the backend for CPUs"),
         (2, "auto", "heads", "; 2 ranks exchange heads for tokens (the numbers of heads allow it)"),
         (2, "ring", "ring", "; ring attention over 2 ranks (as configured)"),
         (3, "auto", "ring", "over 3 ranks (parallel.context 3 does not divide the 4 attention heads of a rank (4))"),

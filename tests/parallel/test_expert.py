@@ -23,7 +23,7 @@ from retemper.engine.model.expert_settings import ExpertSettings
 from retemper.engine.model.experts import Experts, Routing
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel import expert
-from retemper.engine.parallel.layout import Layout, check_experts
+from retemper.engine.parallel.layout import Layout, plan_layout
 from retemper.engine.parallel.mesh import build_mesh
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools.planning.pool import DryRunPool
@@ -109,7 +109,7 @@ def test_a_model_of_transformers_is_refused():
 
 def test_ranks_that_cannot_be_divided():
     with pytest.raises(UserError) as caught:
-        check_experts(Layout(replicate=2, shard=3, context=2), 4)
+        plan_layout(ParallelConfig(replicate=2, context=2, expert=4), 12)
     assert str(caught.value) == (
         "parallel.expert 4 does not divide parallel.shard 3 x parallel.context 2 = 6 ranks; use a divisor of 6"
     )

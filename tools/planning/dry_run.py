@@ -134,8 +134,7 @@ class SimulatedRank:
         self.config, self.counter, self._windows = config, counter, architecture.sliding_windows
         self.plan = plan_batches(config.training, spec.layout.data_parallel)
         self._backend = PER_DOCUMENT if spec.capability is None else attention_backend(config, architecture)
-        in_ring = context_kind(config.parallel, architecture) == "ring"
-        self._in_blocks = spec.layout.context > 1 and in_ring
+        self._in_blocks = context_kind(config.parallel, architecture) == "ring"
         choices = Choices(Choice(self._backend, "planned"), False, self.plan.num_micro_batches)
         counter.begin("parameters")
         materialize = materialize_without_values() if not has_values() else materialize_empty

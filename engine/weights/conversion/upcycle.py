@@ -20,7 +20,9 @@ from ...errors import UserError
 from ...files.atomic import require_absent
 from ...files.outputs import Use, require_separate
 from ...model.families import DecoderArchitecture, parse_decoder_architecture
+from ...model.family_table import FAMILIES
 from ...model.implementations import meta_model
+from ...model.rope_settings import PARAMETERS, SCALING
 from ...model.wrappers import text_config_of
 from ..checkpoint.assets import is_hf_folder
 from ..hugging_face.hub_download import find_model_folder
@@ -159,7 +161,8 @@ def _mixture_config(model: StoredModel, name: str, num_experts: int, per_token: 
             f"{', '.join(_TARGETS)}"
         )
     model_type, kind, without = _TARGETS[before.model_type]
-    config = {key: value for key, value in model.config.items() if key not in without}
+    config = _with_defaults(model.config, before)
+    config = {key: value for key, value in config.items() if key not in without}
     config |= {"model_type": model_type, "architectures": [kind], "num_experts_per_tok": per_token}
     config |= {"head_dim": before.head_dim, "router_aux_loss_coef": 0.001}
     if model_type == "mixtral":
@@ -167,7 +170,7 @@ def _mixture_config(model: StoredModel, name: str, num_experts: int, per_token: 
     else:
         config |= {"num_experts": num_experts, "moe_intermediate_size": before.intermediate_size}
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-    after = parse_decoder_architecture(config, name)
+    after = parse_decoder_architecture(config, f"--model {name}, as {model_type}")
     changed = {"model_type", "experts"}
     there = after.facts()
     different = [fact for fact, value in before.facts().items() if fact not in changed and there[fact] != value]
@@ -178,3 +181,14 @@ def _mixture_config(model: StoredModel, name: str, num_experts: int, per_token: 
         )
     assert after.experts is not None and after.experts.normalize
     return config
+
+
+def _with_defaults(config: dict[str, Any], architecture: DecoderArchitecture) -> dict[str, Any]:
+    """Return ``config`` with the keys that it leaves to the defaults of its type; those of other types differ."""
+    family, scaling = FAMILIES[architecture.model_type], config.get(SCALING) or config.get(PARAMETERS) or {}
+    values = {**family.defaults, family.norm_eps: architecture.norm_eps}
+    values["num_key_value_heads"] = architecture.num_key_value_heads
+    rope = architecture.ropes[0]
+    if rope is not None and family.rope_theta_key not in scaling:
+        values[family.rope_theta_key] = rope.theta
+    return {**config, **{key: value for key, value in values.items() if config.get(key) is None}}

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import plan_runs
 import pytest
+import torch
+from torch import Tensor
 
+from retemper.engine.errors import UserError
+from retemper.engine.model.experts import Router
+from retemper.engine.parallel.process_group import Ranks
+from retemper.tools.planning.dry_run import RankSpec
 from retemper.tools.planning.experts import describe_missing, sizes_of
 from retemper.tools.planning.extrapolation import dry_run_short
-from retemper.tools.planning.formulas import _collectives
+from retemper.tools.planning.formulas import Calibration, _collectives
 from retemper.tools.planning.gpus import GPUS
 from retemper.tools.planning.options import Assumptions, PlanOptions, read_architecture
 from retemper.tools.planning.pool import DryRunPool
 from retemper.tools.planning.prediction import bandwidth, expert_seconds
 from retemper.tools.planning.report import format_plan
-from retemper.tools.planning.search import plan_briefly, require_possible
+from retemper.tools.planning.search import candidates, plan_briefly, require_possible
 from retemper.tools.planning.work import Collective, ExpertWork
 
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
@@ -160,6 +167,44 @@ def test_experts_over_ranks_exchange_rows_and_gather_their_own_experts(tmp_path,
         assert rough[key].sent == pytest.approx(usage.collectives[key].sent, rel=0.01), key
 
 
+@pytest.mark.parametrize(("mode", "again"), [("selective", 0), ("full", 1), ("full --parallel.recompute_every 2", 0.5)])
+def test_recomputation_sends_rows_to_their_experts_again_but_no_results(mode, again, tmp_path, pool):
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    config = plan_runs.configure(path, f"--parallel.expert 2 --parallel.recompute {mode}")
+    (usage,) = pool.run([plan_runs.spec_of(config, 2, (9, 0))])
+    (found,) = (total for key, total in usage.collectives.items() if key.kind == "all-to-all")
+    layers, rows, hidden = 2, 2 * 256 * 2, 128
+    there, back = rows * (2 * hidden + 4) + 8 * 4, rows * 2 * hidden
+    gradients = rows * (2 * hidden + 4) + back
+    assert found.size == layers * (there + back + gradients + again * there)
+    cluster = PlanOptions(1, 2, "h100-80gb", 0.55, 4.0, None).cluster(read_architecture(config.model))
+    rough = _collectives(config, require_possible(config, cluster), cluster, 1)
+    (estimate,) = (total for key, total in rough.items() if key.kind == "all-to-all")
+    assert estimate.sent == pytest.approx(found.sent, rel=0.02)
+
+
+def counted_forward(ranks: Ranks, spec: RankSpec) -> dict[str, float]:
+    """Bytes by kind at the peak of a forward pass on real ranks, whose tokens choose all experts equally."""
+    choose = Router._choose
+
+    def balanced(router: Router, scores_TE: Tensor) -> Tensor:
+        tokens, experts = scores_TE.shape
+        first_T1 = torch.arange(tokens)[:, None] * router.settings.per_token
+        return choose(router, -(torch.arange(experts) - first_T1).remainder(experts).float())
+
+    with mock.patch.object(Router, "_choose", balanced):
+        return plan_runs.counted(ranks, spec).peaks["forward"]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_dry_run_keeps_what_ranks_with_shared_experts_keep(mode, two_ranks, tmp_path, pool):
+    """To the byte: real ranks have unfinished exchanges, a dry run has none."""
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    spec = plan_runs.spec_of(plan_runs.configure(path, f"--parallel.expert 2 --parallel.recompute {mode}"), 2)
+    (usage,) = pool.run([spec])
+    assert two_ranks.run(counted_forward, spec) == [usage.peaks["forward"]] * 2
+
+
 def test_an_all_to_all_between_nodes_uses_the_card_of_each_rank():
     """Of 16 ranks in 2 nodes, each rank sends to 15, and 8 of them are in the other node: at 50 GB/s."""
     gpu = GPUS["h100-80gb"]
@@ -184,3 +229,16 @@ def test_sizes_of_expert_parallelism_divide_ranks_and_experts(tmp_path):
     assert sizes_of(architecture, 16) == [1, 2, 4, 8]
     assert sizes_of(architecture, 12) == [1, 2, 4]
     assert sizes_of(replace(architecture, experts=None), 16) == [1]
+
+
+def test_layouts_whose_ranks_cannot_share_experts_are_impossible(tmp_path):
+    config = plan_runs.configure(plan_runs.write_config(tmp_path, **EXPERTS), "--training.global_batch_size 8")
+    cluster = PlanOptions(1, 8, "h100-80gb", 0.55, 0.0, None).cluster(read_architecture(config.model))
+    tried = candidates(config, cluster, Calibration(dict.fromkeys(("none", "selective", "full"), 1.0)))
+    sizes = {(one.layout.shard * one.layout.context, one.config.parallel.expert) for one in tried}
+    assert {expert for _, expert in sizes} == {1, 2, 4, 8}
+    assert all(ranks % expert == 0 for ranks, expert in sizes)
+    three = replace(config, parallel=replace(config.parallel, expert=3))
+    refusal = r"parallel\.expert 3 does not divide parallel\.shard 8 x parallel\.context 1 = 8 ranks"
+    with pytest.raises(UserError, match=refusal):
+        require_possible(three, cluster)

@@ -57,6 +57,21 @@ def test_logits_of_transformers_are_unchanged(name, dtype, tmp_path):
     assert torch.cat(routers).std().item() == pytest.approx(config["initializer_range"], rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["llama multi-head", "mistral"])
+def test_what_a_config_leaves_out_stays_the_default_of_the_dense_type(name, tmp_path):
+    """Configs of Llama 2 and TinyLlama have no rope_theta, and that of Mixtral is another one."""
+    source = saved(name, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "max_position_embeddings"):
+        config.pop(key, None)
+    if name == "llama multi-head":
+        del config["num_key_value_heads"]
+    (source / "config.json").write_text(json.dumps(config))
+    upcycle(str(source), tmp_path / "out", 4, 2, say=lambda line: None)
+    expected = logits(source)
+    assert (logits(tmp_path / "out") - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
 def test_experts_learn_from_their_own_tokens(tmp_path):
     """Copies get different gradients, so they do not stay copies."""
     source = saved("qwen3", tmp_path / "source")
