@@ -111,7 +111,7 @@ def compare(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int)
             "seconds": round(medians[name], 4),
             "tokens_per_second": round(shape.tokens / medians[name], 1),
             "relative_time": round(medians[name] / medians["native"], 3),
-            "peak_mb": round(peak_bytes(run, device) / 1e6, 1),
+            "peak_mb": round(peak_bytes(run, layers[name], device) / 1e6, 1),
         }
         for name, run in passes.items()
     ]
@@ -217,8 +217,9 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
     return time.process_time() - start
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that a pass has allocated at one time, gradients included."""
+def peak_bytes(run: Callable[[], object], layer: nn.Module, device: torch.device) -> int:
+    """Return the most bytes that a pass of a layer has allocated at one time, gradients included."""
+    layer.zero_grad(set_to_none=True)  # otherwise the pass would free those of the pass before it
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,7 +1,6 @@
 """Convert a model's settings between Megatron-LM's ``args`` (of its command line) and a Hugging Face config.
 
-Megatron stores them next to the tensors in a pickle, ``common.pt`` or the object ``common_state``. It is read without
-executing anything: every class in it is replaced by one that does nothing (:func:`read_args`).
+:mod:`.megatron_args` reads them from a checkpoint, :mod:`.megatron_mixture` converts those of experts.
 
 Settings that do not show in the tensors are compared one by one with a given config. Those that both sides can express
 (norm epsilon, rotary base and scaling, windows) may differ, and the difference is logged. Those that define another
@@ -13,30 +12,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from io import BytesIO
-from pathlib import Path
-from typing import IO, Any, NoReturn
-
-from torch.distributed.checkpoint.metadata import Metadata
+from typing import Any
 
 from retemper.engine.errors import UserError
 from retemper.engine.model.families import DecoderArchitecture
 from retemper.engine.model.rope_settings import LinearScaling, Llama3Scaling, RopeSettings
-from retemper.engine.weights.damage import brief, file_inside
-from retemper.engine.weights.dcp_metadata import check_pickle_size, placeholder_class
 
+from .megatron_args import refuse, shown, taking_away
 from .megatron_layout import Vocabulary
+from .megatron_mixture import (
+    MIXTURE_TYPES,
+    mixture_args,
+    mixture_config,
+    require_our_mixture,
+    require_same_mixture,
+)
 
-COMMON_FILE = "common.pt"
-_COMMON_OBJECT = "common_state/shard_0_1"
-_MAX_FILE_BYTES = 256 << 20
-_MAX_PICKLE_BYTES = 64 << 20
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", *MIXTURE_TYPES)
 """The families that the tables of this format describe."""
 # The settings with a counterpart: Hugging Face's key and Megatron's.
 _SAME = (
@@ -72,7 +66,6 @@ _FIXED: dict[str, Any] = {
     "qk_l2_norm": False,
     "attention_output_gate": False,
     "experimental_attention_variant": None,
-    "num_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
 }
@@ -82,65 +75,6 @@ _INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _LARGEST = 1e30
 """Limit of a numeric setting."""
 _MOST_LAYERS = 10_000
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes]):
-        super().__init__(file)
-        self._inert = placeholder_class()
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self._inert
-
-    def persistent_load(self, pid: Any) -> None:
-        return None
-
-
-def read_args(folder: Path, metadata: Metadata) -> dict[str, Any] | None:
-    """Return the command line's settings in the Megatron checkpoint ``folder``, None if it has none.
-
-    Values of unknown classes become inert objects. Nothing is executed.
-
-    Raises:
-        UserError: the file is outside ``folder``.
-    """
-    path = file_inside(folder, COMMON_FILE)
-    try:
-        if path.is_file():
-            content = _unpickle(path.read_bytes()) if path.stat().st_size <= _MAX_FILE_BYTES else None
-        else:
-            content = _unpickle(_stored_object(folder, metadata))
-    except Exception:  # Invalid pickles raise many types; the config must then come from elsewhere.
-        return None
-    content = content[0] if isinstance(content, list) and content else content
-    args = content.get("args") if isinstance(content, dict) else None
-    found = getattr(args, "__dict__", None)
-    return dict(found) if found else None
-
-
-def args_place(folder: Path) -> str:
-    """Return the file or object of :func:`read_args`, for errors."""
-    path = folder / COMMON_FILE
-    return str(path if path.is_file() else folder)
-
-
-def _stored_object(folder: Path, metadata: Metadata) -> bytes:
-    place = next(info for index, info in metadata.storage_data.items() if index.fqn == _COMMON_OBJECT)
-    with open(file_inside(folder, place.relative_path), "rb") as file:
-        file.seek(place.offset)
-        return file.read(min(place.length, _MAX_FILE_BYTES))
-
-
-def _unpickle(saved: bytes) -> Any:
-    """Return the object written by ``torch.save``, without its tensors."""
-    with zipfile.ZipFile(BytesIO(saved)) as archive:
-        (member,) = (item for item in archive.infolist() if item.filename.split("/", 1)[-1] == "data.pkl")
-        # torch.save does not compress: a forged archive could expand 64 KiB to a pickle of 64 MiB.
-        if member.file_size > _MAX_PICKLE_BYTES or member.compress_type != zipfile.ZIP_STORED:
-            raise pickle.UnpicklingError
-        pickled = archive.read(member)
-    check_pickle_size(pickled)
-    return _InertUnpickler(BytesIO(pickled)).load()
 
 
 def config_from_args(args: Mapping[str, Any], padded_vocab_size: int, where: str) -> dict[str, Any]:
@@ -159,17 +93,20 @@ def config_from_args(args: Mapping[str, Any], padded_vocab_size: int, where: str
         elif key not in _OPTIONAL:
             raise UserError(f"{where}: its args have no {name}; name the model's config.json with --config")
     if not 0 < config["num_hidden_layers"] <= _MOST_LAYERS:
-        raise UserError(f"{where}: its args have num_layers {_shown(args['num_layers'])}; name a config with --config")
+        raise UserError(f"{where}: its args have num_layers {shown(args['num_layers'])}; name a config with --config")
     if any(_windows(args, config["num_hidden_layers"], where)):
         raise UserError(
-            f"{where}: its args have window_size {_shown(args['window_size'])}, whose meaning depends on the family; "
+            f"{where}: its args have window_size {shown(args['window_size'])}, whose meaning depends on the family; "
             "name the model's config.json with --config"
         )
     config["num_key_value_heads"] = _groups(args)
     known = args.get("vocab_size")
     config["vocab_size"] = known if type(known) is int and 0 < known <= padded_vocab_size else padded_vocab_size
     config["tie_word_embeddings"] = not args.get("untie_embeddings_and_output_weights", False)
-    config |= _family(args, where)
+    if args.get("num_experts") is None:
+        config |= _family(args, where)
+    else:
+        config |= mixture_config(args, config["num_hidden_layers"], where)
     factor, scaling = _rope_scaling(args, where)
     if scaling:
         config["rope_scaling"] = {"rope_type": "llama3", **asdict(scaling)}
@@ -211,7 +148,7 @@ def _factor(args: Mapping[str, Any], name: str, default: float, where: str) -> f
     value = args.get(name, default)
     if type(value) not in (int, float) or not 0 < value < _LARGEST:
         raise UserError(
-            f"{where}: its args have {name} {_shown(value)}, a positive number is needed; name the model's config.json "
+            f"{where}: its args have {name} {shown(value)}, a positive number is needed; name the model's config.json "
             "with --config"
         )
     return float(value)
@@ -230,7 +167,7 @@ def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int 
     sound = type(size) in (tuple, list) and [type(side) for side in size] == [int, int] and size[1] in (-1, 0)
     if not sound or size[0] < -1:
         raise UserError(
-            f"{where}: its args have window_size {_shown(size)}, supported: (tokens before, 0); "
+            f"{where}: its args have window_size {shown(size)}, supported: (tokens before, 0); "
             "config.json cannot express that"
         )
     if type(skip) is int and skip > 0:
@@ -241,7 +178,7 @@ def _windows(args: Mapping[str, Any], num_layers: Any, where: str) -> tuple[int 
         windowed = [True] * num_layers
     else:
         raise UserError(
-            f"{where}: its args have window_attn_skip_freq {_shown(skip)}, a number or a list of {num_layers} is needed"
+            f"{where}: its args have window_attn_skip_freq {shown(skip)}, a number or a list of {num_layers} is needed"
         )
     return tuple(size[0] + 1 if has and size[0] >= 0 else None for has in windowed)
 
@@ -254,9 +191,10 @@ def require_our_decoder(args: Mapping[str, Any], where: str) -> None:
     """
     for name, expected in _FIXED.items():
         if not _is(name, args.get(name, expected), expected, args):
-            _refuse(where, name, args[name], f"supported: {expected}")
+            refuse(where, name, args[name], f"supported: {expected}")
+    require_our_mixture(args, where)
     if args.get("use_rope_scaling") and args.get(_INTERPOLATION) not in (None, 1):
-        _refuse(
+        refuse(
             where, _INTERPOLATION, args[_INTERPOLATION], "and use_rope_scaling as well; only one of them is supported"
         )
 
@@ -273,17 +211,6 @@ def _is(name: str, value: Any, expected: Any, args: Mapping[str, Any]) -> bool:
     if name in ("no_rope_freq", "mtp_num_layers"):
         return type(value) is int and value == 0
     return bool(value == expected)
-
-
-def _refuse(where: str, name: str, value: Any, supported: str) -> NoReturn:
-    raise UserError(
-        f"{where}: its args have {name} {_shown(value)}, {supported}; config.json cannot express that model, "
-        f"convert it with a tool that supports it{_taking_away(where)}"
-    )
-
-
-def _taking_away(where: str) -> str:
-    return f"; if these args are wrong, remove {COMMON_FILE} and name --config" if COMMON_FILE in where else ""
 
 
 def args_from_config(
@@ -314,6 +241,7 @@ def args_from_config(
     return argparse.Namespace(
         **{name: values[key] for key, name in _SAME if values[key] is not None},
         **_FIXED,
+        **mixture_args(a.experts, where),
         **_window_args(a.sliding_windows),
         seq_length=values["max_position_embeddings"],
         num_query_groups=a.num_key_value_heads,
@@ -342,15 +270,10 @@ def require_same_decoder(architecture: DecoderArchitecture, where: str) -> None:
     Raises:
         UserError: names the model's type or activation.
     """
-    if architecture.experts is not None:
-        raise UserError(
-            f"{where}: {architecture.model_type} has experts, whose names and order in Megatron's checkpoints are not "
-            "implemented here; convert it with Megatron Bridge (https://github.com/NVIDIA-NeMo/Megatron-Bridge)"
-        )
     if architecture.model_type not in MODEL_TYPES:
         raise UserError(
             f"{where}: model_type {architecture.model_type} cannot be converted to Megatron's format; supported: "
-            f"{', '.join(MODEL_TYPES)}"
+            f"{', '.join(MODEL_TYPES)}; for others see Megatron Bridge (https://github.com/NVIDIA-NeMo/Megatron-Bridge)"
         )
     if architecture.activation != "silu":
         raise UserError(f"{where}: the activation is {architecture.activation}; only silu can be converted")
@@ -404,9 +327,10 @@ def describe_disagreement(args: Mapping[str, Any], architecture: DecoderArchitec
     for name, here in heads.items():
         if type(there[name]) is int and there[name] != here:
             raise UserError(
-                f"{where}: its args have {name} {_shown(there[name])}, --config has {here}: tensors of these shapes "
-                f"fit both, but the heads differ; name this model's config.json{_taking_away(where)}"
+                f"{where}: its args have {name} {shown(there[name])}, --config has {here}: tensors of these shapes "
+                f"fit both, but the heads differ; name this model's config.json{taking_away(where)}"
             )
+    require_same_mixture(args, a, where)
     rope, factor_here, scaling_here = _rope_of(a, where)
     lines = [
         _difference(key, here, args[name])
@@ -430,10 +354,5 @@ def describe_disagreement(args: Mapping[str, Any], architecture: DecoderArchitec
 
 
 def _difference(name: str, here: Any, there: Any) -> str:
-    said = there if isinstance(there, Llama3Scaling) else _shown(there)
+    said = there if isinstance(there, Llama3Scaling) else shown(there)
     return f"{name} is {here} in config.json, which is used; the checkpoint's args have {said}"
-
-
-def _shown(value: Any) -> str:
-    text = brief(value)
-    return text if len(text) <= 80 else text[:80] + "..."

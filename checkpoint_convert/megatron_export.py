@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from retemper.engine.errors import UserError
 from retemper.engine.files.atomic import require_absent
 from retemper.engine.files.outputs import Use, require_separate
 from retemper.engine.model.families import require_native
+from retemper.engine.model.wrappers import text_config_of
 from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER
 from retemper.engine.weights.conversion.logits import compare_logits
 from retemper.engine.weights.conversion.pipeline import Conversion, Target, Written
@@ -22,7 +24,8 @@ from retemper.engine.weights.hugging_face.weight_options import AUTO
 from retemper.engine.weights.workers import parse_workers
 
 from .megatron_config import args_from_config, window_options
-from .megatron_layout import Vocabulary
+from .megatron_layout import Vocabulary, is_homogeneous
+from .megatron_mixture import mixture_options
 from .megatron_reading import MegatronModel
 from .megatron_writing import MegatronLayout, MegatronParts, complete_checkpoint
 
@@ -56,18 +59,26 @@ def convert(
     assert hf is not None or not verify
     folder, model = _open_source(hf, checkpoint, output)
     architecture = require_native(model.architecture, str(folder))
+    if text_config_of(model.config)[1]:
+        raise UserError(
+            f"{folder}: model_type {model.config.get('model_type')} is a text model with other parts around it; only "
+            "text models can be converted to Megatron's format"
+        )
+    layout = replace(layout, per_layer=per_layer or not is_homogeneous(architecture))
     args = args_from_config(model.config, architecture, layout.vocabulary, str(folder))
-    targets = cast_to(model.parameters.tensors, target or model.export_dtype)
-    parts = MegatronParts(model.parameters, targets, architecture, layout)
+    source, written = model.published, target or model.export_dtype
+    targets = cast_to(source.tensors, written)
+    parts = MegatronParts(source, targets, architecture, layout)
 
     def complete(content: Path, done: Written) -> None:
         complete_checkpoint(content, parts, done, architecture, args, layout)
         model.assets.write(content / ASSET_FOLDER)
-        assert MegatronModel(content, model.config, str(folder)).tensors == targets
+        assert MegatronModel(content, model.config, str(folder)).published.tensors == targets
 
     def compare(content: Path) -> dict[str, Any]:
-        back, vocab_size = MegatronModel(content, model.config, str(folder)), model.architecture.vocab_size
-        return compare_logits(folder, back, model.architecture, targets, vocab_size, model.max_length)
+        back = MegatronModel(content, model.config, str(folder)).parameters
+        rounded_to = {**cast_to(back.tensors, written), **targets}
+        return compare_logits(folder, back, architecture, rounded_to, architecture.vocab_size, model.max_length)
 
     options = {"dtype": dtype if target or model.export_dtype is None else dtype_name(model.export_dtype)}
     conversion = Conversion(
@@ -80,7 +91,7 @@ def convert(
         ),
         stored={**parts.unpadded, **model.unused},
         hashed_rows=parts.hashed_rows,
-        casts=describe_casts(model.parameters.tensors, targets),
+        casts=describe_casts(source.tensors, targets),
         notes=_advice(args),
     )
     ending = "; load it with --ckpt-format torch_dist"
@@ -100,6 +111,9 @@ def _advice(args: argparse.Namespace) -> list[str]:
     padding = args.padded_vocab_size - args.vocab_size
     if padding:
         lines.append(f"padded the vocabulary of {args.vocab_size} with {padding} rows of zeros")
+    if args.num_experts is not None:
+        options = mixture_options(vars(args))
+        lines.append(f"if Megatron does not take the settings of experts from the checkpoint, give it {options}")
     if args.window_size is not None:
         lines.append(f"a Megatron checkpoint does not store sliding windows: give Megatron {window_options(args)}")
     return lines

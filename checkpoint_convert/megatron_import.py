@@ -54,23 +54,25 @@ def convert(
     reads = [Use(option, path) for option, path in named if path is not None]
     require_separate(reads, folders=[Use(f"--output {output}", output)])
     model = _open(Path(megatron), config, tokenizer)
-    tensors = cast_to(model.parameters.tensors, target)
+    source = model.published if format == HF else model.parameters
+    tensors = cast_to(source.tensors, target)
     assets = with_dtype(model.assets, (tensor.dtype for tensor in tensors.values()))
 
     def compare(content: Path) -> dict[str, Any]:
-        a = model.architecture
-        return compare_logits(content, model.parameters, a, tensors, a.vocab_size, model.max_length)
+        a, parameters = model.architecture, model.parameters
+        rounded_to = {**cast_to(parameters.tensors, target), **tensors}
+        return compare_logits(content, parameters, a, rounded_to, a.vocab_size, model.max_length)
 
     options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
     without = ["neither --config nor --tokenizer has a tokenizer, so the output has none"]
     conversion = Conversion(
         model=model,
-        source=model.parameters,
+        source=source,
         tensors=tensors,
         target=hf_target(tensors, shard_bytes, assets) if format == HF else checkpoint_target(tensors, assets),
         record=ConversionRecord("from_megatron", model.identify(), options, left_out=model.left_out),
-        stored={**model.parameters.tensors, **model.unused},
-        casts=describe_casts(model.parameters.tensors, tensors),
+        stored={**source.tensors, **model.unused},
+        casts=describe_casts(source.tensors, tensors),
         notes=without if assets.tokenizer_sha256 is None else (),
     )
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None)
@@ -83,8 +85,8 @@ def _open(folder: Path, config: str | Path | None, tokenizer: str | None) -> Sto
         folder=folder,
         config=model.config,
         architecture=model.architecture,
-        parameters=model,
-        published=model,  # the families that Megatron supports store parameters as they are
+        parameters=model.parameters,
+        published=model.published,
         published_tables=model.architecture.tables,
         kept=(),
         unused=model.left_out,

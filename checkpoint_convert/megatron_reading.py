@@ -1,43 +1,45 @@
 """Read a Megatron-Core checkpoint of the ``torch_dist`` format under Hugging Face names, without Megatron.
 
 Such a checkpoint is a folder of PyTorch's distributed checkpoint (DCP) with a ``metadata.json``, which is written last.
-Any rows of any tensor can be read without the others. :mod:`megatron_layout` maps rows to tensors. Optimizer and random
-states are left out.
+:mod:`megatron_layout` says which pieces of Megatron's tensors the tensors of Hugging Face are. Any rows of these can be
+read without the others. Optimizer and random states are left out.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from retemper.engine.errors import UserError
 from retemper.engine.files.regular import read_regular
+from retemper.engine.model.architecture import Piece
 from retemper.engine.model.families import DecoderArchitecture, parse_decoder_architecture
 from retemper.engine.model.implementations import meta_model
 from retemper.engine.weights.damage import METADATA_FILE, DamagedCheckpoint
 from retemper.engine.weights.dcp_files import read_dcp_parts
 from retemper.engine.weights.dcp_metadata import read_metadata
+from retemper.engine.weights.hugging_face.layout import Layout
 from retemper.engine.weights.hugging_face.weight_dtypes import WEIGHT_DTYPES, dtype_name
 from retemper.engine.weights.parts import Part, TensorParts
-from retemper.engine.weights.tensor_source import ReadRows, StoredTensor
+from retemper.engine.weights.tensor_source import StoredTensor
 
+from .megatron_args import args_place, read_args
 from .megatron_config import (
-    args_place,
+    MODEL_TYPES,
     config_from_args,
     describe_disagreement,
-    read_args,
     require_our_decoder,
     require_same_decoder,
 )
-from .megatron_layout import EMBEDDING_KEY, FusedTensor, RowRange, fused_tensors
+from .megatron_layout import EMBEDDING_KEY, FusedTensor, fused_tensors
 
 FORMAT_FILE = "metadata.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -54,25 +56,27 @@ _OPTIMIZER = re.compile(r"(^|\.)(optimizer|chained_\d+)\.")
 _MOST_PADDING = 128 * 64
 """Default limit of padding rows of an embedding: Megatron's default on 64 ranks."""
 _FOREIGN = {
-    "a mixture of experts": (".experts.", ".router.", "shared_expert"),
     "multi-head latent attention": ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_", "linear_q_proj"),
     "multi-token prediction": ("mtp.",),
     "learned positions": ("position_embeddings",),
     "LayerNorm instead of RMSNorm": ("layer_norm_bias", "layernorm.bias"),
     "a state-space model": (".mixer.",),
+    "experts with latent projections": ("_latent_proj",),
+    "a router with biases": (".router.bias", ".router.expert_bias"),
 }
 """Parts of keys that identify unsupported models."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a tensor, or of a separately stored part of it, in the checkpoint."""
+    """The place of a Hugging Face tensor in the checkpoint."""
 
     name: str
-    layer: int | None
-    """Index on the first dimension of a stacked tensor."""
-    is_separate: bool
-    """True if it holds only one of the tensors that Megatron fuses."""
+    """The tensor that holds it."""
+    index: tuple[int, ...] = ()
+    """Its indices on the first dimensions of that: number of the layer, if layers are stacked, and of the expert."""
+    is_separate: bool = False
+    """True if no other of the tensors that Megatron fuses is there."""
 
 
 class MegatronModel:
@@ -106,64 +110,50 @@ class MegatronModel:
         """Content of a Hugging Face ``config.json``."""
         self.architecture: DecoderArchitecture = parse_decoder_architecture(config, where)
         require_same_decoder(self.architecture, where)
+        if self.architecture.experts is None:
+            _refuse_experts(weights, self.folder, where)
         if args is not None:
             self.notes += describe_disagreement(args, self.architecture, said_in)
-        shapes = {name: tuple(item.shape) for name, item in meta_model(self.architecture).named_parameters()}
-        self._fused = {name: fused for fused in fused_tensors(self.architecture, shapes) for name in fused.hf_names}
-        self._places = self._locate(weights, where, _most_padding(args))
-        self.tensors: dict[str, StoredTensor] = {
-            name: StoredTensor(shape, weights[self._places[name].name].dtype) for name, shape in shapes.items()
-        }
-        """Names, shapes and dtypes, in the decoder's order."""
+        layout = Layout.of(self.architecture, meta_model(self.architecture))
+        fused = fused_tensors(self.architecture, layout)
+        places = self._locate(fused, weights, where, _most_padding(args))
         padding = embedding[0] - self.architecture.vocab_size
         if padding:
             self.notes.append(f"cut {padding} rows of padding from the vocabulary of {embedding[0]}")
-        stacked = {place.name for place in self._places.values() if place.layer is not None}
-        parts = read_dcp_parts(self.folder, weights.keys())
-        parts.require_full_coverage()
-        self._rows = _flattened(parts, stacked)
-        for path in sorted(self._rows.paths):
+        stored = read_dcp_parts(self.folder, weights.keys())
+        stored.require_full_coverage()
+        dims = {place.name: len(place.index) for place in places.values()}
+        pieces = {name: piece for tensor in fused for name, piece in _pieces(tensor, places).items()}
+        self.published: TensorParts = Layout(layout.published_shapes, pieces).parameters(_unstacked(stored, dims))
+        """The tensors of Hugging Face files."""
+        self.parameters: TensorParts = layout.parameters(self.published)
+        """The decoder's parameters."""
+        for path in sorted(self.published.paths):
             if not path.is_file():
                 raise DamagedCheckpoint(f"{path}: missing, although {METADATA_FILE} lists tensors in it")
 
     @property
     def files(self) -> list[Path]:
         """Return the files that determine the tensors."""
-        return [self.folder / FORMAT_FILE, self.folder / METADATA_FILE, *sorted(self._rows.paths)]
+        return [self.folder / FORMAT_FILE, self.folder / METADATA_FILE, *sorted(self.published.paths)]
 
-    @contextmanager
-    def rows(self, name: str) -> Iterator[ReadRows]:
-        """Read rows, see :class:`~retemper.engine.weights.tensor_source.TensorSource`."""
-        fused, place = self._fused[name], self._places[name]
-        index = fused.hf_names.index(name)
-        if place.is_separate:
-            num_rows = fused.shapes[index][0]
-            row_ranges = [(0, RowRange(index, 0, num_rows))]
-        else:
-            num_rows = fused.shape[0]
-            row_ranges = [(at, kept) for at, kept in fused.places() if kept.tensor_index == index]
-        before = (place.layer or 0) * num_rows
-        with self._rows.rows(place.name) as read_stored:
-
-            def read(first: int, rows: Tensor) -> None:
-                for at, kept in row_ranges:
-                    start, stop = max(first, kept.start), min(first + rows.shape[0], kept.stop)
-                    if start < stop:
-                        read_stored(before + at + start - kept.start, rows[start - first : stop - first])
-
-            yield read
-
-    def _locate(self, weights: Mapping[str, StoredTensor], where: str, most_padding: int) -> dict[str, _Place]:
+    def _locate(
+        self, tensors: Iterable[FusedTensor], weights: Mapping[str, StoredTensor], where: str, most_padding: int
+    ) -> dict[str, _Place]:
         """Return the place of every Hugging Face tensor; every tensor in the checkpoint must belong to one."""
-        places, problems, used = {}, [], set()
-        for fused in dict.fromkeys(self._fused.values()):
+        places: dict[str, _Place] = {}
+        problems: list[str] = []
+        used: set[str] = set()
+        for fused in tensors:
             found = self._find(fused, weights)
-            if found is None:
-                problems.append(f"missing {self._prefix}{fused.key(False)}")
+            names = {place.name for place in found}
+            used |= names
+            missing = [name for name in names if name not in weights]
+            if missing:
+                problems += [f"missing {name}" for name in sorted(missing)]
                 continue
-            for name, shape, place in zip(fused.hf_names, fused.shapes, found, strict=True):
-                places[name] = place
-                used.add(place.name)
+            places |= dict(zip(fused.hf_names, found, strict=True))
+            for shape, place in zip(fused.shapes, found, strict=True):
                 wanted = shape if place.is_separate else fused.shape
                 problems += self._misfit(fused, place, weights[place.name], wanted, most_padding)
         problems += [f"unexpected {name}" for name in weights if name not in used]
@@ -173,18 +163,20 @@ class MegatronModel:
             raise UserError(f"{self.folder}: the tensors do not fit {where}: " + "; ".join(problems[:3]) + more)
         return places
 
-    def _find(self, fused: FusedTensor, weights: Mapping[str, StoredTensor]) -> list[_Place] | None:
-        """Return the place of every Hugging Face tensor, the same for all if they are fused; None if there is none."""
-        entry = fused.entry
+    def _find(self, fused: FusedTensor, weights: Mapping[str, StoredTensor]) -> list[_Place]:
+        """Return the place of every Hugging Face tensor. If none of the keys is there, those of a stacked tensor."""
+        experts, count = fused.num_experts, len(fused.hf_names)
+        indices = [() if experts is None else (number * experts // count,) for number in range(count)]
+        usual = fused.key(False)
         for layer_keys in (False, True) if fused.layer is not None else (False,):
-            index = fused.layer if not layer_keys else None
-            for key in (entry.key, *entry.aliases):
+            layer = () if layer_keys or fused.layer is None else (fused.layer,)
+            for key in (fused.entry.key, *fused.entry.aliases):
                 if (name := self._prefix + fused.key(layer_keys, key)) in weights:
-                    return [_Place(name, index, False)] * len(fused.hf_names)
-            names = [self._prefix + fused.key(layer_keys, key) for key in entry.separate_keys]
-            if names and all(name in weights for name in names):
-                return [_Place(name, index, True) for name in names]
-        return None
+                    return [_Place(name, (*layer, *index)) for index in indices]
+            names = [self._prefix + key for key in fused.separate_keys(layer_keys)]
+            if any(name in weights for name in names):
+                return [_Place(name, layer, is_separate=True) for name in names]
+        return [_Place(self._prefix + usual)] * count
 
     def _misfit(
         self,
@@ -195,9 +187,10 @@ class MegatronModel:
         most_padding: int,
     ) -> list[str]:
         """Return the problems of a tensor that should have the shape ``wanted``, or that shape for each layer."""
+        is_stacked = len(place.index) > (fused.num_experts is not None and not place.is_separate)
         if stored.dtype not in WEIGHT_DTYPES.values():
             return [f"{place.name} is {dtype_name(stored.dtype)}, supported: {', '.join(WEIGHT_DTYPES)}"]
-        if place.layer is not None:
+        if is_stacked:
             wanted = (self.architecture.num_layers, *wanted)
         if stored.shape == wanted:
             return []
@@ -272,30 +265,59 @@ def _refuse_foreign(weights: Iterable[str], folder: Path) -> None:
         keys = [name for name in weights if any(mark in name for mark in marks)]
         if keys:
             raise UserError(
-                f"{folder}: holds {what} ({', '.join(keys[:3])}), which is not supported; supported are dense models "
-                "of the families Llama, Mistral, Qwen2 and Qwen3"
+                f"{folder}: holds {what} ({', '.join(keys[:3])}), which is not supported; supported are models of "
+                f"the types {', '.join(MODEL_TYPES)}"
             )
 
 
-def _flattened(source: TensorParts, names: Iterable[str]) -> TensorParts:
-    """Return ``source`` with the shapes of ``names`` changed from [L, R, ...] to [L * R, ...].
+def _refuse_experts(weights: Iterable[str], folder: Path, where: str) -> None:
+    keys = [name for name in weights if ".experts." in name or ".router." in name]
+    if keys:
+        raise UserError(
+            f"{folder}: holds a mixture of experts ({', '.join(keys[:3])}), but {where} is of a model without experts; "
+            "name this model's config.json"
+        )
 
-    Raises:
-        UserError: a shard has parts of several of the L.
+
+def _unit(name: str, index: tuple[int, ...]) -> str:
+    """Return the name of one of the tensors that are stacked in the tensor ``name``."""
+    return f"{name}[{', '.join(map(str, index))}]" if index else name
+
+
+def _unstacked(source: TensorParts, dims: Mapping[str, int]) -> TensorParts:
+    """Return the tensors that are stacked on the first dimensions of those of ``source``, ``dims`` of each.
+
+    One pass over the parts: a tensor of all experts of all layers has thousands, and as many tensors are in it.
     """
-    tensors, parts = dict(source.tensors), dict(source.parts)
-    for name in names:
-        count, rows, *rest = tensors[name].shape
-        tensors[name] = StoredTensor((count * rows, *rest), tensors[name].dtype)
-        parts[name] = [_flat(source.where.parent, name, part, rows) for part in parts[name]]
+    tensors: dict[str, StoredTensor] = {}
+    parts: dict[str, list[Part]] = {}
+    for name, count in dims.items():
+        stored = source.tensors[name]
+        for index in product(*map(range, stored.shape[:count])):
+            tensors[_unit(name, index)] = StoredTensor(stored.shape[count:], stored.dtype)
+            parts[_unit(name, index)] = []
+        for part in source.parts[name]:
+            ranges = [range(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True)][:count]
+            rows, *rest = part.sizes[count:]
+            whole = (math.prod(part.sizes[: count + 1]), *rest)
+            for number, index in enumerate(product(*ranges)):
+                begin = (number * rows, *(0 for _ in rest))
+                unit = Part(part.offsets[count:], (rows, *rest), part.path, part.find, (begin, whole))
+                parts[_unit(name, index)].append(unit)
     return TensorParts(source.where, tensors, parts)
 
 
-def _flat(folder: Path, name: str, part: Part, rows: int) -> Part:
-    (index, first, *offsets), (count, num_rows, *sizes) = part.offsets, part.sizes
-    if count > 1 and num_rows != rows:
-        raise UserError(f"{folder}: a shard of {name} covers {num_rows} of the {rows} rows of several layers")
-    return replace(part, offsets=(index * rows + first, *offsets), sizes=(count * num_rows, *sizes))
+def _pieces(fused: FusedTensor, places: Mapping[str, _Place]) -> dict[str, list[Piece]]:
+    """Return the pieces of the unstacked tensors of which each Hugging Face tensor in ``fused`` consists."""
+    pieces: dict[str, list[Piece]] = {name: [] for name in fused.hf_names}
+    rows_of_unit = fused.rows_shape[0] // (fused.num_experts or 1)
+    for at, rows in fused.places():
+        name, (_, *rest) = fused.hf_names[rows.tensor_index], fused.shapes[rows.tensor_index]
+        place, zeros = places[name], (0,) * len(rest)
+        first = rows.start if place.is_separate else at % rows_of_unit
+        sizes = (rows.stop - rows.start, *rest)
+        pieces[name].append(Piece(_unit(place.name, place.index), (first, *zeros), sizes, (rows.start, *zeros)))
+    return pieces
 
 
 def _most_padding(args: Mapping[str, Any] | None) -> int:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from retemper.engine.errors import UserError
 from retemper.engine.model.families import DecoderArchitecture
+from retemper.engine.model.implementations import meta_model
 from retemper.engine.weights.block_copy import OutputFile, WrittenFile
 from retemper.engine.weights.dcp_files import begin_tensor_file
+from retemper.engine.weights.hugging_face.layout import Layout
 from retemper.engine.weights.hugging_face.weight_dtypes import dtype_name
 from retemper.engine.weights.tensor_source import ReadRows, StoredTensor, TensorSource
 
 from .dcp_writing import OutputPart, write_part_metadata
-from .megatron_config import COMMON_FILE
+from .megatron_args import COMMON_FILE
 from .megatron_layout import FusedTensor, Vocabulary, extra_state_keys, fused_tensors
 from .megatron_reading import FORMAT, FORMAT_FILE, TRACKER_FILE
 
@@ -49,7 +51,7 @@ class MegatronParts:
     """The output in Megatron's terms: a ``TensorSource`` of parts, one for each tensor of each layer.
 
     Args:
-        source: every parameter of the decoder under its Hugging Face name.
+        source: every parameter of the decoder, as tensors of Hugging Face files.
         targets: the same, in the dtypes of the output.
         architecture: of the decoder.
         layout: of the output.
@@ -68,7 +70,8 @@ class MegatronParts:
         self._source = source
         self._fused: dict[str, FusedTensor] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        """Tensors by the names of parts: rows of one layer in the source's dtype, with padding."""
+        """Tensors by the names of parts: rows of one layer in the source's dtype, with padding. The rows of all experts
+        are in one dimension."""
         self.unpadded: dict[str, StoredTensor] = {}
         """The same without padding, as in the source."""
         self.targets: dict[str, StoredTensor] = {}
@@ -78,24 +81,25 @@ class MegatronParts:
         self.hashed_rows: dict[str, int] = {}
         """For each padded part: number of rows that come from the source."""
         dtypes: dict[str, tuple[torch.dtype, str]] = {}
-        for fused in fused_tensors(architecture, {name: tensor.shape for name, tensor in targets.items()}):
+        for fused in fused_tensors(architecture, Layout.of(architecture, meta_model(architecture))):
             key, first = fused.key(layout.per_layer), fused.hf_names[0]
             dtype, _ = dtypes.setdefault(key, (targets[first].dtype, first))
             stored_as = (source.tensors[first].dtype, first)
             for hf_name in fused.hf_names:
                 _require_same(hf_name, targets[hf_name].dtype, dtypes[key], key, "choose one with --dtype")
                 _require_same(hf_name, source.tensors[hf_name].dtype, stored_as, key, "cast them")
-            rows, *rest = fused.shape
+            rows, *rest = fused.rows_shape
             padded = layout.vocabulary.padded(rows) if fused.entry.has_padding else rows
             stacked = fused.layer is not None and not layout.per_layer
             name = f"{key}[{fused.layer}]" if stacked else key
             lead, count = ((fused.layer,), (architecture.num_layers,)) if stacked else ((), ())
             self._fused[name] = fused
-            self.unpadded[name] = StoredTensor(fused.shape, source.tensors[first].dtype)
+            self.unpadded[name] = StoredTensor(fused.rows_shape, source.tensors[first].dtype)
             self.tensors[name] = StoredTensor((padded, *rest), source.tensors[first].dtype)
             self.targets[name] = StoredTensor((padded, *rest), dtype)
-            shape, offsets = (*count, padded, *rest), (*lead, 0, *(0 for _ in rest))
-            self.parts[name] = OutputPart(key, shape, dtype, offsets, (*(1 for _ in lead), padded, *rest))
+            sizes = fused.shape if fused.num_experts is not None else (padded, *rest)
+            offsets = (*lead, *(0 for _ in sizes))
+            self.parts[name] = OutputPart(key, (*count, *sizes), dtype, offsets, (*(1 for _ in lead), *sizes))
             if padded > rows:
                 self.hashed_rows[name] = rows
 
@@ -112,7 +116,7 @@ class MegatronParts:
                     start, stop = max(first, at), min(first + rows.shape[0], at + kept.stop - kept.start)
                     if start < stop:
                         readers[kept.tensor_index](kept.start + start - at, rows[start - first : stop - first])
-                rows[max(0, fused.shape[0] - first) :] = 0
+                rows[max(0, fused.rows_shape[0] - first) :] = 0
 
             yield read
 

@@ -14,9 +14,9 @@ from .longer_context import with_rope
 _DROPOUT = ("dropout", "pdrop", "layerdrop", "jitter")
 """Parts of the names of keys. Jitter multiplies the input of a router by random factors."""
 _OTHER_HEADS = ("classifier", "summary")
-_NO_NOISE = {"phimoe": ("router_jitter_noise",)}
-"""Keys with such names that are no noise, by type: the router of Phi-3.5-MoE masks experts whose scores are further
-than this from the highest one, also without randomness (https://arxiv.org/abs/2409.12136)."""
+_NOT_ONLY_NOISE = {"phimoe": ("router_jitter_noise",)}
+"""Keys with such names that evaluation uses as well, by type, so that 0 is another model: the router of Phi-3.5-MoE
+masks experts whose scores are further than this from the highest one (https://arxiv.org/abs/2409.12136)."""
 
 
 def with_settings(config: dict[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
@@ -48,11 +48,9 @@ def dropouts(config: dict[str, Any], where: str) -> dict[str, float]:
         from .generic.library import library_config
 
         settings = library_config(config, where).to_dict()
-    no_noise = _NO_NOISE.get(str(config.get("model_type")), ())
+    kept = _NOT_ONLY_NOISE.get(str(config.get("model_type")), ())
     return {
-        key: value
-        for key, value in settings.items()
-        if _is_dropout(key) and key not in no_noise and _is_positive(value)
+        key: value for key, value in settings.items() if _is_dropout(key) and key not in kept and _is_positive(value)
     }
 
 

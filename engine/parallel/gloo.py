@@ -26,7 +26,7 @@ if dist.is_available() and dist.is_gloo_available():
         """
 
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
-            options = dist.ProcessGroupGloo._Options()
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._devices = [dist.ProcessGroupGloo.create_default_device()]
             options._timeout = timeout
             options._threads = 1

@@ -55,8 +55,8 @@ def plan_layout(config: ParallelConfig, world_size: int) -> Layout:
     layout = Layout(**sizes)
     if layout.world_size != world_size:
         raise UserError(
-            f"{_product(sizes)} = {layout.world_size} ranks, but the run has {world_size}; start that many ranks or set "
-            "parallel.shard to auto"
+            f"{_product(sizes)} = {layout.world_size} ranks, but the run has {world_size}; start that many ranks or "
+            "set parallel.shard to auto"
         )
     ranks = layout.shard * layout.context
     if ranks % config.expert:

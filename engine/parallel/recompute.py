@@ -12,12 +12,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..config.settings import ParallelConfig
 from ..model.architecture import Architecture
+from ..model.attention_choice import context_kind
 from ..model.experts import GroupedLinear, Router
 from ..model.families import DecoderArchitecture
 from ..model.language_model import LanguageModel, SameInput
 from ..model.lora import LoraLinear
+from .expert import experts_of
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "retemper::grouped_linear", "aten::_grouped_mm")
+_EXCHANGES = ("_c10d_functional::all_to_all_single",)
+_EXCHANGES_OF_ATTENTION = _EXCHANGES_OF_EXPERTS = 4
+"""Of a block, in this order. Attention: queries, keys, values, results. Experts: numbers of rows, rows, weights,
+results."""
 _ROUTING = ("aten::topk", "aten::sort")
 """The choice of experts and the order of their rows: small, and slow to compute again. Only in the native decoder:
 modules of transformers change the results in place."""
@@ -60,8 +66,9 @@ def apply(model: LanguageModel, config: ParallelConfig, fuse_projections: bool =
                 num_linear -= sum(len(module.layers_with_same_input) - 1 for module in fused)
             # Not a number: torch.compile takes one that differs between blocks for a variable.
             kept = (True,) * (num_linear - 1) + (_reads_last_product(model.architecture),)
+            exchanges = _kept_exchanges(block, model.architecture, config)
             others = _ATTENTIONS + (_ROUTING if isinstance(model.architecture, DecoderArchitecture) else ())
-            options["context_fn"] = functools.partial(_selective_contexts, kept, others)
+            options["context_fn"] = functools.partial(_selective_contexts, kept, exchanges, others)
         block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
@@ -70,24 +77,43 @@ def _reads_last_product(architecture: Architecture) -> bool:
     return isinstance(architecture, DecoderArchitecture) and architecture.block_norms.after_mlp is not None
 
 
-def _selective_contexts(kept: tuple[bool, ...], others: tuple[str, ...]) -> tuple[Any, Any]:
+def _kept_exchanges(block: nn.Module, architecture: Architecture, config: ParallelConfig) -> tuple[bool, ...]:
+    """Return whether the result of each all-to-all of a block is stored: those that bring rows to their experts are.
+
+    Queries, keys and values are not: they are smaller than the rows, and stored once before the exchange.
+    """
+    by_heads = config.context > 1 and context_kind(config, architecture) == "heads"
+    kept = (False,) * (_EXCHANGES_OF_ATTENTION if by_heads else 0)
+    if config.expert > 1 and experts_of(block):
+        kept += (True,) * (_EXCHANGES_OF_EXPERTS - 1) + (_reads_last_product(architecture),)
+    return kept or (False,)
+
+
+def _selective_contexts(
+    kept: tuple[bool, ...], exchanges: tuple[bool, ...], others: tuple[str, ...]
+) -> tuple[Any, Any]:
     """Return the contexts of one forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts(_keep_products(kept, others))
+    return create_selective_checkpoint_contexts(_keep_results(kept, exchanges, others))
 
 
-def _keep_products(kept: tuple[bool, ...], others: tuple[str, ...]) -> Callable[..., CheckpointPolicy]:
-    """Return the policy of one forward pass of a block, with matrix products ``kept`` or not in their order.
+def _keep_results(
+    products: tuple[bool, ...], exchanges: tuple[bool, ...], others: tuple[str, ...]
+) -> Callable[..., CheckpointPolicy]:
+    """Return the policy of one forward pass of a block; products and exchanges are stored or not in their order.
 
-    It stores their outputs and those of ``others``, which cost most to compute. The last product of most blocks is not
-    stored, because their backward pass does not read it.
+    It stores their outputs and those of ``others``, which cost most to compute. The last product and the last exchange
+    of most blocks are not stored, because their backward pass does not read them.
     """
     # Of the forward pass (False) and of its recomputation (True): before PyTorch 2.13 the policy decides in both.
-    products: Counter[bool] = Counter()
+    seen: Counter[tuple[bool, tuple[str, ...]]] = Counter()
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = operator.name().partition(".")[0]
-        products[context.is_recompute] += name in _MATMULS
-        is_kept = kept[: products[context.is_recompute]][-1] if name in _MATMULS else name in others
+        is_kept = name in others
+        for names, kept in ((_MATMULS, products), (_EXCHANGES, exchanges)):
+            if name in names:
+                seen[context.is_recompute, names] += 1
+                is_kept = kept[: seen[context.is_recompute, names]][-1]
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

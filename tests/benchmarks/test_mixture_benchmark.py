@@ -49,7 +49,9 @@ def test_memory_is_at_least_that_of_the_gradients() -> None:
     [layer, *_] = mixture.make_layers(shape, torch.float32, CPU).values()
     x = torch.randn(shape.tokens, shape.hidden)
     gradients = 4 * sum(parameter.numel() for parameter in layer.parameters())
-    assert gradients <= mixture.peak_bytes(mixture._pass(layer, x, x), CPU) <= 3 * gradients
+    run = mixture._pass(layer, x, x)
+    first, second = (mixture.peak_bytes(run, layer, CPU) for _ in range(2))
+    assert gradients <= first == second <= 3 * gradients
 
 
 @pytest.mark.parametrize("dtype", list(mixture.DTYPES.values()), ids=list(mixture.DTYPES))

@@ -61,8 +61,8 @@ def test_reads_the_published_layout(models: dict[str, Path], tmp_path: Path, mod
     if style == "per layer":
         state = layer_by_layer(state)
     if style == "other keys":
-        for key, other in OLD_KEYS.items():
-            state[f"decoder.layers.{other}"] = state.pop(f"decoder.layers.{key}")
+        for key in [key for key in OLD_KEYS if f"decoder.layers.{key}" in state]:
+            state[f"decoder.layers.{OLD_KEYS[key]}"] = state.pop(f"decoder.layers.{key}")
     if style == "prefixed":
         state = {f"module.{key}": tensor for key, tensor in state.items()}
     # Of the optimizer, under names of several versions; shapes do not matter.
@@ -182,15 +182,16 @@ def test_dtypes(models: dict[str, Path], tmp_path: Path) -> None:
     said = quiet_to(tmp_path / "megatron", hf=str(models["qwen2"]), dtype="bfloat16")
     originals = load_file(models["qwen2"] / "model.safetensors")
     assert f"cast {len(originals)} tensors from float32 to bfloat16" in said
-    stored = read_back(MegatronModel(tmp_path / "megatron"))
+    stored = read_back(MegatronModel(tmp_path / "megatron").published)
     assert stored.keys() == originals.keys()
     assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in originals.items())
     quiet_from(tmp_path / "megatron", tmp_path / "hf", config=models["qwen2"], dtype="float16", verify=True)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float16"
 
 
+@pytest.mark.parametrize("model", ["qwen2", "qwen2_moe"])
 def test_memory_is_a_block_whatever_the_layers(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     """No more than a block is ever read at a time, also of a stacked tensor and of the middle of a fused one."""
     monkeypatch.setattr(block_copy, "BLOCK_BYTES", 512)
@@ -203,11 +204,11 @@ def test_memory_is_a_block_whatever_the_layers(
         read_into(descriptor, offset, rest, path)
 
     monkeypatch.setattr(raw_bytes, "read_into", read)
-    save_megatron(tmp_path / "megatron", by_hand(models["qwen2"], padded=128))
-    quiet_from(tmp_path / "megatron", tmp_path / "hf", config=models["qwen2"])
+    save_megatron(tmp_path / "megatron", by_hand(models[model], padded=128))
+    quiet_from(tmp_path / "megatron", tmp_path / "hf", config=models[model])
     assert sizes and max(sizes) <= 512
     sizes.clear()
-    quiet_to(tmp_path / "out", hf=str(models["qwen2"]))
+    quiet_to(tmp_path / "out", hf=str(models[model]))
     assert sizes and max(sizes) <= 512
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from retemper.checkpoint_convert import megatron_config, megatron_export, megatron_import
 from retemper.engine.errors import UserError
@@ -20,11 +19,10 @@ from retemper.engine.weights.checkpoint.verify import find_damage
 pytest.importorskip("megatron.core", reason="needs megatron-core, which `make setup` installs where there is a wheel")
 
 import megatron_models as mm
+from megatron_models import TOKENS, VOCAB_SIZE, random_hf_folder, saved, transformers_logits
 
 from retemper.engine.parallel.process_group import Ranks
 
-VOCAB_SIZE = 97
-TOKENS = torch.arange(40).view(2, 20) * 7 % VOCAB_SIZE
 COMMON = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 8},
@@ -57,32 +55,6 @@ class Backend(enum.Enum):
     """Stands for the enumerations among Megatron-LM's settings, which we do not know."""
 
     AUTO = 5
-
-
-def saved(model: Any, folder: Path, args: Any, metadata: dict[str, Any] | None = None) -> None:
-    """Save ``model`` as iteration 7 of a training run in ``folder``."""
-    checkpoint = folder / "iter_0000007"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    common = {"args": args, "iteration": 7, "checkpoint_version": 3.0, "content_metadata": metadata or {}}
-    mm.save(model, checkpoint, common, metadata)
-    (folder / "latest_checkpointed_iteration.txt").write_text("7")
-
-
-def transformers_logits(folder: Path) -> torch.Tensor:
-    """What transformers computes."""
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
-
-
-def random_hf_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    """A Hugging Face model with random values in every parameter, norms and biases included."""
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)

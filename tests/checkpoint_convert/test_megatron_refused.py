@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron_by_hand import by_hand, quiet_from, quiet_to, save_megatron, save_models
+from megatron_by_hand import by_hand, layer_by_layer, quiet_from, quiet_to, save_megatron, save_models
 from mixture_folders import save_mixture
 from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, Command, assert_refused, edit_json, read_folder
 from transformers import AutoConfig, AutoModelForCausalLM
+from wrapped_models import save_wrapped
 
 from retemper.checkpoint_convert import from_megatron, to_megatron
-from retemper.checkpoint_convert.megatron_config import read_args
+from retemper.checkpoint_convert.megatron_args import read_args
 from retemper.engine.weights.dcp_metadata import read_metadata
 
 Run = Callable[..., Command]
@@ -75,7 +76,9 @@ def test_folders_that_are_no_checkpoint(megatron: Path, refuse: Callable[..., No
 
 def test_models_of_another_kind(models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path) -> None:
     cases = {
-        "decoder.layers.mlp.router.weight": "mixture of experts",
+        "decoder.layers.mlp.router.weight": "holds a mixture of experts",
+        "decoder.layers.mlp.router.expert_bias": "a router with biases",
+        "decoder.layers.mlp.fc1_latent_proj.weight": "latent projections",
         "decoder.layers.self_attention.linear_kv_down_proj.weight": "latent attention",
         "mtp.layers.0.enorm.weight": "multi-token prediction",
         "decoder.layers.self_attention.linear_qkv.layer_norm_bias": "LayerNorm",
@@ -179,7 +182,7 @@ def test_settings_that_cannot_be_used(
     quiet_to(tmp_path / "good", hf=str(models["llama"]))
     args = torch.load(tmp_path / "good" / "release" / "common.pt", weights_only=False)["args"]
     for change, fragment in (
-        ({"num_experts": 8}, "num_experts 8"),
+        ({"num_experts": 8}, "missing decoder.layers.mlp.router.weight"),
         ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
         ({"window_size": (4095, 0)}, "window_size (4095, 0)"),
         ({"window_size": (-1, 0), "num_layers": 10**9}, "num_layers 1000000000"),
@@ -290,6 +293,12 @@ def test_biases_that_megatron_has_not(run: Run, tmp_path: Path) -> None:
     assert_refused(command, "biases are on attention only")
 
 
+def test_a_text_model_inside_another(run: Run, tmp_path: Path) -> None:
+    save_wrapped(tmp_path / "hf", "mistral3")
+    command = run(to_megatron, "--hf", tmp_path / "hf", "--output", tmp_path / "out")
+    assert_refused(command, "model_type mistral3 is a text model with other parts")
+
+
 def test_one_dtype_for_what_megatron_keeps_as_one(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(models["llama"], folder)
@@ -311,8 +320,78 @@ def test_nothing_that_exists_is_overwritten(run: Run, megatron: Path, models: di
     assert_refused(run(from_megatron, "--megatron", megatron, "--output", megatron / "hf"), "inside --megatron")
 
 
-def test_a_mixture_of_experts_is_refused_with_a_remedy(run: Run, tmp_path: Path) -> None:
-    source = save_mixture(tmp_path / "mixture", "qwen3_moe")
-    command = run(to_megatron, "--hf", source, "--output", tmp_path / "output")
-    assert_refused(command, "qwen3_moe has experts", "not implemented here", "Megatron Bridge")
-    assert not (tmp_path / "output").exists()
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+
+def test_mixtures_that_megatron_has_not(run: Run, tmp_path: Path) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    config = AutoConfig.for_model("olmoe", **{**SHAPE, **sizes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmoe")
+    one = save_mixture(tmp_path / "one", "qwen3_moe", num_experts_per_tok=1)
+    for folder, fragments in (
+        (tmp_path / "olmoe", ("model_type olmoe", "qwen2_moe, qwen3_moe, mixtral", "Megatron Bridge")),
+        (one, ("num_experts_per_tok is 1", "Megatron refuses such a router")),
+    ):
+        assert_refused(run(to_megatron, "--hf", folder, "--output", tmp_path / "output"), *fragments)
+        assert not (tmp_path / "output").exists()
+
+
+def test_experts_that_do_not_fit(models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path) -> None:
+    """Another number of experts than the config has, one that is missing, and a dense config."""
+    state, key = by_hand(models["qwen2_moe"], padded=128), "decoder.layers.mlp.experts.experts"
+    fewer = {name: tensor[:, :2] if name.startswith(key) else tensor for name, tensor in state.items()}
+    shape = f"{key}.linear_fc1.weight is [2, 2, 40, 32], the model needs [2, 3, 40, 32]"
+    refuse(save_megatron(tmp_path / "fewer", fewer), shape, config=models["qwen2_moe"])
+    whole = save_megatron(tmp_path / "whole", state)
+    refuse(whole, "holds a mixture of experts", "a model without experts", config=models["qwen2"])
+    single = {}
+    for name, tensor in layer_by_layer(state).items():
+        base, _, end = name.partition(".experts.experts.")
+        experts = {f"{base}.experts.experts.{i}.{end}": part.clone() for i, part in enumerate(tensor)} if end else {}
+        for expert, part in experts.items():
+            halves = dict(zip("wv", part.chunk(2), strict=True)) if end == "linear_fc1.weight" else {}
+            single |= {f"{expert}_{w}": half.clone() for w, half in halves.items()} or {expert: part}
+        single |= {} if end else {name: tensor}
+    assert quiet_from(save_megatron(tmp_path / "single", single), tmp_path / "hf", config=models["qwen2_moe"])
+    assert read_folder(tmp_path / "hf") == read_folder(models["qwen2_moe"])
+    lost = "decoder.layers.1.mlp.experts.experts.2.linear_fc1.weight_v"
+    del single[lost]
+    refuse(save_megatron(tmp_path / "lost", single), f"missing {lost}", config=models["qwen2_moe"])
+
+
+def test_settings_of_another_mixture(models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path) -> None:
+    quiet_to(tmp_path / "good", hf=str(models["qwen2_moe"]))
+    release = tmp_path / "good" / "release"
+    args = torch.load(release / "common.pt", weights_only=False)["args"]
+    given = [
+        ({"num_experts": 4}, "num_experts 4, --config has 3"),
+        ({"num_experts": None}, "num_experts None, --config has 3"),
+        ({"moe_router_topk": 1}, "moe_router_topk 1, --config has 2"),
+        ({"moe_router_topk": "x"}, "moe_router_topk 'x', a number from 1"),
+        ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax True, --config has False"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function 'sigmoid', supported: softmax"),
+        (
+            {"moe_router_load_balancing_type": ["sinkhorn"]},
+            "moe_router_load_balancing_type a list, supported: any but sinkhorn",
+        ),
+        ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor 1.0, supported: None"),
+        ({"moe_latent_size": 16}, "moe_latent_size 16"),
+    ]
+    derived = [
+        ({"num_experts": 10**9}, "num_experts 1000000000, a number from 1 to 10,000"),
+        ({"moe_layer_freq": [1]}, "moe_layer_freq [1], a number or a list of 2"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq 0, a number or a list of 2"),
+        ({"moe_shared_expert_gate": False}, "none of qwen2_moe, qwen3_moe, mixtral has"),
+        ({"moe_shared_expert_intermediate_size": "x"}, "moe_shared_expert_intermediate_size 'x'"),
+        ({"add_bias_linear": True}, "add_bias_linear True"),
+    ]
+    cases = [(*case, models["qwen2_moe"]) for case in given] + [(*case, None) for case in derived]
+    for change, fragment, config in cases:
+        torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, release / "common.pt")
+        refuse(tmp_path / "good", fragment, config=config)
+    # What other versions say for the same.
+    same = {"moe_expert_capacity_factor": -1.0, "moe_router_topk_scaling_factor": 1.0, "moe_token_dropping": None}
+    torch.save({"args": argparse.Namespace(**{**vars(args), **same})}, release / "common.pt")
+    quiet_from(tmp_path / "good", tmp_path / "hf", config=models["qwen2_moe"])
+    assert read_folder(tmp_path / "hf") == read_folder(models["qwen2_moe"])

@@ -22,12 +22,31 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "num_key_value_heads": 1},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 6, "dtype": "float16"},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "dtype": "bfloat16",
+    },
 }
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 OLD_KEYS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+"""Norms under other keys: that of the feed-forward layer is part of a linear layer, except before experts."""
 
 
 def save_models(root: Path) -> dict[str, Path]:
@@ -53,6 +72,7 @@ def by_hand(folder: Path, padded: int) -> dict[str, Tensor]:
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     r = config.num_attention_heads // groups
     state = {"decoder.final_layernorm.weight": hf["model.norm.weight"]}
+    experts = {"mixtral": "block_sparse_moe.", "qwen2_moe": "mlp."}.get(config.model_type, "")
     for key, name in (("embedding.word_embeddings", "model.embed_tokens"), ("output_layer", "lm_head")):
         if f"{name}.weight" in hf:
             table = torch.zeros(padded, config.hidden_size, dtype=hf[f"{name}.weight"].dtype)
@@ -89,11 +109,33 @@ def by_hand(folder: Path, padded: int) -> dict[str, Tensor]:
             stack(f"{key}.{kind}", lambda layer, name=name, kind=kind: hf[f"{layer}{name}.{kind}"], f"{name}.{kind}")
     for key, name in (
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-        ("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+        (
+            f"{'pre_mlp_layernorm.' if experts else 'mlp.linear_fc1.layer_norm_'}weight",
+            "post_attention_layernorm.weight",
+        ),
+        ("mlp.router.weight", f"{experts}gate.weight"),
+        ("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight"),
+        ("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight"),
         ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
         ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
     ):
         stack(key, lambda layer, name=name: hf[f"{layer}{name}"], name)
+    if experts:
+        gate, up, down = ("w1", "w3", "w2") if config.model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        count_experts = getattr(config, "num_local_experts", None) or config.num_experts
+
+        def of_all(layer: str, *parts: str) -> Tensor:
+            """[experts, rows of all parts, columns]."""
+            names = [[f"{layer}{experts}experts.{i}.{part}.weight" for part in parts] for i in range(count_experts)]
+            return torch.stack([torch.cat([hf[name] for name in of_one]) for of_one in names])
+
+        stack("mlp.experts.experts.linear_fc1.weight", lambda layer: of_all(layer, gate, up), f"{experts}gate.weight")
+        stack("mlp.experts.experts.linear_fc2.weight", lambda layer: of_all(layer, down), f"{experts}gate.weight")
+
+        def shared(layer: str) -> Tensor:
+            return torch.cat([hf[f"{layer}mlp.shared_expert.{part}_proj.weight"] for part in ("gate", "up")])
+
+        stack("mlp.shared_experts.linear_fc1.weight", shared, "mlp.shared_expert_gate.weight")
     return state
 
 

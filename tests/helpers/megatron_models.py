@@ -1,6 +1,7 @@
 """Megatron-Core's own GPT model on the CPU: what it saves, what it loads and what it computes.
 
-Its code asks for a GPU in four places that a small model on the CPU does not need; they are replaced for a while.
+Its code asks for a GPU in four places that a small model on the CPU does not need; they are replaced for a while. Its
+router asks for a name that is only there with TransformerEngine.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core import utils as megatron_utils
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer import dot_product_attention as attention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from packaging.version import Version
 from torch.distributed import distributed_c10d
+from transformers import AutoConfig, AutoModelForCausalLM
 
 EXTRA_STATE = "_extra_state"
-
+VOCAB_SIZE = 97
+TOKENS = torch.arange(40).view(2, 20) * 7 % VOCAB_SIZE
 
 _ones = torch.ones
 
@@ -39,16 +47,17 @@ class _NoRandomStates:
 
 
 @contextlib.contextmanager
-def megatron_on_cpu(tensor_parallel: int = 1) -> Iterator[None]:
+def megatron_on_cpu(tensor_parallel: int = 1, expert_parallel: int = 1) -> Iterator[None]:
     """Megatron's groups of ranks, within a process group that exists."""
     with (
         mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")),
         mock.patch("torch.cuda.synchronize"),
         mock.patch("torch.ones", _ones_on_cpu),
+        mock.patch.object(moe_utils, "te_general_gemm", None, create=True),
         mock.patch.object(attention.tensor_parallel, "get_cuda_rng_tracker", return_value=_NoRandomStates()),
     ):
         before = set(distributed_c10d._world.pg_map)
-        parallel_state.initialize_model_parallel(tensor_parallel, 1)
+        parallel_state.initialize_model_parallel(tensor_parallel, 1, expert_model_parallel_size=expert_parallel)
         try:
             yield
         finally:
@@ -78,21 +87,66 @@ def args_of(settings: dict[str, Any], **others: Any) -> Namespace:
         normalization="RMSNorm",
         swiglu=True,
         add_bias_linear=settings.get("mlp_bias", False),
-        add_qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        add_qkv_bias=family in ("qwen2", "qwen2_moe"),
+        qk_layernorm=family in ("qwen3", "qwen3_moe"),
         untie_embeddings_and_output_weights=not settings["tie_word_embeddings"],
-        num_experts=None,
+        **_mixture_args(settings),
         use_rope_scaling="rope_parameters" in settings,
         rope_scaling_factor=settings.get("rope_parameters", {}).get("factor", 8.0),
         **others,
     )
 
 
-def gpt_model(args: Namespace, padded_vocab_size: int, **settings: Any) -> GPTModel:
+def _mixture_args(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of :func:`args_of` about experts."""
+    experts = settings.get("num_experts", settings.get("num_local_experts"))
+    if experts is None:
+        return {"num_experts": None}
+    dense = settings.get("mlp_only_layers", [])
+    shared = settings.get("shared_expert_intermediate_size")
+    return {
+        "num_experts": experts,
+        "moe_layer_freq": [int(i not in dense) for i in range(settings["num_hidden_layers"])] if dense else 1,
+        "moe_ffn_hidden_size": settings.get("moe_intermediate_size", settings["intermediate_size"]),
+        "moe_router_topk": settings["num_experts_per_tok"],
+        "moe_router_pre_softmax": not settings.get("norm_topk_prob", settings["model_type"] == "mixtral"),
+        "moe_shared_expert_intermediate_size": shared,
+        "moe_shared_expert_gate": shared is not None,
+    }
+
+
+def keys_with_transformer_engine(num_experts: int | None) -> tuple[bool, dict[str, str]]:
+    """Whether Megatron's specification with TransformerEngine has a norm of its own before the feed-forward layer, and
+    the keys that it renames. It is only a description, for which TransformerEngine need not be there."""
+    with (
+        mock.patch.object(gpt_layer_specs, "TESpecProvider", TESpecProvider, create=True),
+        mock.patch.object(megatron_utils, "get_te_version", return_value=Version("2.8")),
+    ):
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(num_experts=num_experts).submodules
+    return layer.pre_mlp_layernorm is not IdentityOp, layer.sharded_state_dict_keys_map
+
+
+def _layers(config: TransformerConfig, args: Namespace, norm_as_with_te: bool) -> Any:
+    options = {"normalization": args.normalization}
+    if args.num_experts is None:
+        return gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, **options)
+    block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, **options)
+    for layer in block.layer_specs if norm_as_with_te else ():
+        if layer.submodules.mlp.module is MoELayer:
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return block
+
+
+def gpt_model(args: Namespace, padded_vocab_size: int, norm_as_with_te: bool = True, **settings: Any) -> GPTModel:
     """The model of Megatron's training script for ``args``, with random values in every parameter.
 
+    The norms before experts have the key that they have with TransformerEngine, or that of the local specification.
     ``settings`` are more of a TransformerConfig's.
     """
+    if args.num_experts is not None:
+        mixture = {name: value for name, value in vars(args).items() if name.startswith("moe_")}
+        mixture |= {"num_moe_experts": args.num_experts, "moe_router_load_balancing_type": "none"}
+        settings = {**mixture, **settings}
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -108,6 +162,7 @@ def gpt_model(args: Namespace, padded_vocab_size: int, **settings: Any) -> GPTMo
         gated_linear_unit=args.swiglu,
         activation_func=F.silu,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         use_cpu_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -122,7 +177,7 @@ def gpt_model(args: Namespace, padded_vocab_size: int, **settings: Any) -> GPTMo
     )
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization=args.normalization, qk_layernorm=args.qk_layernorm),
+        _layers(config, args, norm_as_with_te),
         vocab_size=padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         parallel_output=False,
@@ -132,13 +187,15 @@ def gpt_model(args: Namespace, padded_vocab_size: int, **settings: Any) -> GPTMo
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
     ).eval()
-    generator = torch.Generator().manual_seed(parallel_state.get_tensor_model_parallel_rank())
+    of_experts = torch.Generator().manual_seed(1000 + dist.get_rank())
+    split = torch.Generator().manual_seed(parallel_state.get_tensor_model_parallel_rank())
     shared = torch.Generator().manual_seed(99)
     with torch.no_grad():
-        for parameter in model.parameters():
-            # Norms, and biases after a sum over ranks, are the same on every rank.
-            split = getattr(parameter, "tensor_model_parallel", False)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator if split else shared) * 0.2)
+        for name, parameter in model.named_parameters():
+            # Norms, routers, and biases after a sum over ranks, are the same on every rank.
+            is_split = getattr(parameter, "tensor_model_parallel", False)
+            generator = of_experts if ".local_experts." in name else split if is_split else shared
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
 
 
@@ -167,3 +224,29 @@ def load(model: GPTModel, folder: Path, metadata: dict[str, Any] | None = None) 
     assert all(name.endswith(f".{EXTRA_STATE}") for name in not_asked_for), not_asked_for
     model.load_state_dict(loaded.pop("model"), strict=True)
     return loaded
+
+
+def saved(model: Any, folder: Path, args: Any, metadata: dict[str, Any] | None = None) -> None:
+    """Save ``model`` as iteration 7 of a training run in ``folder``."""
+    checkpoint = folder / "iter_0000007"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    common = {"args": args, "iteration": 7, "checkpoint_version": 3.0, "content_metadata": metadata or {}}
+    save(model, checkpoint, common, metadata)
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+
+
+def transformers_logits(folder: Path) -> torch.Tensor:
+    """What transformers computes."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+
+
+def random_hf_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """A Hugging Face model with random values in every parameter, norms and biases included."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder

@@ -38,9 +38,10 @@ def test_a_model_with_dropout_is_refused_unless_it_is_switched_off(name: str):
     }
 
 
-def test_the_threshold_of_phimoe_is_no_noise():
-    """Its router masks experts by ``router_jitter_noise`` without noise too: with 0 transformers' logits are others."""
+def test_the_threshold_of_phimoe_stays():
+    """Its router masks experts by ``router_jitter_noise`` in evaluation too: with 0 transformers' logits are others."""
     config = tiny_config("phimoe")
+    config.router_jitter_noise = 0.2
     written = config.to_dict()
     assert written["router_jitter_noise"] > 0
     assert parse_architecture(written, "config.json").implementation == "transformers"

@@ -14,6 +14,7 @@ from model_table import tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from retemper.engine import pretrain
 from retemper.engine.batch import Batch
 from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.families import parse_decoder_architecture
@@ -119,3 +120,45 @@ def test_checkpoints_of_former_versions_are_resumed(
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     assert tiny_run.curve(tmp_path / "whole") == tiny_run.curve(tmp_path / "resumed")
+
+
+def test_an_adapter_leaves_the_biases_as_they_are(one_rank: Any, tmp_path: Path) -> None:
+    """The losses of the routers have gradients in the adapters below them; the base, biases included, stays."""
+    path, options = bf16_run(tmp_path, "glm4_moe")
+    options += ["--adapter.kind", "lora", "--training.router_bias_update_rate", "0.1", "--optimizer.weight_decay", "0"]
+    gradients = []
+    for coefficient in ("0", "0.5"):
+        folder = tmp_path / f"run-{coefficient}"
+        words = [*options, "--run_folder", str(folder), "--training.router_aux_loss_coef", coefficient]
+        run = pretrain.build(tiny_run.configure(path, *words), one_rank)
+        pretrain.train(run)
+        start, model = library_model("glm4_moe").state_dict(), run.model.decoders[0]
+        assert model.constants == {name for name in start if name.endswith("e_score_correction_bias")}
+        stored = load_file(folder / "hf" / "step-00000006" / "model.safetensors")
+        for name in model.constants:
+            assert torch.equal(model.get_parameter(name), start[name]) and torch.equal(stored[name], start[name])
+            assert stored[name].dtype == torch.float32
+        records = [record for record in tiny_run.records(folder) if "grad_norm" in record]
+        assert all(record["router_aux_loss"] > 0 for record in records)
+        gradients.append(records[-1]["grad_norm"])
+    assert gradients[0] != gradients[1]
+
+
+def test_8_bit_states_of_shared_experts_are_resumed(one_rank: Any, tmp_path: Path) -> None:
+    """And of the stacked ones: the same bits in a run that was left and continued."""
+    widths = {"shared_expert_intermediate_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    config = tiny_config("qwen2_moe").to_dict() | widths | {"layer_types": None}
+    path = write_run(tmp_path, {"architecture": config})
+    runs = {
+        name: [*SHORT, "--optimizer.name", "adamw_8bit", "--run_folder", str(tmp_path / name)]
+        for name in ("whole", "resumed")
+    }
+    tiny_run.train(one_rank, path, runs["whole"])
+    tiny_run.train_until(one_rank, path, runs["resumed"], 4)
+    tiny_run.train(one_rank, path, runs["resumed"])
+    whole, resumed = (tiny_run.tensors_of(tmp_path / name / LAST) for name in runs)
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    narrow = {name for name in whole if name.startswith("optimizer.exp_avg_codes.")}
+    for part in ("shared_expert.down_proj", "experts.down_proj"):  # whose rows have blocks of 256
+        assert any(f".{part}." in name for name in narrow), (part, narrow)

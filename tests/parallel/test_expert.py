@@ -23,7 +23,7 @@ from retemper.engine.model.expert_settings import ExpertSettings
 from retemper.engine.model.experts import Experts, Routing
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel import expert
-from retemper.engine.parallel.layout import plan_layout
+from retemper.engine.parallel.layout import Layout, plan_layout
 from retemper.engine.parallel.mesh import build_mesh
 from retemper.engine.parallel.process_group import Ranks
 from retemper.tools.planning.pool import DryRunPool

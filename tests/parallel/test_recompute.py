@@ -102,8 +102,8 @@ def test_the_last_product_of_a_block_is_not_kept(monkeypatch):
     """Only the residual sum reads it, and the sum is kept as the next block's input."""
     kept_and_repeated("none")  # makes what all passes share
     kept, _ = kept_and_repeated("selective")
-    policy = recompute._keep_products
-    monkeypatch.setattr(recompute, "_keep_products", lambda kept, others: policy((True,) * len(kept), others))
+    policy = recompute._keep_results
+    monkeypatch.setattr(recompute, "_keep_results", lambda kept, *others: policy((True,) * len(kept), *others))
     with_last, _ = kept_and_repeated("selective")
     tokens, hidden, fp32, blocks = len(BATCH.tokens), 32, 4, 4
     assert with_last - kept == blocks * tokens * hidden * fp32

@@ -160,10 +160,12 @@ def _collectives(
         add("send", ("context",), pair, blocks * ((ranks - 1) * (2 + again) + 2 * ranks))
     else:
         heads = 2 * (architecture.num_attention_heads + architecture.num_key_value_heads) * architecture.head_dim
-        add("all-to-all", ("context",), 2 * heads * _tokens(config, layout), blocks * (2 + again))
-    if (mixture := settings_of(architecture)) is not None:  # rows travel to their experts and back
+        exchanged = 1 / parallel.recompute_every if parallel.recompute != "none" else 0.0  # selective repeats it too
+        add("all-to-all", ("context",), 2 * heads * _tokens(config, layout), blocks * (2 + exchanged))
+    if (mixture := settings_of(architecture)) is not None:
+        # Rows travel to their experts and back in both passes. Recomputation sends them to their experts only.
         rows = hidden * layout.tensor * mixture.per_token
-        add("all-to-all", ("expert",), rows, 2 * (2 + again) * count * mixture.num_layers / layout.pipeline)
+        add("all-to-all", ("expert",), rows, (4 + again) * count * mixture.num_layers / layout.pipeline)
     add("send", ("pipeline",), hidden, 2 * count)
     return found
 

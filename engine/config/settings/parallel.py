@@ -64,8 +64,8 @@ class ParallelConfig:
     if no other rank shares this rank's parameters."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass of a block recomputes instead of storing them. selective: norms, rotations and
-    activation functions; outputs of matrix products and attention are stored. full: everything except the block's
-    input. Results are the same."""
+    activation functions; outputs of matrix products and attention are stored, and with ``expert`` the rows that arrive
+    at their experts. full: everything except the block's input. Results are the same."""
     recompute_every: int = 1
     """Recompute only every n-th block; the others store everything."""
     offload_activations: bool = False

@@ -184,10 +184,11 @@ def _mixture_config(model: StoredModel, name: str, num_experts: int, per_token: 
 
 
 def _with_defaults(config: dict[str, Any], architecture: DecoderArchitecture) -> dict[str, Any]:
-    """Return ``config`` with the keys that it leaves out because of its type, whose defaults are not those of others."""
+    """Return ``config`` with the keys that it leaves to the defaults of its type; those of other types differ."""
     family, scaling = FAMILIES[architecture.model_type], config.get(SCALING) or config.get(PARAMETERS) or {}
     values = {**family.defaults, family.norm_eps: architecture.norm_eps}
     values["num_key_value_heads"] = architecture.num_key_value_heads
-    if family.rope_theta_key not in scaling:
-        values[family.rope_theta_key] = architecture.ropes[0].theta
+    rope = architecture.ropes[0]
+    if rope is not None and family.rope_theta_key not in scaling:
+        values[family.rope_theta_key] = rope.theta
     return {**config, **{key: value for key, value in values.items() if config.get(key) is None}}

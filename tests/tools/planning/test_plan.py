@@ -13,7 +13,6 @@ import plan_runs
 import pytest
 import torch
 import yaml
-from rank_cluster import RankCluster
 
 from retemper.engine.config.settings import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import run_command
@@ -68,14 +67,6 @@ def pool():
     """Two processes for dry runs."""
     with DryRunPool(2) as processes:
         yield processes
-
-
-@pytest.fixture(scope="module")
-def fresh_ranks(tmp_path_factory):
-    """Two ranks whose memory no other test has used."""
-    cluster = RankCluster(2, tmp_path_factory.mktemp("fresh_ranks"))
-    yield cluster
-    cluster.close()
 
 
 @pytest.fixture

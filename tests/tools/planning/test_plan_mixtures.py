@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import plan_runs
 import pytest
+import torch
+from torch import Tensor
 
 from retemper.engine.errors import UserError
+from retemper.engine.model.experts import Router
+from retemper.engine.parallel.process_group import Ranks
+from retemper.tools.planning.dry_run import RankSpec
 from retemper.tools.planning.experts import describe_missing, sizes_of
 from retemper.tools.planning.extrapolation import dry_run_short
 from retemper.tools.planning.formulas import Calibration, _collectives
@@ -48,6 +54,26 @@ def test_memory_of_a_mixture_is_what_the_allocator_gives(overrides, tmp_path, po
     before, most = pool._executor.submit(plan_runs.allocated_alone, spec).result()
     assert sum(usage.kept.values()) == pytest.approx(before, rel=0.02)
     assert peak(usage) == pytest.approx(most, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "--parallel.expert 2",
+        pytest.param("--parallel.recompute full", marks=pytest.mark.slow),
+        pytest.param("--parallel.tensor 2", marks=pytest.mark.slow),
+        pytest.param("--parallel.expert 2 --parallel.recompute selective", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_two_ranks_is_what_real_tensors_take(overrides, tmp_path, pool, fresh_ranks):
+    """Real ranks and real collectives, as in the test of this name in test_plan.py. A dry run gives all ranks equally
+    many rows. Real routers do not, but the mean over the ranks is the same."""
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    spec = plan_runs.spec_of(plan_runs.configure(path, overrides), 2)
+    real = fresh_ranks.run(plan_runs.counted, spec)
+    (usage,) = pool.run([spec])
+    assert sum(usage.kept.values()) == pytest.approx(sum(real[0].kept.values()), rel=0.02)
+    assert peak(usage) == pytest.approx(sum(map(peak, real)) / len(real), rel=0.05)
 
 
 def test_operations_are_those_of_the_chosen_experts(tmp_path, pool):
@@ -141,6 +167,44 @@ def test_experts_over_ranks_exchange_rows_and_gather_their_own_experts(tmp_path,
         assert rough[key].sent == pytest.approx(usage.collectives[key].sent, rel=0.01), key
 
 
+@pytest.mark.parametrize(("mode", "again"), [("selective", 0), ("full", 1), ("full --parallel.recompute_every 2", 0.5)])
+def test_recomputation_sends_rows_to_their_experts_again_but_no_results(mode, again, tmp_path, pool):
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    config = plan_runs.configure(path, f"--parallel.expert 2 --parallel.recompute {mode}")
+    (usage,) = pool.run([plan_runs.spec_of(config, 2, (9, 0))])
+    (found,) = (total for key, total in usage.collectives.items() if key.kind == "all-to-all")
+    layers, rows, hidden = 2, 2 * 256 * 2, 128
+    there, back = rows * (2 * hidden + 4) + 8 * 4, rows * 2 * hidden
+    gradients = rows * (2 * hidden + 4) + back
+    assert found.size == layers * (there + back + gradients + again * there)
+    cluster = PlanOptions(1, 2, "h100-80gb", 0.55, 4.0, None).cluster(read_architecture(config.model))
+    rough = _collectives(config, require_possible(config, cluster), cluster, 1)
+    (estimate,) = (total for key, total in rough.items() if key.kind == "all-to-all")
+    assert estimate.sent == pytest.approx(found.sent, rel=0.02)
+
+
+def counted_forward(ranks: Ranks, spec: RankSpec) -> dict[str, float]:
+    """Bytes by kind at the peak of a forward pass on real ranks, whose tokens choose all experts equally."""
+    choose = Router._choose
+
+    def balanced(router: Router, scores_TE: Tensor) -> Tensor:
+        tokens, experts = scores_TE.shape
+        first_T1 = torch.arange(tokens)[:, None] * router.settings.per_token
+        return choose(router, -(torch.arange(experts) - first_T1).remainder(experts).float())
+
+    with mock.patch.object(Router, "_choose", balanced):
+        return plan_runs.counted(ranks, spec).peaks["forward"]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_dry_run_keeps_what_ranks_with_shared_experts_keep(mode, two_ranks, tmp_path, pool):
+    """To the byte: real ranks have unfinished exchanges, a dry run has none."""
+    path = plan_runs.write_config(tmp_path, **EXPERTS, num_hidden_layers=2)
+    spec = plan_runs.spec_of(plan_runs.configure(path, f"--parallel.expert 2 --parallel.recompute {mode}"), 2)
+    (usage,) = pool.run([spec])
+    assert two_ranks.run(counted_forward, spec) == [usage.peaks["forward"]] * 2
+
+
 def test_an_all_to_all_between_nodes_uses_the_card_of_each_rank():
     """Of 16 ranks in 2 nodes, each rank sends to 15, and 8 of them are in the other node: at 50 GB/s."""
     gpu = GPUS["h100-80gb"]
@@ -175,5 +239,6 @@ def test_layouts_whose_ranks_cannot_share_experts_are_impossible(tmp_path):
     assert {expert for _, expert in sizes} == {1, 2, 4, 8}
     assert all(ranks % expert == 0 for ranks, expert in sizes)
     three = replace(config, parallel=replace(config.parallel, expert=3))
-    with pytest.raises(UserError, match=r"parallel\.expert 3 does not divide parallel\.shard 8 x parallel\.context 1 = 8 ranks"):
+    refusal = r"parallel\.expert 3 does not divide parallel\.shard 8 x parallel\.context 1 = 8 ranks"
+    with pytest.raises(UserError, match=refusal):
         require_possible(three, cluster)
