@@ -124,6 +124,8 @@ def upcycle(
         raise UserError(f"--num-experts {num_experts}: a mixture has at least 2 experts")
     if not 1 <= per_token <= num_experts:
         raise UserError(f"--experts-per-token {per_token}: use 1 to --num-experts {num_experts}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: use 0 to 2^63 - 1")
     folder = find_model_folder(name, "--model")
     if not is_hf_folder(folder):
         raise UserError(f"--model {name}: not a Hugging Face folder; export the checkpoint first (retemper export)")
