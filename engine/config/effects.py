@@ -276,11 +276,7 @@ RULES = (
         lambda now: now.config.optimizer.schedule != "constant" or now.config.training.warmup > 0,
         "optimizer.schedule constant without a warm-up has the same rate everywhere",
     ),
-    Rule(
-        ("parallel.context_kind",),
-        lambda now: now.config.parallel.context > 1,
-        "parallel.context is 1",
-    ),
+    Rule(("parallel.context_kind",), lambda now: now.config.parallel.context > 1, "parallel.context is 1"),
     Rule(
         ("parallel.recompute_every",),
         lambda now: now.config.parallel.recompute != "none",

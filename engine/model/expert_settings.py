@@ -56,7 +56,7 @@ _SHARED_KEYS: dict[str, list[str]] = {
     "number": ["n_shared_experts"],
 }
 _SCORING_KEYS: dict[str, list[str]] = {
-    "softmax": ["router_aux_loss_coef"],
+    "softmax": [],
     "sigmoid": ["n_group", "topk_group", "routed_scaling_factor"],
 }
 
@@ -89,6 +89,7 @@ class ExpertFamily(NamedTuple):
             self.num_experts_alias,
             self.intermediate_size,
             "num_experts_per_tok",
+            "router_aux_loss_coef",
         ]
         keys += _LAYER_KEYS[self.layers] + _SHARED_KEYS[self.shared] + _SCORING_KEYS[self.scoring]
         keys += [self.normalize] if isinstance(self.normalize, str) else []

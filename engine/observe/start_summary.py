@@ -84,6 +84,11 @@ def _describe_notes(run: Run) -> list[str]:
     ]
 
 
+def _trains_routers(run: Run) -> bool:
+    """Return whether the weight of a router learns, on any rank."""
+    return any(name.endswith(".mlp.gate.weight") for name in trainable.learned(run.start.architecture, run.config))
+
+
 def _budget_used(run: Run) -> list[str]:
     """Return a line if the run has trained on more tokens than now configured."""
     training, tokens = run.config.training, run.progress.tokens
@@ -108,7 +113,7 @@ def _situation(run: Run) -> Situation:
         reduces=layout.data_parallel * layout.context > 1,
         num_micro_batches=run.plan.num_micro_batches,
         has_router_losses=routers is not None,
-        has_selection_biases=routers is not None and routers.updates_biases,
+        has_selection_biases=routers is not None and routers.updates_biases and _trains_routers(run),
         device=run.ranks.device.type,
         resumed=resumed.config if resumed else None,
         step=run.progress.step,

@@ -362,6 +362,13 @@ def test_keys_for_other_programs_are_named_and_have_no_effect() -> None:
         parse_decoder_architecture(config_of("llama", moe_layer_freq=1), "x")
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe", "dots1"])
+def test_the_coefficient_of_the_load_balancing_loss_is_a_known_key(name: str) -> None:
+    config = config_of(name, router_aux_loss_coef=0.25)
+    experts = parse_decoder_architecture(config).experts
+    assert experts is not None and experts.aux_loss_coef == 0.25 and unread_keys(config) == []
+
+
 def test_layers_without_experts_make_a_dense_model() -> None:
     dense = parse_decoder_architecture(config_of("qwen3_moe", mlp_only_layers=[0, 1, 2]))
     assert dense.experts is None

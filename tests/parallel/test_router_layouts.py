@@ -16,6 +16,7 @@ from torch import Tensor
 from retemper.engine import pretrain
 from retemper.engine.config.parser import parse_config
 from retemper.engine.evaluation import count_targets
+from retemper.engine.observe.start_summary import _describe_notes
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 
@@ -126,6 +127,16 @@ def test_biases_are_the_same_on_all_ranks(settings, biased, one_rank, request):
     path, expected = biased
     assert len(expected.biases) == 3 and all(bias.any() for bias in expected.biases.values())
     check(2, settings, path, expected, one_rank, request)
+
+
+@pytest.mark.parametrize(("pattern", "moves"), [("*.experts.*", False), ("*.3.mlp.gate.weight", True)])
+def test_a_rate_that_moves_no_bias_is_named_at_the_start(pattern, moves, biased, one_rank):
+    options = ["--config", str(biased[0]), "--training.trainable", f"['{pattern}']"]
+    run = pretrain.build(parse_config(options), one_rank)
+    line = (
+        "note: training.router_bias_update_rate 0.05 has no effect: no router of the model chooses experts with a bias"
+    )
+    assert any(note.startswith(line) for note in _describe_notes(run)) != moves
 
 
 def check(world_size, settings, path, expected, one_rank, request):

@@ -120,10 +120,7 @@ def upcycle(
             written.
     """
     output, threads, shard_bytes = require_absent(output), parse_workers(workers), parse_shard_size(max_shard_size)
-    if num_experts < 2:
-        raise UserError(f"--num-experts {num_experts}: a mixture has at least 2 experts")
-    if not 1 <= per_token <= num_experts:
-        raise UserError(f"--experts-per-token {per_token}: use 1 to --num-experts {num_experts}")
+    _check_numbers(num_experts, per_token, seed)
     folder = find_model_folder(name, "--model")
     if not is_hf_folder(folder):
         raise UserError(f"--model {name}: not a Hugging Face folder; export the checkpoint first (retemper export)")
@@ -150,6 +147,15 @@ def upcycle(
         ],
     )
     conversion.write(output, threads, allow_nonfinite=False, say=say)
+
+
+def _check_numbers(num_experts: int, per_token: int, seed: int) -> None:
+    if num_experts < 2:
+        raise UserError(f"--num-experts {num_experts}: a mixture has at least 2 experts")
+    if not 1 <= per_token <= num_experts:
+        raise UserError(f"--experts-per-token {per_token}: use 1 to --num-experts {num_experts}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: use 0 to 2^63 - 1")
 
 
 def _mixture_config(model: StoredModel, name: str, num_experts: int, per_token: int) -> dict[str, Any]:

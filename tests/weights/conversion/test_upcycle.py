@@ -91,6 +91,7 @@ def test_experts_learn_from_their_own_tokens(tmp_path):
     [
         ("llama", (1, 1), "--num-experts 1: a mixture has at least 2"),
         ("llama", (4, 5), "--experts-per-token 5: use 1 to --num-experts 4"),
+        ("llama", (4, 2, -1), "--seed -1: use 0 to 2^63 - 1"),
         ("llama with biases", (4, 2), "cannot express"),
         ("gemma2", (4, 2), "no mixture has the blocks of model_type gemma2"),
         ("qwen2 untied", (4, 2), "no mixture has the blocks of model_type qwen2"),
