@@ -103,7 +103,9 @@ def test_every_cut_shows(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] if name == "GPT-2" else []) for name in EXACT]
+)
 def test_every_code_point(name, tmp_path):
     """Alone too, but for 15 of 16 that are not assigned or for private use: some minutes."""
     everything = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
