@@ -23,9 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from retemper.engine.model.families import DecoderArchitecture
-from retemper.engine.weights.hugging_face.layout import Layout
+
+if TYPE_CHECKING:  # the command line reads this file, and needs no PyTorch for its help
+    from retemper.engine.weights.hugging_face.layout import Layout
 
 LAYERS = "decoder.layers."
 HF_LAYERS = "model.layers."
