@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_report("--json", options.json)
     shape = Shape(*(getattr(options, name) for name in Shape._fields))
     _require_possible(shape, options.rounds)
+    torch.set_num_threads(1)  # on a CPU, the time of a pass is that of all threads
     machine = describe_torch()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
