@@ -18,6 +18,7 @@ def threads() -> int:
 
 def count_threads(ranks: Ranks) -> tuple[int, list[float]]:
     """Threads of a new group, and what two collectives at once return."""
+    dist.barrier()  # a thread has its name once it has run a collective
     before = threads()
     group = dist.new_group(backend="gloo")
     values = [torch.full((4,), float(ranks.rank)), torch.full((4,), 2.0)]
