@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -52,6 +53,21 @@ def four_ranks(tmp_path_factory):
     cluster = RankCluster(4, tmp_path_factory.mktemp("four_ranks"))
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def new_ranks(tmp_path):
+    """Starts gloo ranks of a number, for this test alone.
+
+    Tensor parallel layouts that compile need them, and runs have them. DTensor's caches hold the meshes of earlier
+    tests; PyTorch 2.13 makes such a mesh a node of a compiled graph, which Inductor cannot lower.
+    """
+    with contextlib.ExitStack() as clusters:
+
+        def start(world_size: int) -> RankCluster:
+            return clusters.enter_context(contextlib.closing(RankCluster(world_size, tmp_path)))
+
+        yield start
 
 
 @pytest.fixture(scope="session")

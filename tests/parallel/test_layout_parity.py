@@ -9,7 +9,6 @@ import parity_run
 import pytest
 import torch
 from parity_run import Model
-from rank_cluster import RankCluster
 
 PACKED = Model("qwen2", tied=True, packed=True)
 WHOLE = Model("llama", tied=False, packed=False)
@@ -118,6 +117,8 @@ EXTENDED_CASES: list[Case] = [
     (2, "context=2 compile=on", (PACKED,)),
     (2, f"context=2 {RING} compile=on", (PACKED,)),
     (4, "tensor=2 context=2 compile=on", (NORMED,)),
+    (4, "tensor=2 shard=2 compile=on", (PACKED,)),
+    (4, f"tensor=2 pipeline=2 {INTERLEAVED} compile=on", (PACKED,)),
     (2, "expert=2 compile=on", (EXPERTS, SHARED_EXPERT)),
 ]
 """Most of their time is compilation."""
@@ -160,27 +161,19 @@ def options_of(settings: str) -> list[str]:
 
 
 @pytest.fixture
-def train_on(one_rank, request, tmp_path):
-    """Trains on a number of ranks.
-
-    Layouts that compile have processes of their own, as runs do. Where tests of other meshes ran before in the same
-    process, PyTorch 2.13 makes the mesh an input of a compiled graph, which Inductor cannot lower.
-    """
-    clusters = []
+def train_on(one_rank, new_ranks, request):
+    """Trains on a number of ranks."""
 
     def train(world_size, path, settings):
         if world_size == 1:
             return parity_run.five_steps(one_rank, path, options_of(settings))
         if "compile=on" in settings:
-            cluster = RankCluster(world_size, tmp_path)
-            clusters.append(cluster)
+            cluster = new_ranks(world_size)
         else:
             cluster = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
         return parity_run.joined(cluster.run(parity_run.five_steps, path, options_of(settings)))
 
-    yield train
-    for cluster in clusters:
-        cluster.close()
+    return train
 
 
 @pytest.mark.parametrize(("world_size", "settings", "model"), list(parameters()))

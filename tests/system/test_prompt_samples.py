@@ -71,13 +71,19 @@ def test_one_rank(options, one_rank, path, tmp_path):
         pytest.param("--parallel.context 2", marks=pytest.mark.slow),
         pytest.param("--model.implementation transformers --parallel.shard 2", marks=pytest.mark.slow),
         pytest.param("--model.implementation transformers --parallel.context 2", marks=pytest.mark.slow),
-        pytest.param("--parallel.tensor 2 --training.compile on", marks=pytest.mark.slow),
         pytest.param(ZERO_BUBBLE, id="zero bubble", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks(layout, two_ranks, path, tmp_path):
     options = [*SAMPLING, *layout.split(), "--run_folder", str(tmp_path / "run")]
     two_ranks.run(tiny_run.train, path, options)
+    check_samples(tmp_path / "run", tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_blocks(new_ranks, path, tmp_path):
+    options = [*SAMPLING, "--parallel.tensor", "2", "--training.compile", "on", "--run_folder", str(tmp_path / "run")]
+    new_ranks(2).run(tiny_run.train, path, options)
     check_samples(tmp_path / "run", tmp_path)
 
 
