@@ -251,6 +251,11 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
+    if adapter.initialize_from is not None and config.model.initialize_from is None:
+        yield (
+            f"adapter.initialize_from is {adapter.initialize_from}, but model.initialize_from is null; name the base "
+            "of that adapter there"
+        )
     yield from _exports_without_base(config)
 
 

@@ -89,6 +89,7 @@ LORA = {
     **dict.fromkeys(("finetuning_type", "use_lora", "peft_type"), "adapter.kind"),
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "bnb_4bit_quant_type"), "adapter.quantize_base"),
     "load_in_8bit": "adapter.quantize_base: int8",
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "adapter.initialize_from"),
     **dict.fromkeys(("additional_target", "lora_modules_to_save"), "adapter.modules_to_save"),
 }
 LLAMA_FACTORY = {

@@ -176,6 +176,7 @@ def _describe_adapter(run: Run) -> list[str]:
     return [
         f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
         f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",
+        *([f"            starts from the adapter in {start.peft.folder}"] if start.peft else []),
         f"base        {base['folder'] or 'a random initialization'} (hash {base['hash']}); checkpoints contain only "
         "what learns",
     ]
