@@ -68,7 +68,7 @@ def test_transformers_and_peft_have_these_names():
         ("lr_wsd_decay_iters", "use optimizer.decay_steps"),
         ("lr_wsd_decay_samples", "use optimizer.decay_tokens: samples x training.sequence_length"),
         ("num_decay_steps", "use optimizer.decay_steps"),
-        ("lr_scheduler.decay_ratio", "did you mean 'optimizer.decay_ratio'?"),
+        ("decay_ratio", "did you mean 'optimizer.decay_ratio'?"),
         (
             "lr_scheduler_kwargs",
             "use optimizer.decay_steps, optimizer.decay_shape and optimizer.min_learning_rate_ratio",
