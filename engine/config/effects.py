@@ -23,7 +23,7 @@ class Situation:
 
     config: RunConfig
     same_weights: bool = False
-    """True if several ranks hold the same parameters."""
+    """True if several ranks hold the same parameters or constants."""
     reduces: bool = False
     """True if gradients are summed over ranks."""
     num_micro_batches: int = 1
@@ -325,7 +325,7 @@ RULES = (
     Rule(
         ("training.check_replicas_interval",),
         lambda now: now.same_weights,
-        "no two ranks hold the same weights",
+        "no two ranks hold the same values",
     ),
     Rule(
         ("parallel.cpu_offload", "parallel.offload_activations"),

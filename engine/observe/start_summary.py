@@ -111,7 +111,7 @@ def _situation(run: Run) -> Situation:
     layout, resumed, routers = run.mesh.layout, run.start.resumed_from, run.model.routers
     return Situation(
         run.config,
-        same_weights=layout.replicate > 1 or layout.tensor > 1,
+        same_weights=_has_replicas(run),
         reduces=layout.data_parallel * layout.context > 1,
         num_micro_batches=run.plan.num_micro_batches,
         has_router_losses=routers is not None,
@@ -122,6 +122,17 @@ def _situation(run: Run) -> Situation:
         epoch_tokens=run.catalog.epoch_tokens,
         source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
     )
+
+
+def _has_replicas(run: Run) -> bool:
+    """Return whether several ranks hold the same values: copies, norms on ranks that share matrices, or constants.
+
+    Constants, such as the biases by which routers choose experts, are on every rank that has their layers. With a
+    pipeline, which only the native decoder has, these may be other ranks than this one.
+    """
+    layout = run.mesh.layout
+    constants = run.model.constants or (layout.pipeline > 1 and run.start.architecture.float32_tensors)
+    return layout.replicate > 1 or layout.tensor > 1 or (bool(constants) and layout.world_size > layout.pipeline)
 
 
 def _describe_weights(run: Run) -> str:

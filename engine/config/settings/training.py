@@ -140,7 +140,8 @@ class TrainingConfig:
     """Maximum number of rewinds. The next loss spike ends the run."""
     check_replicas_interval: int = 0
     """Number of steps between checks that compare replicated weights and optimizer states bit for bit. A difference
-    ends the run; the error names the ranks and the tensor. 0: never."""
+    ends the run; the error names the ranks and the tensor. Copies and ranks that share matrices hold the same values;
+    with plain sharding these are only constants, such as the biases by which routers choose experts. 0: never."""
     stop_after_minutes: float | None = None
     """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.
