@@ -24,6 +24,7 @@ from .megatron_args import refuse, shown, taking_away
 from .megatron_layout import Vocabulary
 from .megatron_mixture import (
     MIXTURE_TYPES,
+    has_partial_rotary,
     mixture_args,
     mixture_config,
     require_our_mixture,
@@ -50,7 +51,6 @@ _OPTIONAL = ("max_position_embeddings", "initializer_range")
 # behaves as listed here, and some settings are None if they are off.
 _FIXED: dict[str, Any] = {
     "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
@@ -71,6 +71,7 @@ _FIXED: dict[str, Any] = {
 }
 # Megatron's use_rope_scaling is Llama 3's rule with these settings; only the factor can be set.
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+_ROTARY = "rotary_percent"
 _INTERPOLATION = "rotary_seq_len_interpolation_factor"
 _LARGEST = 1e30
 """Limit of a numeric setting."""
@@ -193,6 +194,11 @@ def require_our_decoder(args: Mapping[str, Any], where: str) -> None:
         if not _is(name, args.get(name, expected), expected, args):
             refuse(where, name, args[name], f"supported: {expected}")
     require_our_mixture(args, where)
+    part = args.get(_ROTARY, 1.0)
+    if part != 1 and not has_partial_rotary(args):
+        refuse(where, _ROTARY, part, "supported: 1.0")
+    if type(part) not in (int, float) or not 0 < part <= 1:
+        refuse(where, _ROTARY, part, "supported: above 0 and up to 1.0")
     if args.get("use_rope_scaling") and args.get(_INTERPOLATION) not in (None, 1):
         refuse(
             where, _INTERPOLATION, args[_INTERPOLATION], "and use_rope_scaling as well; only one of them is supported"
@@ -250,6 +256,7 @@ def args_from_config(
         add_bias_linear=a.mlp_bias,
         add_qkv_bias=a.qkv_bias and not a.mlp_bias,
         qk_layernorm=a.qk_norm is not None,
+        rotary_percent=_rotary_percent(rope.dim, a.head_dim),
         use_rope_scaling=scaling is not None,
         rope_scaling_factor=scaling.factor if scaling else 8.0,
         rotary_seq_len_interpolation_factor=factor if factor != 1 else None,
@@ -293,6 +300,12 @@ def _rope_of(architecture: DecoderArchitecture, where: str) -> tuple[RopeSetting
     )
 
 
+def _rotary_percent(dim: int, head_dim: int) -> float:
+    """Return the smallest float with which Megatron's ``int(head_dim * rotary_percent)`` is ``dim``."""
+    part = dim / head_dim
+    return part if int(head_dim * part) == dim else math.nextafter(part, 1)
+
+
 def _window_args(windows: Sequence[int | None]) -> dict[str, Any]:
     """Return the inverse of :func:`_windows`."""
     sizes = {window for window in windows if window is not None}
@@ -332,6 +345,11 @@ def describe_disagreement(args: Mapping[str, Any], architecture: DecoderArchitec
             )
     require_same_mixture(args, a, where)
     rope, factor_here, scaling_here = _rope_of(a, where)
+    if int(a.head_dim * args.get(_ROTARY, 1.0)) != rope.dim:
+        raise UserError(
+            f"{where}: its args have {_ROTARY} {shown(args.get(_ROTARY, 1.0))}, --config has {rope.dim / a.head_dim}: "
+            f"other dimensions would rotate; name this model's config.json{taking_away(where)}"
+        )
     lines = [
         _difference(key, here, args[name])
         for key, here, name in (("rms_norm_eps", a.norm_eps, "norm_epsilon"), ("rope_theta", rope.theta, "rotary_base"))

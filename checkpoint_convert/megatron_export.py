@@ -61,7 +61,7 @@ def convert(
     layout = replace(layout, per_layer=per_layer or not is_homogeneous(architecture))
     args = args_from_config(model.config, architecture, layout.vocabulary, str(folder))
     source, written = model.published, target or model.export_dtype
-    targets = cast_to(source.tensors, written)
+    targets = cast_to(source.tensors, written, model.kept)
     parts = MegatronParts(source, targets, architecture, layout)
 
     def complete(content: Path, done: Written) -> None:
@@ -71,7 +71,7 @@ def convert(
 
     def compare(content: Path) -> dict[str, Any]:
         back = MegatronModel(content, model.config, str(folder)).parameters
-        rounded_to = {**cast_to(back.tensors, written), **targets}
+        rounded_to = {**cast_to(back.tensors, written, model.kept), **targets}
         return compare_logits(folder, back, architecture, rounded_to, architecture.vocab_size, model.max_length)
 
     options = {"dtype": dtype if target or model.export_dtype is None else dtype_name(model.export_dtype)}

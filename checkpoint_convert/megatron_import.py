@@ -18,7 +18,13 @@ from retemper.engine.weights.conversion.options import HF
 from retemper.engine.weights.conversion.pipeline import Conversion, checkpoint_target, hf_target
 from retemper.engine.weights.conversion.provenance import ConversionRecord, file_identity
 from retemper.engine.weights.conversion.stored_model import StoredModel
-from retemper.engine.weights.hugging_face.weight_dtypes import cast_to, describe_casts, dtype_named, with_dtype
+from retemper.engine.weights.hugging_face.weight_dtypes import (
+    cast_to,
+    describe_casts,
+    dtype_named,
+    dtypes_of,
+    with_dtype,
+)
 from retemper.engine.weights.hugging_face.weight_options import AUTO, DEFAULT_MAX_SHARD_SIZE, parse_shard_size
 from retemper.engine.weights.workers import parse_workers
 
@@ -55,12 +61,12 @@ def convert(
     require_separate(reads, folders=[Use(f"--output {output}", output)])
     model = _open(Path(megatron), config, tokenizer)
     source = model.published if format == HF else model.parameters
-    tensors = cast_to(source.tensors, target)
-    assets = with_dtype(model.assets, (tensor.dtype for tensor in tensors.values()))
+    tensors = cast_to(source.tensors, target, model.kept)
+    assets = with_dtype(model.assets, dtypes_of(tensors, model.kept))
 
     def compare(content: Path) -> dict[str, Any]:
         a, parameters = model.architecture, model.parameters
-        rounded_to = {**cast_to(parameters.tensors, target), **tensors}
+        rounded_to = {**cast_to(parameters.tensors, target, model.kept), **tensors}
         return compare_logits(content, parameters, a, rounded_to, a.vocab_size, model.max_length)
 
     options = {"format": format, "dtype": dtype, "max_shard_size": shard_bytes, "config": assets.config}
@@ -88,7 +94,7 @@ def _open(folder: Path, config: str | Path | None, tokenizer: str | None) -> Sto
         parameters=model.parameters,
         published=model.published,
         published_tables=model.architecture.tables,
-        kept=(),
+        kept=model.float32,
         unused=model.left_out,
         left_out={"state of the optimizer": list(model.left_out)} if model.left_out else {},
         assets=_assets(config, tokenizer, model),

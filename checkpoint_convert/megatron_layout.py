@@ -15,7 +15,7 @@ Layers are stacked on a new first dimension of one tensor under ``decoder.layers
 ``decoder.layers.{i}.`` (``non_homogeneous_layers``). Keys are those that Megatron writes for both of its layer
 specifications (local, and TransformerEngine, which fuses a norm into the linear layer after it).
 
-Not supported: latent attention, multi-token prediction, and routers with groups or sigmoid scores.
+Not supported: latent attention and multi-token prediction.
 """
 
 from __future__ import annotations
@@ -134,6 +134,11 @@ _DENSE_ENTRIES = (
 _MIXTURE_ENTRIES = (
     Entry(_MLP_NORM, ("post_attention_layernorm.weight",), aliases=(_FUSED_MLP_NORM,)),
     Entry("mlp.router.weight", ("mlp.gate.weight",)),
+    Entry(
+        "mlp.router.expert_bias",
+        ("mlp.gate.e_score_correction_bias",),
+        exists=lambda a: a.experts is not None and a.experts.selection_bias,
+    ),
     Entry(
         f"{_EXPERTS}.linear_fc1.weight",
         ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight"),

@@ -23,6 +23,7 @@ from retemper.engine.files.regular import read_regular
 from retemper.engine.model.architecture import Piece
 from retemper.engine.model.families import DecoderArchitecture, parse_decoder_architecture
 from retemper.engine.model.implementations import meta_model
+from retemper.engine.weights.conversion.stored_model import float32_names
 from retemper.engine.weights.damage import METADATA_FILE, DamagedCheckpoint
 from retemper.engine.weights.dcp_files import read_dcp_parts
 from retemper.engine.weights.dcp_metadata import read_metadata
@@ -62,7 +63,7 @@ _FOREIGN = {
     "LayerNorm instead of RMSNorm": ("layer_norm_bias", "layernorm.bias"),
     "a state-space model": (".mixer.",),
     "experts with latent projections": ("_latent_proj",),
-    "a router with biases": (".router.bias", ".router.expert_bias"),
+    "a router with biases of its logits": (".router.bias",),
 }
 """Parts of keys that identify unsupported models."""
 
@@ -115,6 +116,8 @@ class MegatronModel:
         if args is not None:
             self.notes += describe_disagreement(args, self.architecture, said_in)
         layout = Layout.of(self.architecture, meta_model(self.architecture))
+        self.float32 = float32_names(layout, self.architecture)
+        """Names of tensors that no option rounds."""
         fused = fused_tensors(self.architecture, layout)
         places = self._locate(fused, weights, where, _most_padding(args))
         padding = embedding[0] - self.architecture.vocab_size

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from retemper.checkpoint_convert import megatron_export, megatron_import, megatron_mixture
 from retemper.engine.errors import UserError
@@ -36,6 +37,16 @@ COMMON = {
     "tie_word_embeddings": False,
 }
 QWEN: dict[str, Any] = {"num_experts": 6, "moe_intermediate_size": 24}
+SIGMOID: dict[str, Any] = {
+    "n_routed_experts": 6,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "n_group": 1,
+    "topk_group": 1,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **QWEN, "norm_topk_prob": True},
     "qwen2_moe": {"model_type": "qwen2_moe", **QWEN, "norm_topk_prob": False, "shared_expert_intermediate_size": 40},
@@ -49,8 +60,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe, dense layer": {"model_type": "qwen3_moe", **QWEN, "norm_topk_prob": False, "mlp_only_layers": [0]},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 5},
+    "dots1": {**SIGMOID, "model_type": "dots1", "sliding_window": None},
+    "dots1, groups": {
+        **SIGMOID,
+        "model_type": "dots1",
+        "sliding_window": None,
+        "first_k_dense_replace": 0,
+        "num_experts_per_tok": 4,
+        "n_group": 3,
+        "topk_group": 2,
+    },
+    "glm4_moe": {
+        **SIGMOID,
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "glm4_moe, no norm": {
+        **SIGMOID,
+        "model_type": "glm4_moe",
+        "first_k_dense_replace": 2,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "partial_rotary_factor": 0.25,
+    },
 }
-SETTINGS = {name: {**COMMON, **family} for name, family in FAMILIES.items()}
+SETTINGS: dict[str, dict[str, Any]] = {name: {**COMMON, **family} for name, family in FAMILIES.items()}
 
 
 def quiet(line: str) -> None:
@@ -128,6 +164,20 @@ def test_a_checkpoint_for_the_trainer(one_rank: Ranks, tmp_path: Path, family: s
         assert torch.equal(one, other), name
 
 
+def test_biases_of_the_choice_stay_in_fp32(one_rank: Ranks, tmp_path: Path) -> None:
+    """As in Megatron and transformers: rounded ones would choose other experts."""
+    folder = random_hf_folder(tmp_path / "hf", SETTINGS["dots1"])
+    megatron_export.convert(tmp_path / "megatron", hf=str(folder), dtype="bfloat16", say=quiet)
+    megatron_import.convert(tmp_path / "megatron", tmp_path / "back", dtype="bfloat16", say=quiet)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "back"))
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2 and before.keys() == after.keys()
+    for name, tensor in before.items():
+        expected = tensor if name in biases else tensor.bfloat16()
+        assert torch.equal(after[name], expected) and after[name].dtype == expected.dtype, name
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def megatron_on_two_ranks(
     ranks: Ranks, settings: dict[str, Any], axis: str, written: str, output: str
 ) -> dict[str, Any]:
@@ -163,14 +213,16 @@ def test_two_ranks(two_ranks: Any, tmp_path: Path, axis: str) -> None:
 # Settings that leave every tensor as it is and change what the model computes.
 UNSEEN: dict[str, dict[str, Any]] = {
     "scale": {"moe_router_topk_scaling_factor": 2.5},
-    "sigmoid": {"moe_router_score_function": "sigmoid"},
+    "sigmoid": {"moe_router_enable_expert_bias": False, "moe_router_score_function": "sigmoid"},
     "groups": {"moe_router_group_topk": 1, "moe_router_num_groups": 3},
     "capacity": {"moe_expert_capacity_factor": 0.5, "moe_router_load_balancing_type": "aux_loss"},
 }
 # The same for settings that a config can express, but the given one has another value.
-OTHER: dict[str, dict[str, Any]] = {
-    "k": {"moe_router_topk": 3},
-    "order": {"moe_router_pre_softmax": True},
+OTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "k": ("qwen3_moe", {"moe_router_topk": 3}),
+    "order": ("qwen3_moe", {"moe_router_pre_softmax": True}),
+    "factor": ("dots1", {"moe_router_topk_scaling_factor": 1.5}),
+    "groups": ("dots1, groups", {"moe_router_num_groups": None, "moe_router_group_topk": None}),
 }
 
 
@@ -198,15 +250,16 @@ def test_a_setting_that_no_tensor_betrays(one_rank: Ranks, tmp_path: Path, case:
 
 @pytest.mark.parametrize("case", OTHER)
 def test_a_config_with_another_router(one_rank: Ranks, tmp_path: Path, case: str) -> None:
-    changed_model(tmp_path, SETTINGS["qwen3_moe"], OTHER[case])
-    ((name, value),) = OTHER[case].items()
+    family, change = OTHER[case]
+    changed_model(tmp_path, SETTINGS[family], change)
+    name, value = next(iter(change.items()))
     with pytest.raises(UserError, match=f"its args have {name} {value!r}, --config has"):
         megatron_import.convert(tmp_path / "megatron", tmp_path / "hf", config=tmp_path / "config.json", say=quiet)
     # Without a config, the stored settings say how it routes.
     megatron_import.convert(tmp_path / "megatron", tmp_path / "hf", say=quiet)
     with mm.megatron_on_cpu():
-        args = mm.args_of(SETTINGS["qwen3_moe"])
-        vars(args).update(OTHER[case])
+        args = mm.args_of(SETTINGS[family])
+        vars(args).update(change)
         theirs = mm.logits(mm.gpt_model(args, 128), TOKENS)
     torch.testing.assert_close(transformers_logits(tmp_path / "hf"), theirs, rtol=0, atol=1e-5)
 
@@ -214,7 +267,8 @@ def test_a_config_with_another_router(one_rank: Ranks, tmp_path: Path, case: str
 def test_what_megatron_does_where_nothing_is_said() -> None:
     """The value that stands for our mixture is Megatron's default."""
     fields = {field.name: field.default for field in dataclasses.fields(mm.TransformerConfig)}
-    assert {name: fields[name] for name in megatron_mixture.FIXED} == megatron_mixture.FIXED
+    ours = {**megatron_mixture.FIXED, **megatron_mixture.SOFTMAX_ONLY, "moe_router_score_function": "softmax"}
+    assert {name: fields[name] for name in ours} == ours
     assert (fields["moe_router_topk"], fields["moe_router_pre_softmax"], fields["moe_layer_freq"]) == (2, False, 1)
 
 

@@ -77,7 +77,7 @@ def test_folders_that_are_no_checkpoint(megatron: Path, refuse: Callable[..., No
 def test_models_of_another_kind(models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path) -> None:
     cases = {
         "decoder.layers.mlp.router.weight": "holds a mixture of experts",
-        "decoder.layers.mlp.router.expert_bias": "a router with biases",
+        "decoder.layers.mlp.router.bias": "a router with biases",
         "decoder.layers.mlp.fc1_latent_proj.weight": "latent projections",
         "decoder.layers.self_attention.linear_kv_down_proj.weight": "latent attention",
         "mtp.layers.0.enorm.weight": "multi-token prediction",
@@ -329,9 +329,16 @@ def test_mixtures_that_megatron_has_not(run: Run, tmp_path: Path) -> None:
     config = AutoConfig.for_model("olmoe", **{**SHAPE, **sizes})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "olmoe")
     one = save_mixture(tmp_path / "one", "qwen3_moe", num_experts_per_tok=1)
+    plain = save_mixture(tmp_path / "plain", "dots1", norm_topk_prob=False)
+    groups = {"norm_topk_prob": True, "n_routed_experts": 6, "n_group": 3, "topk_group": 1, "num_experts_per_tok": 1}
+    alone = save_mixture(tmp_path / "alone", "dots1", **groups)
+    three = save_mixture(tmp_path / "three", "dots1", **{**groups, "topk_group": 2, "num_experts_per_tok": 3})
     for folder, fragments in (
         (tmp_path / "olmoe", ("model_type olmoe", "qwen2_moe, qwen3_moe, mixtral", "Megatron Bridge")),
-        (one, ("num_experts_per_tok is 1", "Megatron refuses such a router")),
+        (one, ("num_experts_per_tok is 1", "Megatron has no such router")),
+        (plain, ("norm_topk_prob is false", "Megatron divides sigmoid scores by their sum")),
+        (alone, ("num_experts_per_tok is 1", "Megatron has no such router")),
+        (three, ("num_experts_per_tok is 3 and topk_group 2", "half of num_experts_per_tok")),
     ):
         assert_refused(run(to_megatron, "--hf", folder, "--output", tmp_path / "output"), *fragments)
         assert not (tmp_path / "output").exists()
@@ -360,6 +367,41 @@ def test_experts_that_do_not_fit(models: dict[str, Path], refuse: Callable[..., 
     refuse(save_megatron(tmp_path / "lost", single), f"missing {lost}", config=models["qwen2_moe"])
 
 
+def test_settings_of_another_router_with_sigmoid_scores(refuse: Callable[..., None], tmp_path: Path) -> None:
+    changes = {"norm_topk_prob": True, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    folders = {family: save_mixture(tmp_path / family, family, **changes) for family in ("dots1", "glm4_moe")}
+    given: dict[str, list[tuple[dict[str, Any], str]]] = {
+        "dots1": [
+            ({"moe_router_topk_scaling_factor": "x"}, "moe_router_topk_scaling_factor 'x', supported: a positive"),
+            ({"moe_router_topk_scaling_factor": 7.0}, "moe_router_topk_scaling_factor 7.0, --config has"),
+            (
+                {"moe_router_num_groups": 3, "moe_router_group_topk": 2},
+                "moe_router_group_topk 2, supported with moe_router_topk 2: half of that",
+            ),
+            ({"moe_router_num_groups": 2, "moe_router_group_topk": 1}, "moe_router_num_groups 2, --config has None"),
+            ({"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias False, supported"),
+            ({"rotary_percent": 0.5}, "rotary_percent 0.5, --config has 1.0"),
+            ({"rotary_percent": 1.5}, "rotary_percent 1.5, supported: above 0"),
+        ],
+        "glm4_moe": [({"rotary_percent": 1.0}, "rotary_percent 1.0, --config has 0.5")],
+    }
+    derived: list[tuple[dict[str, Any], str]] = [
+        ({"moe_shared_expert_intermediate_size": None}, "none of qwen2_moe"),
+        ({"moe_shared_expert_intermediate_size": 7}, "none of qwen2_moe"),
+        ({"moe_layer_freq": [1, 0]}, "moe_layer_freq [1, 0], which none of qwen2_moe"),
+    ]
+    for family, folder in folders.items():
+        quiet_to(tmp_path / "to" / family, hf=str(folder))
+        common = tmp_path / "to" / family / "release" / "common.pt"
+        args = torch.load(common, weights_only=False)["args"]
+        for change, fragment in given[family]:
+            torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, common)
+            refuse(tmp_path / "to" / family, fragment, config=folder)
+        for change, fragment in derived:
+            torch.save({"args": argparse.Namespace(**{**vars(args), **change})}, common)
+            refuse(tmp_path / "to" / family, fragment, config=None)
+
+
 def test_settings_of_another_mixture(models: dict[str, Path], refuse: Callable[..., None], tmp_path: Path) -> None:
     quiet_to(tmp_path / "good", hf=str(models["qwen2_moe"]))
     release = tmp_path / "good" / "release"
@@ -370,7 +412,16 @@ def test_settings_of_another_mixture(models: dict[str, Path], refuse: Callable[.
         ({"moe_router_topk": 1}, "moe_router_topk 1, --config has 2"),
         ({"moe_router_topk": "x"}, "moe_router_topk 'x', a number from 1"),
         ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax True, --config has False"),
-        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function 'sigmoid', supported: softmax"),
+        ({"moe_router_score_function": "tanh"}, "moe_router_score_function 'tanh', supported: softmax, sigmoid"),
+        (
+            {"moe_router_score_function": "sigmoid"},
+            "moe_router_enable_expert_bias False, supported with sigmoid scores: True",
+        ),
+        (
+            {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+            "moe_router_score_function 'sigmoid', --config has softmax",
+        ),
+        ({"moe_router_group_topk": 1}, "moe_router_group_topk 1, supported with softmax scores: None"),
         (
             {"moe_router_load_balancing_type": ["sinkhorn"]},
             "moe_router_load_balancing_type a list, supported: any but sinkhorn",
@@ -382,7 +433,7 @@ def test_settings_of_another_mixture(models: dict[str, Path], refuse: Callable[.
         ({"num_experts": 10**9}, "num_experts 1000000000, a number from 1 to 10,000"),
         ({"moe_layer_freq": [1]}, "moe_layer_freq [1], a number or a list of 2"),
         ({"moe_layer_freq": 0}, "moe_layer_freq 0, a number or a list of 2"),
-        ({"moe_shared_expert_gate": False}, "none of qwen2_moe, qwen3_moe, mixtral has"),
+        ({"moe_shared_expert_gate": False}, "none of qwen2_moe, qwen3_moe, mixtral, dots1, glm4_moe has"),
         ({"moe_shared_expert_intermediate_size": "x"}, "moe_shared_expert_intermediate_size 'x'"),
         ({"add_bias_linear": True}, "add_bias_linear True"),
     ]

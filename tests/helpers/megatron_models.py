@@ -81,14 +81,14 @@ def args_of(settings: dict[str, Any], **others: Any) -> Namespace:
         kv_channels=settings["head_dim"],
         norm_epsilon=settings["rms_norm_eps"],
         rotary_base=settings["rope_theta"],
-        rotary_percent=1.0,
+        rotary_percent=settings.get("partial_rotary_factor", 1.0),
         max_position_embeddings=64,
         position_embedding_type="rope",
         normalization="RMSNorm",
         swiglu=True,
         add_bias_linear=settings.get("mlp_bias", False),
-        add_qkv_bias=family in ("qwen2", "qwen2_moe"),
-        qk_layernorm=family in ("qwen3", "qwen3_moe"),
+        add_qkv_bias=family in ("qwen2", "qwen2_moe") or settings.get("attention_bias", False),
+        qk_layernorm=settings.get("use_qk_norm", family in ("qwen3", "qwen3_moe", "dots1")),
         untie_embeddings_and_output_weights=not settings["tie_word_embeddings"],
         **_mixture_args(settings),
         use_rope_scaling="rope_parameters" in settings,
@@ -100,6 +100,8 @@ def args_of(settings: dict[str, Any], **others: Any) -> Namespace:
 def _mixture_args(settings: dict[str, Any]) -> dict[str, Any]:
     """The part of :func:`args_of` about experts."""
     experts = settings.get("num_experts", settings.get("num_local_experts"))
+    if "n_routed_experts" in settings:
+        return _sigmoid_args(settings)
     if experts is None:
         return {"num_experts": None}
     dense = settings.get("mlp_only_layers", [])
@@ -112,6 +114,23 @@ def _mixture_args(settings: dict[str, Any]) -> dict[str, Any]:
         "moe_router_pre_softmax": not settings.get("norm_topk_prob", settings["model_type"] == "mixtral"),
         "moe_shared_expert_intermediate_size": shared,
         "moe_shared_expert_gate": shared is not None,
+    }
+
+
+def _sigmoid_args(settings: dict[str, Any]) -> dict[str, Any]:
+    dense, layers = settings["first_k_dense_replace"], settings["num_hidden_layers"]
+    grouped = settings.get("n_group", 1) > 1
+    return {
+        "num_experts": settings["n_routed_experts"],
+        "moe_layer_freq": [0] * dense + [1] * (layers - dense) if dense else 1,
+        "moe_ffn_hidden_size": settings["moe_intermediate_size"],
+        "moe_router_topk": settings["num_experts_per_tok"],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": settings["routed_scaling_factor"],
+        "moe_router_num_groups": settings["n_group"] if grouped else None,
+        "moe_router_group_topk": settings["topk_group"] if grouped else None,
+        "moe_shared_expert_intermediate_size": settings["n_shared_experts"] * settings["moe_intermediate_size"],
     }
 
 
@@ -183,6 +202,7 @@ def gpt_model(args: Namespace, padded_vocab_size: int, norm_as_with_te: bool = T
         parallel_output=False,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
@@ -196,6 +216,9 @@ def gpt_model(args: Namespace, padded_vocab_size: int, norm_as_with_te: bool = T
             is_split = getattr(parameter, "tensor_model_parallel", False)
             generator = of_experts if ".local_experts." in name else split if is_split else shared
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".expert_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=shared) * 0.2)
     return model
 
 
@@ -248,5 +271,8 @@ def random_hf_folder(folder: Path, settings: dict[str, Any]) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.2)
     model.save_pretrained(folder)
     return folder

@@ -19,6 +19,15 @@ _SHAPE: dict[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+_SIGMOID = {
+    "head_dim": 8,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "head_dim": 8,
@@ -34,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 40,
     },
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    **dict.fromkeys(("dots1", "glm4_moe"), _SIGMOID),
 }
 TOKENS = torch.randint(0, VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
 

@@ -89,7 +89,7 @@ class StoredModel:
 def open_hf(name: str, folder: Path, any_vocab_size: bool = False) -> StoredModel:
     """Open the Hugging Face ``folder`` of the model ``name``; see :func:`open_hf_model`."""
     model, index = open_hf_model(folder, any_vocab_size), folder / INDEX_FILE
-    float32 = _float32(model.layout, model.architecture)
+    float32 = float32_names(model.layout, model.architecture)
 
     def identify() -> dict[str, Any]:
         return {
@@ -167,7 +167,7 @@ def open_checkpoint(folder: Path, ema: bool = False, base: str | None = None) ->
         parameters=parameters,
         published=layout.published(parameters),
         published_tables=layout.published_names(architecture.tables),
-        kept=_float32(layout, architecture),
+        kept=float32_names(layout, architecture),
         unused={name: stored.tensors[name] for name in states},
         left_out=left_out,
         assets=assets,
@@ -181,7 +181,8 @@ def open_checkpoint(folder: Path, ema: bool = False, base: str | None = None) ->
     )
 
 
-def _float32(layout: Layout, architecture: Architecture) -> set[str]:
+def float32_names(layout: Layout, architecture: Architecture) -> set[str]:
+    """Return the names of the parameters and Hugging Face tensors that no option rounds."""
     names = architecture.float32_tensors
     return {*names, *layout.published_names(names)}
 
