@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .config.budget import TRAIN, given_key
 from .config.checks import with_known_budget
 from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
@@ -371,5 +372,5 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConf
             f"before its schedule begins; set it to {progress.tokens} at most"
         )
     steps = plan.steps_left(config.training.budget, progress.tokens)
-    order.require(progress.samples + steps * plan.global_batch_size)
+    order.require(progress.samples + steps * plan.global_batch_size, given_key(config, TRAIN))
     return config, catalog, order, progress

@@ -109,7 +109,7 @@ RULES = (
         refused=True,
     ),
     Rule(
-        ("optimizer.decay_tokens", "optimizer.decay_shape"),
+        ("optimizer.decay_tokens", "optimizer.decay_steps", "optimizer.decay_ratio", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
         refused=True,

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import socket
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from ..parallel import trainable
 from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
+from ..schedule import decay_tokens
 from ..start_kinds import AdapterStart
 from ..system import free_memory, total_memory
 from ..tokenizer.frame import frame_of_files
@@ -191,10 +193,25 @@ def _describe_budget(run: Run) -> list[str]:
     return [
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
+        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, {_warmup_and_decay(run)}; "
         f"{remaining_steps:,} steps to go{shortest}",
         *([f"epoch       {epoch:,} tokens = {epoch / plan.tokens_per_step:,.1f} steps"] if epoch else []),
     ]
+
+
+def _warmup_and_decay(run: Run) -> str:
+    training, optimizer = run.config.training, run.config.optimizer
+    parts = [_in_tokens("warm-up", training, budget.WARMUP)]
+    if optimizer.schedule == "wsd":
+        given = replace(optimizer, decay_tokens=decay_tokens(training, optimizer))
+        parts.append(_in_tokens("decay", given, budget.DECAY))
+    return ", ".join(parts)
+
+
+def _in_tokens(name: str, section: budget.Section, kind: budget.Kind) -> str:
+    """Return ``name`` with its tokens, and with the key that they were converted from."""
+    key, tokens = budget.alternative(section, kind), getattr(section, kind.keys[0]) or 0
+    return f"{name} {tokens:,} tokens" + (f" ({key} {getattr(section, key):,})" if key else "")
 
 
 def _budget(run: Run) -> str:

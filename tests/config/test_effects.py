@@ -174,6 +174,8 @@ def test_a_default_is_not_mentioned():
     ("values", "key"),
     [
         ({"optimizer__decay_tokens": 5}, "optimizer.decay_tokens is 5, but"),
+        ({"optimizer__decay_steps": 5}, "optimizer.decay_steps is 5, but"),
+        ({"optimizer__decay_ratio": 0.5}, "optimizer.decay_ratio is 0.5, but"),
         ({"training__loss_spike_action": "rewind"}, "training.loss_spike_action is rewind, but"),
         ({"checkpoint__push_to_hub": "a/b"}, "checkpoint.push_to_hub is a/b, but"),
         ({"parallel__pipeline_schedule": "interleaved_1f1b"}, "parallel.pipeline_schedule is interleaved_1f1b, but"),

@@ -236,7 +236,7 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
         merged.tree["run_folder"] = options.run_folder
     training = merged.tree.setdefault("training", {})
     if options.tokens is not None or options.epochs is not None:
-        for key in TRAIN:
+        for key in TRAIN.keys:
             training.pop(key, None)
     if options.tokens is not None:
         training["train_tokens"] = options.tokens
@@ -247,7 +247,7 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
         if getattr(options, option) not in (None, (), False) and _value(merged.tree, key) != chosen[key]:
             merged.found.add(f"--{key} and --{option.replace('_', '-')} set the same; remove one of them")
     for option in [name for name in ("tokens", "epochs") if getattr(options, name) is not None]:
-        for key in TRAIN:
+        for key in TRAIN.keys:
             if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
                 merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
     merged.found.raise_if_any()
@@ -335,7 +335,7 @@ def _budget(
     Those of ``training.train_epochs``, which is over data and replay, may differ a little from what the run counts.
     """
     training = given.get("training", {})
-    tokens, steps, epochs = (training.get(key) for key in TRAIN)
+    tokens, steps, epochs = (training.get(key) for key in TRAIN.keys)
     if tokens is not None:
         return int(tokens)
     if epochs is not None:

@@ -43,10 +43,12 @@ class Machine:
     Args:
         ranks: of the run, on one machine.
         gpu: None: a CPU.
+        host_memory: bytes; None: of another machine, and unknown.
     """
 
     ranks: int
     gpu: Gpu | None
+    host_memory: int | None = None
 
     @property
     def shown(self) -> str:
@@ -77,7 +79,7 @@ def find_machine(ranks: int | None, gpu: str | None, device: str = "auto") -> Ma
     if ranks is not None and ranks > count:
         raise UserError(f"--ranks {ranks}: this machine has {count} GPUs; use at most {count}, or device cpu")
     properties = torch.cuda.get_device_properties(0)
-    return Machine(ranks or count, _known_gpu(properties.name, properties.total_memory))
+    return Machine(ranks or count, _known_gpu(properties.name, properties.total_memory), _host_memory())
 
 
 def fit(
@@ -105,7 +107,7 @@ def fit(
     """
     if machine.gpu is None:
         return _fit_on_cpu(config, architecture, machine, adapted if auto else ())
-    cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE)
+    cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE, machine.host_memory)
     plain, _ = without_gpu_features(config, cluster)
     smaller = [without_gpu_features(one, cluster)[0] for one in adapted]
     with DryRunPool() as pool:
@@ -114,7 +116,7 @@ def fit(
             if choice := choose_offload(candidate, cluster, pool, say):
                 return choice.plan
             layout = plan_layout(candidate.parallel, machine.ranks)
-            say(f"dry run: {shown_layout(candidate, layout)}")
+            say(f"dry run: {shown_layout(candidate, layout, architecture)}")
             return plan_briefly([(candidate, layout)], cluster, pool)[0]
 
         plan = dry_run(plain)
@@ -126,7 +128,7 @@ def fit(
             best = _with_larger_micro_batch(plan, dry_run)
     if best is None:
         raise UserError(
-            f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU, and "
+            f"the model does not fit on {machine.shown}: it needs {plan.shortage}, and "
             "recomputation, an adapter and offload do not save as much; use more or larger GPUs, see retemper plan "
             "--search"
         )
@@ -134,7 +136,7 @@ def fit(
     if changes and not auto:
         shown = ", ".join(f"{section}.{key} {keys[key]}" for section, keys in changes.items() for key in keys)
         raise UserError(
-            f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU; it "
+            f"the model does not fit on {machine.shown}: it needs {plan.shortage}; it "
             f"fits with {shown}: add --auto, or set them"
         )
     return changes, _why_adapter(best.config, config) + _memory_line(best)
@@ -225,7 +227,7 @@ def _memory_line(plan: LayoutPlan) -> str:
     room = plan.cluster.gpu.memory - plan.cluster.reserve
     return (
         f"fits: {gib(plan.peak_bytes)} of {gib(room)} GiB on the fullest GPU, predicted from a dry run "
-        f"({shown_layout(plan.config, plan.layout)})"
+        f"({plan.shown_layout})"
     )
 
 

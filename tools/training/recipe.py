@@ -66,8 +66,8 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
     steps = math.ceil(now.train_tokens / (batch * length))
     evaluated = max(LEAST_EVALUATED, round(EVALUATED_SHARE * now.train_tokens))
     chosen: dict[str, Any] = {
-        **({} if _gives(given, TRAIN) else {"train_tokens": now.train_tokens}),
-        **({} if _gives(given, WARMUP_KEYS) else {"warmup_tokens": round(WARMUP * now.train_tokens)}),
+        **({} if _gives(given, TRAIN.keys) else {"train_tokens": now.train_tokens}),
+        **({} if _gives(given, WARMUP_KEYS.keys) else {"warmup_tokens": round(WARMUP * now.train_tokens)}),
         "sequence_length": length,
         "global_batch_size": batch,
         "micro_batch_size": micro,
