@@ -31,6 +31,7 @@ from . import (
     router_losses,
     tensor,
     trainable,
+    z_loss,
 )
 from . import compile as block_compile
 from .data_parallel import DataParallel
@@ -189,9 +190,10 @@ def build_model(
     built = [build_stage(stages[number]) for number in numbers]
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
     prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows, kind)
-    # With tensor parallelism all ranks route the same tokens, and their gradients are summed.
-    routers = router_losses.attach(decoders, training, ranks.device, counts=mesh.coordinate.tensor == 0)
-    parts = ModelParts(decoders, routers)
+    # With tensor parallelism all ranks have the same tokens, and their gradients are summed.
+    counts = mesh.coordinate.tensor == 0
+    routers = router_losses.attach(decoders, training, ranks.device, counts)
+    parts = ModelParts(decoders, routers, z_loss.attach(decoders, training, ranks.device, counts))
     if parallel.pipeline > 1:
         count = choices.num_micro_batches
         return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)
