@@ -80,8 +80,8 @@ def _reads_last_product(architecture: Architecture) -> bool:
 def _kept_exchanges(block: nn.Module, architecture: Architecture, config: ParallelConfig) -> tuple[bool, ...]:
     """Return whether the result of each all-to-all of a block is stored: those that bring rows to their experts are.
 
-    Queries, keys and values are not: they are stored once before the exchange, and in a node a stored byte of them saves
-    a fifth to a third of the time that one of a product saves (docs/parallelism.md, Traffic and memory).
+    Queries, keys and values are not: they are stored once before the exchange, and in a node a stored byte of them
+    saves a fifth to a third of the time that one of a product saves (docs/parallelism.md, Traffic and memory).
     """
     by_heads = config.context > 1 and context_kind(config, architecture) == "heads"
     kept = (False,) * (_EXCHANGES_OF_ATTENTION if by_heads else 0)

@@ -18,6 +18,7 @@ from retemper.engine.errors import UserError
 from retemper.engine.files import atomic
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.conversion import dcp_to_hf, model_folders
+from retemper.tools.reports.run import read_run
 
 SHORT = [
     *("--training.train_tokens", str(4 * 8 * 32), "--optimizer.schedule", "constant", "--training.eval_interval", "1"),
@@ -67,6 +68,10 @@ def test_two_ranks_write_the_final_and_the_best(two_ranks, run_file, tmp_path):
     assert_export_of(run / "best_model", checkpoint(run, best), tmp_path)
     assert AutoModelForCausalLM.from_pretrained(run / "final_model").config.vocab_size == tiny_run.VOCAB_SIZE
     assert not leftovers(run)
+    reported = {one.name: one for one in read_run(run).models}
+    assert {name: one.step for name, one in reported.items()} == {"final_model": 4, "best_model": best}
+    assert reported["best_model"].evaluation == pytest.approx(read_manifest(checkpoint(run, 4)).best["loss"])
+    assert reported["best_model"].evaluation < reported["final_model"].evaluation
 
 
 def test_the_same_weights_are_written_once(one_rank, run_file, tmp_path, capsys):
