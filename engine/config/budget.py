@@ -136,7 +136,7 @@ def _given(config: RunConfig | Section, kind: Kind) -> dict[str, Any]:
 def _without(config: RunConfig, keys: Iterable[tuple[str, str]]) -> RunConfig:
     """Return ``config`` with the ``keys`` of sections set to null."""
     for section, key in keys:
-        config = replace(config, **{section: replace(getattr(config, section), **{key: None})})  # type: ignore[arg-type]
+        config = replace(config, **{section: replace(getattr(config, section), **{key: None})})
     return config
 
 

@@ -31,6 +31,7 @@ from . import (
     router_losses,
     tensor,
     trainable,
+    z_loss,
 )
 from . import compile as block_compile
 from .data_parallel import DataParallel
@@ -203,9 +204,10 @@ def build_model(
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
     kind = context_kind(parallel, architecture)
     prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows, kind)
-    # With tensor parallelism all ranks route the same tokens, and their gradients are summed.
-    routers = router_losses.attach(decoders, training, ranks.device, counts=mesh.coordinate.tensor == 0)
-    parts = ModelParts(decoders, routers)
+    # With tensor parallelism all ranks have the same tokens, and their gradients are summed.
+    counts = mesh.coordinate.tensor == 0
+    routers = router_losses.attach(decoders, training, ranks.device, counts)
+    parts = ModelParts(decoders, routers, z_loss.attach(decoders, training, ranks.device, counts))
     if parallel.pipeline > 1:
         count = choices.num_micro_batches
         dtype = DTYPES[training.precision]

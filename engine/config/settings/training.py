@@ -63,7 +63,7 @@ class TrainingConfig:
     z_loss: float = 0.0
     """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
     keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
-    model. 0: none."""
+    model. The metrics show its mean over all targets as ``z_loss``, without the factor. 0: none."""
     router_aux_loss_coef: float | None = None
     """Factor of the load-balancing loss of a mixture of experts, a mean over its layers and over all tokens of the
     global batch. It keeps the load of the experts even. Null: ``router_aux_loss_coef`` of the model's config.json, or
