@@ -11,7 +11,7 @@ from typing import Any
 from retemper.engine.errors import UserError
 from retemper.engine.files.atomic import require_absent
 from retemper.engine.files.outputs import Use, require_separate
-from retemper.engine.model.families import require_native
+from retemper.engine.model.families import DecoderArchitecture, require_native
 from retemper.engine.model.wrappers import text_config_of
 from retemper.engine.weights.checkpoint.assets import ASSET_FOLDER
 from retemper.engine.weights.conversion.logits import compare_logits
@@ -57,13 +57,7 @@ def convert(
     target = dtype_named(dtype)
     assert (hf is None) != (checkpoint is None)
     assert hf is not None or not verify
-    folder, model = _open_source(hf, checkpoint, output)
-    architecture = require_native(model.architecture, str(folder))
-    if text_config_of(model.config)[1]:
-        raise UserError(
-            f"{folder}: model_type {model.config.get('model_type')} is a text model with other parts around it; only "
-            "text models can be converted to Megatron's format"
-        )
+    folder, model, architecture = _open_source(hf, checkpoint, output)
     layout = replace(layout, per_layer=per_layer or not is_homogeneous(architecture))
     args = args_from_config(model.config, architecture, layout.vocabulary, str(folder))
     source, written = model.published, target or model.export_dtype
@@ -98,12 +92,25 @@ def convert(
     conversion.write(output, workers, allow_nonfinite, say, compare if verify else None, ending)
 
 
-def _open_source(hf: str | None, checkpoint: str | Path | None, output: Path) -> tuple[Path, StoredModel]:
-    """Return the folder to read, which must not overlap ``output``, and its model."""
+def _open_source(
+    hf: str | None, checkpoint: str | Path | None, output: Path
+) -> tuple[Path, StoredModel, DecoderArchitecture]:
+    """Return the folder to read, which must not overlap ``output``, its model, and the model's architecture.
+
+    Raises:
+        UserError: the folder cannot be used, or holds more than a text model of a native family.
+    """
     folder = find_model_folder(hf) if hf is not None else Path(checkpoint or "")
     read = Use("--hf" if hf is not None else "--checkpoint", folder)
     require_separate([read], folders=[Use(f"--output {output}", output)])
-    return folder, open_hf(hf, folder) if hf is not None else open_checkpoint(folder)
+    model = open_hf(hf, folder) if hf is not None else open_checkpoint(folder)
+    architecture = require_native(model.architecture, str(folder))
+    if text_config_of(model.config)[1]:
+        raise UserError(
+            f"{folder}: model_type {model.config.get('model_type')} is a text model with other parts around it; only "
+            "text models can be converted to Megatron's format"
+        )
+    return folder, model, architecture
 
 
 def _advice(args: argparse.Namespace) -> list[str]:

@@ -15,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config.budget import in_tokens
 from .config.settings import RunConfig, to_yaml
 from .errors import UserError
 from .observe.flops import device_peak_flops
+from .parallel.memory_check import device_memory
 from .parallel.process_group import Ranks
 from .system import environment_of_tool
 
@@ -31,6 +34,8 @@ _LONG_BUDGET = 10**15
 
 def plan_run(config: RunConfig, ranks: Ranks, memory: int, seconds: float, *options: str) -> dict[str, Any]:
     """Return the record that ``tools/plan.py --json`` writes for a run on the devices of ``ranks``.
+
+    The host memory of all nodes is that of the calling rank's.
 
     Args:
         config: of the run.
@@ -51,6 +56,7 @@ def plan_run(config: RunConfig, ranks: Ranks, memory: int, seconds: float, *opti
         file.write_text(to_yaml(in_tokens(config)), encoding="utf-8")
         cluster = ["--nodes", str(math.ceil(ranks.world_size / per_node)), "--gpus-per-node", str(per_node)]
         gpu = ["--gpu-memory", str(memory / 2**30), "--gpu-tflops", str(tflops)]
+        gpu += ["--host-memory", str(device_memory(torch.device("cpu")) / 2**30)]
         command = [sys.executable, str(PLAN), "--config", str(file), *cluster, *gpu, *options, "--json", str(report)]
         # Without a GPU: a context of its own would need some of the run's memory.
         env = environment_of_tool(problem) | {"CUDA_VISIBLE_DEVICES": ""}

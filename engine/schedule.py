@@ -114,6 +114,11 @@ def minimum_rate(optimizer: OptimizerConfig) -> float:
     return optimizer.learning_rate * (_MIN_RATIO if ratio is None else ratio)
 
 
+def decay_tokens(training: TrainingConfig, optimizer: OptimizerConfig) -> int:
+    """Return the length of the wsd schedule's decay in tokens."""
+    return optimizer.decay_tokens or max(1, (training.budget - optimizer.schedule_start_tokens) // 10)
+
+
 def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerConfig) -> float:
     """Return the learning rate of the step after which ``tokens`` tokens have been consumed.
 
@@ -137,8 +142,7 @@ def learning_rate(tokens: int, training: TrainingConfig, optimizer: OptimizerCon
     shape: str = optimizer.schedule
     if shape == "wsd":
         shape = optimizer.decay_shape
-        decay_tokens = optimizer.decay_tokens or max(1, train_tokens // 10)
-        decay_start = max(decay_start, train_tokens - decay_tokens)
+        decay_start = max(decay_start, train_tokens - decay_tokens(training, optimizer))
     span = max(1, train_tokens - decay_start)
     progress = min(1.0, max(0.0, (tokens - decay_start) / span))
     if shape == "cosine":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .config.budget import TRAIN, given_key
 from .config.checks import with_known_budget
 from .config.settings import DATA_FILES, ModelConfig, RunConfig, to_dict
 from .data.catalog import Catalog, open_catalog
@@ -32,6 +33,7 @@ from .schedule import BatchPlan, Progress
 from .start_kinds import AdapterStart, CheckpointStart, HuggingFaceStart, RandomStart, Start
 from .weights.adapters.opening import open_parameters, require_base
 from .weights.adapters.peft_config import PeftConfig
+from .weights.adapters.peft_start import open_peft_start, require_values
 from .weights.base_identity import BaseIdentity
 from .weights.checkpoint.assets import ASSET_FOLDER, HfAssets, asset_folder, complete_assets
 from .weights.checkpoint.manifest import Manifest
@@ -235,7 +237,7 @@ def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ran
         identity=BaseIdentity(start.folder or "", start.content_hash, ranks),
     )
     if found.base is None:
-        return opened
+        return _with_peft(config, opened, ranks)
     assert found.folder is not None
     assets = complete_assets(config.model, HfAssets.of_checkpoint(found.folder), found.folder, True)
     where = str(Path(found.folder) / ASSET_FOLDER / CONFIG_FILE)
@@ -248,6 +250,22 @@ def with_adapter(config: RunConfig, start: Start, found: StartFolder, ranks: Ran
         )
     parts = open_tensors(found.folder)
     return replace(opened, assets=assets, folder=found.folder, resumed_from=found.manifest, parts=parts)
+
+
+def _with_peft(config: RunConfig, start: AdapterStart, ranks: Ranks) -> AdapterStart:
+    """Return ``start``, which reads its adapter from ``adapter.initialize_from`` if that is set."""
+    folder, model_config, base = config.adapter.initialize_from, start.base.assets.config, start.base.folder
+    if folder is None:
+        return start
+    assert model_config is not None and base is not None
+    names = PeftConfig(
+        start.parameters, start.architecture, Layout.of(start.architecture, meta_model(start.architecture))
+    )
+    peft = open_peft_start(folder, names, model_config)
+    if ranks.is_main:
+        require_values(peft, names)
+    recorded = peft.base_identity(start.identity, [base, str(config.model.initialize_from)], ranks)
+    return replace(start, peft=peft, base_of_peft=recorded)
 
 
 def _require_peft_form(config: RunConfig, base: Start, parameters: AdapterParameters) -> None:
@@ -354,5 +372,5 @@ def open_data(config: RunConfig, plan: BatchPlan, start: Start) -> tuple[RunConf
             f"before its schedule begins; set it to {progress.tokens} at most"
         )
     steps = plan.steps_left(config.training.budget, progress.tokens)
-    order.require(progress.samples + steps * plan.global_batch_size)
+    order.require(progress.samples + steps * plan.global_batch_size, given_key(config, TRAIN))
     return config, catalog, order, progress

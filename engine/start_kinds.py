@@ -18,6 +18,7 @@ from .model.quantized import QuantizedLoraLinear, load_each, shown_as_parameters
 from .optim import TrainingOptimizer, allocate_states
 from .parallel.data_parallel import copy_full_
 from .parallel.forward_backward import ModelParts
+from .weights.adapters.peft_start import PeftStart
 from .weights.base_identity import BaseIdentity, content_hash
 from .weights.checkpoint.assets import HfAssets
 from .weights.checkpoint.manifest import Manifest
@@ -199,7 +200,7 @@ class CheckpointStart(Start):
 
 @dataclass(frozen=True)
 class AdapterStart(Start):
-    """A base, whose frozen parameters stay as they are, and an adapter: a new one, or that of a checkpoint."""
+    """A base, whose frozen parameters stay as they are, and an adapter: new, or of a folder or a checkpoint."""
 
     _: KW_ONLY
     base: Start
@@ -207,6 +208,10 @@ class AdapterStart(Start):
     parameters: AdapterParameters
     seed: int
     identity: BaseIdentity
+    peft: PeftStart | None = None
+    """``adapter.initialize_from``; None for a new adapter, and for that of a checkpoint."""
+    base_of_peft: BaseIdentity | None = None
+    """The base that its folder records, if its weights are known."""
     parts: TensorParts | None = None
     """The tensors of the checkpoint from which the run continues: of all that learns, and its optimizer states."""
     base_is_loaded: bool = False
@@ -219,7 +224,9 @@ class AdapterStart(Start):
 
     def load_into(self, model: ModelParts, optimizer: TrainingOptimizer | None) -> list[str]:
         """See :class:`Start`."""
-        if self.parts is None:
+        if self.parts is None and self.peft is not None:
+            lines = self.base.load_base(model, self.parameters.frozen) + self._read_folder(self.peft, model)
+        elif self.parts is None:
             lines = self.base.load_base(model, {*self.parameters.frozen, *self.parameters.saved})
             for decoder in model.decoders:
                 lora.initialize_(decoder, self.seed, copy_full_)
@@ -239,6 +246,23 @@ class AdapterStart(Start):
         casts = check_casts(self.folder, parts.tensors, wanted, resuming=True)
         load_tensors(self.folder, wanted, opened=parts)
         return casts
+
+    def _read_folder(self, peft: PeftStart, model: ModelParts) -> list[str]:
+        """Read the adapter of a folder, and return lines about it."""
+        tensors = {name: tensor for name, tensor in model_tensors(model).items() if name in self.parameters.trained}
+        lines = check_casts(peft.folder, peft.parameters.tensors, tensors, resuming=False)
+        peft.load_into(tensors)
+        found = self.identity.record()
+        if self.base_of_peft is None:
+            base = f"its base is {peft.base_name}" if peft.base_name else "it records no base"
+            return [f"note: {peft.folder}: {base}, which cannot be compared with {found['folder']}", *lines]
+        there = self.base_of_peft.record()
+        if there["hash"] != found["hash"]:
+            raise UserError(
+                f"{INITIALIZE_FROM}: {found['folder']} has other weights (hash {found['hash']}) than the base of "
+                f"adapter.initialize_from {peft.folder} (hash {there['hash']}, then {peft.base_name}); name that one"
+            )
+        return lines
 
     def _require_same_base(self) -> None:
         """Refuse another base than that of the checkpoint. All ranks must call this."""

@@ -28,6 +28,8 @@ class StepResult:
     grad_norm: Tensor
     """[] fp32, before clipping. Not finite on any rank if one rank's loss is not finite. NaN without targets."""
     learning_rate: float
+    z_loss: Tensor | None = None
+    """[] fp32, this rank's part of the mean of ``logsumexp(logits)^2``; None without ``training.z_loss`` or targets."""
     has_targets: bool = True
     """Whether any rank had a token to predict. If not, no weight or optimizer state has changed."""
 
@@ -130,9 +132,11 @@ def train_step(
         step_unless(optimizer, skip, divisor, step)
         model.end_step(skip)
         optimizer.zero_grad(set_to_none=True)
+        z_loss = None if model.z_loss is None else model.z_loss.mean(num_targets)
     else:
+        z_loss = None
         loss = grad_norm = torch.full((), math.nan)
         guards.without_targets()
     allocate_states(optimizer)  # a checkpoint needs those of all parameters, also of those without an update
     guards.begin_phase("other")
-    return StepResult(loss, grad_norm, learning_rate, num_targets > 0)
+    return StepResult(loss, grad_norm, learning_rate, z_loss, num_targets > 0)

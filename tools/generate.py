@@ -24,7 +24,7 @@ from retemper.engine.guards.garbage_collection import without_gc
 from retemper.engine.tokenizer.frame import BOS_CHOICES
 from retemper.engine.weights.hugging_face.weight_options import DTYPE_CHOICES
 from retemper.tools.generation import terminal
-from retemper.tools.generation.prompts import piped_prompts, read_prompts, require_output, write_results
+from retemper.tools.generation.prompts import ResultFile, piped_prompts, read_prompts, require_output
 from retemper.tools.generation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -255,22 +255,22 @@ def _write(
 ) -> None:
     from retemper.engine.observe.waiting import ProgressBar
 
-    records = []
-    with ProgressBar("generating", len(prompts) * sampling.samples, terminal.remark) as bar:
-        for number, completion in enumerate(model.generate_all(ids, sampling, options.batch_size)):
-            prompt, sample = divmod(number, sampling.samples)
-            records.append(
-                {
-                    "prompt": prompts[prompt],
-                    "sample": sample,
-                    "text": completion.text,
-                    "tokens": completion.num_tokens,
-                    "reason": completion.ended_by,
-                }
-            )
+    total = len(prompts) * sampling.samples
+    with (
+        ResultFile(options.output, total, terminal.remark) as results,
+        ProgressBar("generating", total, terminal.remark) as bar,
+    ):
+        for request, completion in model.generate_in_batches(ids, sampling, options.batch_size):
+            record = {
+                "prompt": prompts[request.prompt],
+                "sample": request.sample,
+                "text": completion.text,
+                "tokens": completion.num_tokens,
+                "reason": completion.ended_by,
+            }
+            results.add(request.prompt * sampling.samples + request.sample, record)
             bar.update(1)
-    write_results(options.output, records)
-    terminal.remark(f"wrote {len(records)} texts to {options.output}")
+    terminal.remark(f"wrote {total} texts to {options.output}")
 
 
 def _chat(model: TextGenerator, sampling: Sampling, options: argparse.Namespace) -> None:

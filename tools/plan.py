@@ -105,6 +105,12 @@ def _add_assumptions(group: argparse._ArgumentGroup) -> None:
         help="bandwidth of host memory per GPU, for parallel.cpu_offload (default: two channels of DDR5, %(default)g)",
     )
     group.add_argument(
+        "--host-memory",
+        type=float,
+        metavar="GIB",
+        help="memory of each node for what is offloaded; layouts that need more do not fit (default: not compared)",
+    )
+    group.add_argument(
         "--reserve",
         type=float,
         default=RESERVE / 2**30,
@@ -132,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.gpu_bandwidth,
         options.gpu_link,
         options.host_bandwidth,
+        options.host_memory,
     )
     cluster = plan_options.cluster(read_architecture(config.model))
     with without_gc():

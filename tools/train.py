@@ -93,13 +93,21 @@ def _add_run(parser: CommandParser) -> None:
         "less is learned; the model in hf/ has it merged",
     )
     parser.add_argument(
-        "--lora-rank", type=int, metavar="N", help=f"--lora with matrices of this rank (default: {LORA_RANK})"
+        "--qlora",
+        action="store_true",
+        help="--lora with the matrices of the model in 4 bits (nf4), on one GPU: least memory, and slower",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="N",
+        help=f"with --lora or --qlora: the rank of its matrices (default: {LORA_RANK})",
     )
     parser.add_argument(
         "--auto",
         action="store_true",
         help="choose micro-batch, parallel layout and recomputation so that the model fits and is fast; where it does "
-        "not fit, train a LoRA adapter, and where that does not either, offload",
+        "not fit, train a LoRA adapter, then one on a base in 4 bits if this machine can, and then offload",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the YAML of the run, and stop")
     parser.add_argument("--save-config", metavar="FILE", help="write the YAML of the run, and stop")
@@ -151,7 +159,8 @@ def _request(options: argparse.Namespace) -> TrainOptions:
         output=options.output,
         ranks=options.ranks,
         auto=options.auto,
-        lora=options.lora or options.lora_rank is not None,
+        lora=options.lora or options.qlora or options.lora_rank is not None,
+        qlora=options.qlora,
         lora_rank=options.lora_rank,
     )
 

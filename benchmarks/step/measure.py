@@ -112,7 +112,8 @@ def prepare_config(config: RunConfig, options: StepBenchmarkOptions, folder: Pat
     """
     source = architecture_source(config.model)
     architecture = configured_architecture(config.model)
-    training, data = in_tokens(config).training, config.data
+    config = in_tokens(config)
+    training, data = config.training, config.data
     num_steps = options.warmup_steps + options.steps + (WARMUP_STEPS + PROFILED_STEPS if options.profile else 0)
     samples = num_steps * training.global_batch_size
     if not options.real_data:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .budget import TRAIN, WARMUP, as_written, conflicts, shown, with_budget
+from .budget import DECAY, TRAIN, WARMUP, as_written, conflicts, given_key, shown, with_budget
 from .effects import refused
 from .settings import (
     ALLOWABLE_CHANGES,
@@ -96,6 +96,8 @@ RANGES = {
     "optimizer.learning_rate": _FROM_0,
     "optimizer.min_learning_rate": _FROM_0,
     "optimizer.min_learning_rate_ratio": Range("in [0, 1], or null", lambda value: 0 <= value <= 1),
+    "optimizer.decay_steps": _FROM_1,
+    "optimizer.decay_ratio": Range("in (0, 1], or null", lambda value: 0 < value <= 1),
     "optimizer.weight_decay": _FROM_0,
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
@@ -193,7 +195,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
 
 
 def _combinations(config: RunConfig) -> Iterator[str]:
-    yield from conflicts(config.training)
+    yield from conflicts(config)
     config = with_budget(config)  # as far as it is known before the data are open
     training = config.training
     yield from refused(config)
@@ -249,6 +251,11 @@ def _adapter(config: RunConfig) -> Iterator[str]:
         )
     if not adapter.targets:
         yield 'adapter.targets is empty; write patterns such as "*.q_proj", or remove it for all linear layers'
+    if adapter.initialize_from is not None and config.model.initialize_from is None:
+        yield (
+            f"adapter.initialize_from is {adapter.initialize_from}, but model.initialize_from is null; name the base "
+            "of that adapter there"
+        )
     yield from _exports_without_base(config)
 
 
@@ -284,7 +291,7 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
 
     Those in lengths that are not known yet, because ``train_epochs`` needs the data, are left out.
     """
-    if all(getattr(training, key) is None for key in TRAIN):
+    if all(getattr(training, key) is None for key in TRAIN.keys):
         yield "the length of the run is missing; set training.train_tokens, train_steps or train_epochs"
     if optimizer.min_learning_rate is not None and optimizer.min_learning_rate_ratio is not None:
         yield (
@@ -306,8 +313,7 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
         yield f"optimizer.schedule_start_tokens is {start:,}; it must be at least 0 and less than {train_shown}"
     behind = f" - optimizer.schedule_start_tokens {start:,}" if start else ""
     if warmup > budget - start:
-        key = warmup_shown.split(" ")[0]
-        yield f"{warmup_shown} is more than {train_shown}{behind}; lower {key}"
+        yield f"{warmup_shown} is more than {train_shown}{behind}; lower {given_key(training, WARMUP)}"
     if optimizer.schedule == "inverse_sqrt" and warmup == 0:
         yield (
             "optimizer.schedule inverse_sqrt falls from the end of the warm-up on, by its length; set "
@@ -317,8 +323,8 @@ def schedule_problems(training: TrainingConfig, optimizer: OptimizerConfig) -> I
         room = budget - start - warmup
         if not 0 < optimizer.decay_tokens <= room:
             yield (
-                f"optimizer.decay_tokens is {optimizer.decay_tokens:,}; it must be between 1 and train_tokens - "
-                f"warmup_tokens{behind} = {room:,}"
+                f"{shown(optimizer, DECAY)} is not between 1 and the {room:,} tokens after the warm-up "
+                f"({train_shown}{behind}, {warmup_shown}); change {given_key(optimizer, DECAY)}"
             )
 
 
@@ -392,7 +398,7 @@ def _data(data: DataConfig, training: TrainingConfig, save_interval: int | str) 
     total, budget = sum(stage.train_tokens or 0 for stage in data.stages), training.train_tokens or 0
     if data.stages and not of_stages and data.stages[-1].train_tokens is not None and total < budget:
         yield (
-            f"training.train_tokens is {budget:,}, but the train_tokens of data.stages sum to "
+            f"{shown(training, TRAIN)} is more than the train_tokens of data.stages, which sum to "
             f"{total:,}; leave out those of the last stage, which then lasts until the end, or make the two agree"
         )
     yield from _mixture(data.train, "data.train", training.sequence_length)

@@ -23,7 +23,7 @@ class Situation:
 
     config: RunConfig
     same_weights: bool = False
-    """True if several ranks hold the same parameters."""
+    """True if several ranks hold the same parameters or constants."""
     reduces: bool = False
     """True if gradients are summed over ranks."""
     num_micro_batches: int = 1
@@ -96,7 +96,7 @@ RULES = (
     Rule(
         (
             *("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.rslora", "adapter.dora"),
-            *("adapter.modules_to_save", "adapter.export", "adapter.quantize_base"),
+            *("adapter.modules_to_save", "adapter.export", "adapter.quantize_base", "adapter.initialize_from"),
         ),
         lambda now: now.config.adapter.kind is not None,
         "adapter.kind is null, so there is no adapter; set it to lora, or remove the setting",
@@ -109,7 +109,7 @@ RULES = (
         refused=True,
     ),
     Rule(
-        ("optimizer.decay_tokens", "optimizer.decay_shape"),
+        ("optimizer.decay_tokens", "optimizer.decay_steps", "optimizer.decay_ratio", "optimizer.decay_shape"),
         lambda now: now.config.optimizer.schedule == "wsd",
         "only optimizer.schedule wsd uses it; remove it or set optimizer.schedule to wsd",
         refused=True,
@@ -325,7 +325,7 @@ RULES = (
     Rule(
         ("training.check_replicas_interval",),
         lambda now: now.same_weights,
-        "no two ranks hold the same weights",
+        "no two ranks hold the same values",
     ),
     Rule(
         ("parallel.cpu_offload", "parallel.offload_activations"),
@@ -350,6 +350,11 @@ RULES = (
             or now.resumed.get("model", {}).get("initialize_from", "") in _same_start(now)
         ),
         "the run continues from its checkpoint; to start from other weights use another run_folder",
+    ),
+    Rule(
+        ("adapter.initialize_from",),
+        lambda now: now.resumed is None or now.config.adapter.initialize_from == _former_adapter(now.resumed),
+        "the run continues from its checkpoint; to start from another adapter use another run_folder",
     ),
 )
 
@@ -479,6 +484,10 @@ def _same_start(now: Situation) -> tuple[Any, ...]:
     checkpoints), or equal.
     """
     return ("", now.config.model.initialize_from)
+
+
+def _former_adapter(resumed: Mapping[str, Any]) -> str | None:
+    return resumed.get("adapter", {}).get("initialize_from")
 
 
 def _caps(now: Situation) -> Iterator[str]:

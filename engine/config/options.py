@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import UserError
 from ..files.paths import expand_path
-from .budget import KINDS
+from .budget import KINDS, Kind
 from .files import find_config, read_config
 from .settings import RunConfig
 from .spelling import did_you_mean, nearest
@@ -51,7 +51,7 @@ class Settings:
         """Remarks that are not errors."""
         self._places: dict[str, list[str]] = {}
         """Options that changed one place in a list or dictionary, by the key of that list or dictionary."""
-        self._budget_layers: dict[tuple[str, ...], str] = {}
+        self._budget_layers: dict[Kind, str] = {}
         """The file, or the options, that set each kind of budget last."""
         self._entries_of_nothing: dict[str, str] = {}
         """Options that set an entry of a dictionary which was null or absent, by the dictionary's key."""
@@ -125,11 +125,11 @@ class Settings:
             layer: where it is from. Two budgets of one file, or of the options, are refused later.
         """
         for kind in KINDS:
-            given = [key for key in kind if (content.get("training") or {}).get(key) is not None]
+            given = [key for key in kind.keys if (content.get(kind.section) or {}).get(key) is not None]
             if given and self._budget_layers.get(kind) != layer:
                 self._budget_layers[kind] = layer
-                for key in kind:
-                    self.tree.get("training", {}).pop(key, None)
+                for key in kind.keys:
+                    self.tree.get(kind.section, {}).pop(key, None)
 
     def _append(self, holder: Any, last: Any, hint: Any, name: str, text: str) -> None:
         listing = holder.get(last) if isinstance(holder, dict) else holder[last]

@@ -27,6 +27,7 @@ TRANSFORMERS = {
     "gradient_accumulation_steps": _ACCUMULATION,
     "per_device_eval_batch_size": "training.micro_batch_size, with which evaluations also run",
     "lr_scheduler_type": "optimizer.schedule",
+    "lr_scheduler_kwargs": "optimizer.decay_steps, optimizer.decay_shape and optimizer.min_learning_rate_ratio",
     "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2",
     "adam_epsilon": "optimizer.eps",
@@ -62,6 +63,14 @@ TRANSFORMERS = {
     "dataloader_num_workers": "data.prefetch_steps; one thread of each rank reads the data",
     "neftune_noise_alpha": "training.neftune_alpha",
 }
+OF_SCHEDULES = {
+    "num_warmup_steps": "training.warmup_steps",
+    "num_decay_steps": "optimizer.decay_steps",
+    "num_stable_steps": "optimizer.decay_steps: the steps between warm-up and decay are stable",
+    "min_lr_ratio": "optimizer.min_learning_rate_ratio",
+    "min_lr_rate": "optimizer.min_learning_rate_ratio",
+}
+"""Entries of ``lr_scheduler_kwargs`` in transformers."""
 TRANSFORMERS_BEFORE_5 = {
     "evaluation_strategy": TRANSFORMERS["eval_strategy"],
     "logging_dir": "run_folder, which has the TensorBoard events",
@@ -80,6 +89,7 @@ LORA = {
     **dict.fromkeys(("finetuning_type", "use_lora", "peft_type"), "adapter.kind"),
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "bnb_4bit_quant_type"), "adapter.quantize_base"),
     "load_in_8bit": "adapter.quantize_base: int8",
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "adapter.initialize_from"),
     **dict.fromkeys(("additional_target", "lora_modules_to_save"), "adapter.modules_to_save"),
 }
 LLAMA_FACTORY = {
@@ -107,7 +117,7 @@ AXOLOTL = {
     "val_set_size": "data.validation_fraction",
     "test_datasets": "data.validation",
     "lr_scheduler": "optimizer.schedule",
-    "cosine_min_lr_ratio": "optimizer.min_learning_rate, which is a rate and not a ratio",
+    "cosine_min_lr_ratio": "optimizer.min_learning_rate_ratio",
     "batch_size": "training.global_batch_size, the samples of a step over all ranks",
     "eval_batch_size": TRANSFORMERS["per_device_eval_batch_size"],
     "saves_per_epoch": "checkpoint.save_interval, in steps, or epoch for one",
@@ -133,8 +143,9 @@ MEGATRON = {
     "lr_warmup_iters": "training.warmup_steps",
     "lr_warmup_fraction": "training.warmup_ratio",
     "lr_warmup_samples": "training.warmup_tokens: samples x training.sequence_length",
-    "lr_wsd_decay_style": "optimizer.schedule",
-    "lr_wsd_decay_iters": "optimizer.decay_tokens",
+    "lr_wsd_decay_style": "optimizer.decay_shape",
+    "lr_wsd_decay_iters": "optimizer.decay_steps",
+    "lr_wsd_decay_samples": "optimizer.decay_tokens: samples x training.sequence_length",
     "clip_grad": "optimizer.clip_grad_norm",
     "eval_iters": "training.eval_tokens",
     "save": "run_folder",
@@ -172,9 +183,8 @@ TORCHTITAN = {
     "steps": "training.train_steps",
     "local_batch_size": TRANSFORMERS["per_device_train_batch_size"],
     "max_norm": "optimizer.clip_grad_norm",
-    "decay_ratio": "optimizer.decay_tokens",
-    "decay_type": "optimizer.schedule",
-    "min_lr_factor": "optimizer.min_learning_rate, which is a rate and not a factor",
+    "decay_type": "optimizer.decay_shape",
+    "min_lr_factor": "optimizer.min_learning_rate_ratio",
     "data_parallel_shard_degree": "parallel.shard",
     "data_parallel_replicate_degree": "parallel.replicate",
     "tensor_parallel_degree": "parallel.tensor",
@@ -192,7 +202,16 @@ TORCHTITAN = {
     "rope_theta": "model.rope: {kind: default, theta: N, factor: M}",
     "load_balance_coeff": "training.router_bias_update_rate",
 }
-NAMES = {**TORCHTITAN, **MEGATRON, **AXOLOTL, **LLAMA_FACTORY, **LORA, **TRANSFORMERS_BEFORE_5, **TRANSFORMERS}
+NAMES = {
+    **TORCHTITAN,
+    **MEGATRON,
+    **AXOLOTL,
+    **LLAMA_FACTORY,
+    **LORA,
+    **OF_SCHEDULES,
+    **TRANSFORMERS_BEFORE_5,
+    **TRANSFORMERS,
+}
 """What to use instead of a name of another program."""
 _KEY = re.compile(r"\b(?:model|data|training|adapter|optimizer|parallel|checkpoint|logging)\.[a-z_.]+[a-z][0-9]?")
 

@@ -156,12 +156,12 @@ def build_config(settings: Settings) -> RunConfig:
     if settings.unreadable:
         found.raise_if_any()
     run = build(settings.tree, RunConfig, "", found, missing)
-    if all(getattr(run.training, key) is None for key in TRAIN):
+    if all(getattr(run.training, key) is None for key in TRAIN.keys):
         missing.append("training.train_tokens")
         found.add_key("training.train_tokens")
     if missing:
         found.add(f"missing: {', '.join(missing)}; set it in the file given with --config or as --{missing[0]}")
-    found.add_consequences(conflicts_as_written(run.training))
+    found.add_consequences(conflicts_as_written(run))
     found.add_consequences(problems(run))
     found.raise_if_any()
     if os.environ.get("RANK", "0") == "0":

@@ -126,8 +126,8 @@ class Curriculum:
             return unbroken
         return Curriculum(self.stages, consumed_samples, former.cursors(consumed_samples))
 
-    def require(self, samples: int, sequence_length: int) -> None:
-        """Refuse a run of more ``samples`` than the stages and caps allow.
+    def require(self, samples: int, sequence_length: int, budget_key: str = "training.train_tokens") -> None:
+        """Refuse a run of more ``samples`` than the stages and caps allow. ``budget_key`` names its length in errors.
 
         Raises:
             UserError: with both sides of the arithmetic.
@@ -138,12 +138,12 @@ class Curriculum:
             given = self.cursors(self.end)
             counts = ", ".join(f"{source.name} {given[source.name]:,} samples" for source in self._dry.sources)
             reason = f"all its sources have reached their caps ({counts})"
-            remedy = "raise max_epochs or max_tokens, add data, or lower training.train_tokens"
+            remedy = f"raise max_epochs or max_tokens, add data, or lower {budget_key}"
         else:
             reason = "data.stages ends"
-            remedy = "leave out the last stage's train_tokens, or lower training.train_tokens"
+            remedy = f"leave out the last stage's train_tokens, or lower {budget_key}"
         raise UserError(
-            f"training.train_tokens needs {samples:,} samples x {sequence_length:,} = {samples * sequence_length:,} "
+            f"{budget_key} needs {samples:,} samples x {sequence_length:,} = {samples * sequence_length:,} "
             f"tokens in whole steps, but the data ends after {self.end:,} samples = {self.end * sequence_length:,} "
             f"tokens, because {reason}; {remedy}"
         )

@@ -103,13 +103,13 @@ class SampleOrder:
         """
         return self.curriculum.cursors(index)
 
-    def require(self, samples: int) -> None:
-        """Refuse a run of more ``samples`` than stages and caps allow.
+    def require(self, samples: int, budget_key: str = "training.train_tokens") -> None:
+        """Refuse a run of more ``samples`` than stages and caps allow. ``budget_key`` names its length in errors.
 
         Raises:
             UserError: with both sides of the arithmetic.
         """
-        self.curriculum.require(samples, self.sequence_length)
+        self.curriculum.require(samples, self.sequence_length, budget_key)
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint stores, apart from the number of consumed samples."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.budget import TRAIN, given_key
 from ..config.settings import RunConfig, to_dict
 from ..data.sample_order import SampleOrder
 from ..errors import UserError
@@ -107,7 +108,7 @@ def _obstacle(
         return f"{target} was written before optimizer.schedule_start_tokens {start:,}"
     remaining = plan.steps_left(config.training.budget, manifest.consumed_tokens)
     try:
-        order.require(progress.samples + remaining * plan.global_batch_size)
+        order.require(progress.samples + remaining * plan.global_batch_size, given_key(config, TRAIN))
     except UserError as error:
         return f"without the samples in between, {error}"
     return None

@@ -5,6 +5,7 @@ The run builds the changed config, keeps it in its checkpoints and exports it, s
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..config.settings import ModelConfig
@@ -36,11 +37,22 @@ def without_dropout(config: dict[str, Any], where: str) -> dict[str, Any]:
     text = config.get("text_config")
     if isinstance(text, dict):
         return {**config, "text_config": without_dropout(text, where)}
-    return {**config, **dict.fromkeys(dropouts(config, where), 0.0)}
+    changed = dict(config)
+    for key in dropouts(config, where):
+        *sections, name = key.split(".")
+        section = changed
+        for part in sections:
+            section[part] = dict(section.get(part) or {})
+            section = section[part]
+        section[name] = 0.0
+    return changed
 
 
 def dropouts(config: dict[str, Any], where: str) -> dict[str, float]:
-    """Return the positive dropout probabilities of a config, stated or by default, by key."""
+    """Return the positive dropout probabilities of a config, stated or by default, by key.
+
+    Keys of sections, such as those of DBRX and MPT, have their names: ``ffn_config.moe_jitter_eps``.
+    """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is not None:
         settings = {**family.defaults, **config}
@@ -49,9 +61,15 @@ def dropouts(config: dict[str, Any], where: str) -> dict[str, float]:
 
         settings = library_config(config, where).to_dict()
     kept = _NOT_ONLY_NOISE.get(str(config.get("model_type")), ())
-    return {
-        key: value for key, value in settings.items() if _is_dropout(key) and key not in kept and _is_positive(value)
-    }
+    return dict(_positive(settings, kept))
+
+
+def _positive(settings: Mapping[str, Any], kept: Collection[str]) -> Iterator[tuple[str, float]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            yield from ((f"{key}.{name}", inner) for name, inner in _positive(value, kept))
+        elif _is_dropout(key) and key not in kept and _is_positive(value):
+            yield key, value
 
 
 def _is_dropout(key: str) -> bool:

@@ -97,7 +97,7 @@ class Decoder(LanguageModel):
         self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor | None = None
     ) -> Tensor:
         options = {"weights_T": weights_T, "z_loss": self.active_z_loss, **self.architecture.head_options}
-        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
+        return self.training_loss(linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options))
 
     def wrap_attention(self, wrap: Callable[[Attend], Attend]) -> None:
         """See :class:`LanguageModel`."""

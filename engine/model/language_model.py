@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.linear_cross_entropy import IGNORE_INDEX
+from ...kernels.linear_cross_entropy import IGNORE_INDEX, LinearCrossEntropy
 from ..batch import Batch
 from .architecture import Architecture
 
@@ -54,6 +54,8 @@ class LanguageModel(nn.Module, ABC):
     z_loss: float = 0.0
     """Factor of the z-loss of :func:`retemper.kernels.linear_cross_entropy.linear_cross_entropy`. Only gradients
     contain it: the value of :attr:`loss` is the cross-entropy."""
+    on_z_loss: Callable[[Tensor], None] | None = None
+    """Called in passes with gradients with the [] fp32 sum of the z-losses of a batch, on the device."""
     constants: frozenset[str] = frozenset()
     """Names of parameters that are stored but never trained. They are not sharded, and keep their dtype."""
     base_names: frozenset[str] = frozenset()
@@ -67,6 +69,12 @@ class LanguageModel(nn.Module, ABC):
     def active_z_loss(self) -> float:
         """The factor of the z-loss in this pass: zero without gradients."""
         return self.z_loss if torch.is_grad_enabled() else 0.0
+
+    def training_loss(self, result: LinearCrossEntropy) -> Tensor:
+        """Return the value of :attr:`loss` for the ``result`` of the head, whose z-loss is reported apart."""
+        if self.on_z_loss is not None and self.active_z_loss:
+            self.on_z_loss(result.z_loss_sum)
+        return result.cross_entropy_sum
 
     @property
     @abstractmethod

@@ -49,7 +49,7 @@ class ExpertLoad:
         more = f" and {len(new) - _MOST_NAMED} more layers" if len(new) > _MOST_NAMED else ""
         remedy = "training.router_bias_update_rate or " if settings.selection_bias else ""
         return [
-            f"  note: experts starve: in the last {WINDOW} steps, experts of {named}{more} had less than "
+            f"  note: experts starve: in the last {WINDOW} updates, experts of {named}{more} had less than "
             f"{STARVING:.0%} of the mean load of the layer's {settings.num_experts} experts; raise {remedy}"
             f"training.router_aux_loss_coef, now {self._routers.aux_loss_coef:g}"
         ]

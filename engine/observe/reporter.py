@@ -82,7 +82,7 @@ class _PendingStep:
     remaining_steps: int
     result: StepResult
     numbers: HostCopy
-    """Without targets only the guard's numbers; else loss and gradient norm before them."""
+    """Without targets only the guard's numbers; else loss, gradient norm and z-loss, if there is one, before them."""
     steps_without_targets: int
     steps: int
     """Number of steps since the last report."""
@@ -90,6 +90,16 @@ class _PendingStep:
     """Whether any of these was profiled."""
     stragglers: Lap
     expert_load: HostCopy | None
+
+
+def _numbers(pending: _PendingStep) -> tuple[float, float, float | None, list[float]]:
+    """Return loss, gradient norm, z-loss and the guard's numbers of a step. Waits until the device has completed it."""
+    result, numbers = pending.result, pending.numbers.wait()
+    if not result.has_targets:
+        return math.nan, math.nan, None, numbers
+    if result.z_loss is None:
+        return numbers[0], numbers[1], None, numbers[2:]
+    return numbers[0], numbers[1], numbers[2], numbers[3:]
 
 
 class Reporter:
@@ -171,7 +181,8 @@ class Reporter:
         """
         assert self._pending is None, "a step was not reported"
         # Without targets loss and norm are NaN, and on the host.
-        of_step = [result.loss.reshape(1), result.grad_norm.reshape(1)] if result.has_targets else []
+        of_step = [result.loss, result.grad_norm] if result.has_targets else []
+        of_step = [number.reshape(1) for number in (*of_step, result.z_loss) if number is not None]
         numbers, (steps, profiled) = HostCopy(torch.cat([*of_step, skips])), self.stopwatch.take_steps()
         lap, expert_load = self.stragglers.lap(), self._expert_load.copy() if result.has_targets else None
         self._pending = _PendingStep(
@@ -184,8 +195,7 @@ class Reporter:
         if pending is None:
             return None
         progress, result = pending.progress, pending.result
-        numbers = pending.numbers.wait()
-        (loss, grad_norm), skips = (numbers[:2], numbers[2:]) if result.has_targets else ((math.nan, math.nan), numbers)
+        loss, grad_norm, z_loss, skips = _numbers(pending)
         loss = self._ranks.all_reduce(loss)
         stragglers = self.stragglers.report(pending.stragglers)
         of_experts, warnings = self._expert_load.report(pending.expert_load)
@@ -197,6 +207,7 @@ class Reporter:
             "loss": loss if result.has_targets else None,
             "learning_rate": result.learning_rate,
             "grad_norm": grad_norm if result.has_targets else None,
+            **({"z_loss": self._ranks.all_reduce(z_loss)} if z_loss is not None else {}),
             "skipped_steps": int(skips[0]),
             "steps_without_targets": pending.steps_without_targets,
             **({"epoch": progress.tokens / self._epoch_tokens} if self._epoch_tokens else {}),

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import socket
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from ..parallel import trainable
 from ..parallel.forward_backward import ModelParts
 from ..parallel.launcher import launcher_notes
 from ..run import Run
+from ..schedule import decay_tokens
 from ..start_kinds import AdapterStart
 from ..system import free_memory, total_memory
 from ..tokenizer.frame import frame_of_files
@@ -109,7 +111,7 @@ def _situation(run: Run) -> Situation:
     layout, resumed, routers = run.mesh.layout, run.start.resumed_from, run.model.routers
     return Situation(
         run.config,
-        same_weights=layout.replicate > 1 or layout.tensor > 1,
+        same_weights=_has_replicas(run),
         reduces=layout.data_parallel * layout.context > 1,
         num_micro_batches=run.plan.num_micro_batches,
         has_router_losses=routers is not None,
@@ -120,6 +122,17 @@ def _situation(run: Run) -> Situation:
         epoch_tokens=run.catalog.epoch_tokens,
         source_tokens={source.name: source.stop - source.start for source in run.catalog.train},
     )
+
+
+def _has_replicas(run: Run) -> bool:
+    """Return whether several ranks hold the same values: copies, norms on ranks that share matrices, or constants.
+
+    Constants, such as the biases by which routers choose experts, are on every rank that has their layers. With a
+    pipeline, which only the native decoder has, these may be other ranks than this one.
+    """
+    layout = run.mesh.layout
+    constants = run.model.constants or (layout.pipeline > 1 and run.start.architecture.float32_tensors)
+    return layout.replicate > 1 or layout.tensor > 1 or (bool(constants) and layout.world_size > layout.pipeline)
 
 
 def _describe_weights(run: Run) -> str:
@@ -174,6 +187,7 @@ def _describe_adapter(run: Run) -> list[str]:
     return [
         f"adapter     {kind}, rank {config.rank}, {scale}{dropout}, at {len(parameters.modules)} linear layers{saved}: "
         f"{parameters.num_trained:,} parameters trained, {parameters.num_frozen:,} frozen ({dtypes})",
+        *([f"            starts from the adapter in {start.peft.folder}"] if start.peft else []),
         f"base        {base['folder'] or 'a random initialization'} (hash {base['hash']}); checkpoints contain only "
         "what learns",
     ]
@@ -190,10 +204,25 @@ def _describe_budget(run: Run) -> list[str]:
     return [
         f"step        {plan.global_batch_size} samples x {plan.sequence_length:,} tokens = {plan.tokens_per_step:,} "
         f"tokens, in {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} on each rank",
-        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, warm-up {training.warmup:,} tokens; "
+        f"budget      {_budget(run)} = {plan.steps_for(training.budget):,} steps, {_warmup_and_decay(run)}; "
         f"{remaining_steps:,} steps to go{shortest}",
         *([f"epoch       {epoch:,} tokens = {epoch / plan.tokens_per_step:,.1f} steps"] if epoch else []),
     ]
+
+
+def _warmup_and_decay(run: Run) -> str:
+    training, optimizer = run.config.training, run.config.optimizer
+    parts = [_in_tokens("warm-up", training, budget.WARMUP)]
+    if optimizer.schedule == "wsd":
+        given = replace(optimizer, decay_tokens=decay_tokens(training, optimizer))
+        parts.append(_in_tokens("decay", given, budget.DECAY))
+    return ", ".join(parts)
+
+
+def _in_tokens(name: str, section: budget.Section, kind: budget.Kind) -> str:
+    """Return ``name`` with its tokens, and with the key that they were converted from."""
+    key, tokens = budget.alternative(section, kind), getattr(section, kind.keys[0]) or 0
+    return f"{name} {tokens:,} tokens" + (f" ({key} {getattr(section, key):,})" if key else "")
 
 
 def _budget(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class TensorBoard(Observer):
         from torch.utils.tensorboard import SummaryWriter
 
         self._close()
+        _wait_for_a_later_name(self._folder)
         self._writer = SummaryWriter(str(self._folder), purge_step=0 if after_step is None else after_step + 1)
         if self._run is not None:
             self._describe(self._run, after_step or 0)
@@ -79,6 +81,18 @@ class TensorBoard(Observer):
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(tag, value, step)
         self._writer.flush()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new file sorts after all others.
+
+    TensorBoard reads files in the order of their names, which begin with the second in which they were opened. The
+    numbers that follow do not sort: 10 comes before 9.
+    """
+    seconds = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
+    now = time.time()
+    if seconds and max(seconds) == int(now):
+        time.sleep(1 - now % 1)
 
 
 def _hyperparameters(run: RunDescription) -> Iterator[tuple[str, Any]]:

@@ -2,8 +2,10 @@
 
 The average is sharded as the parameters are. After each update, average = decay * average + (1 - decay) * weight, as in
 ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_avg_fn``. Averages along a run go back to Polyak and Juditsky,
-1992, https://doi.org/10.1137/0330046. This one begins as the weights that the run starts from, and there is no
-correction for that: they keep a share of decay^n after n updates.
+1992, https://doi.org/10.1137/0330046. This one begins as the weights before the first update, which keep a share of
+decay^n after n updates. It is a mean of weights from the beginning, so it has no bias towards zero, which Adam's
+moments divide out, and no random weights to forget, for which timm, TensorFlow and diffusers begin with a smaller
+decay.
 """
 
 from __future__ import annotations

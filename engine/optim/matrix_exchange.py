@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -53,9 +54,9 @@ class MatrixExchange:
         self._sharded = [axis for axis in axes if not placements[axis].is_replicate()]
         self._copied = [axis for axis in axes if placements[axis].is_replicate()]
         self._sizes = sizes
-        self._shapes = [self._whole_shape(matrix) for matrix in matrices]
-        self._parts = self._all_parts(matrices)
-        """[matrix][shard] in the order of the sharded axes, the last one fastest."""
+        self.shapes = [self._whole_shape(matrix) for matrix in matrices]
+        """Of the whole matrices."""
+        self._matrices = matrices
 
     @property
     def device(self) -> torch.device:
@@ -63,9 +64,14 @@ class MatrixExchange:
         kind = self._mesh.device_type
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
+    @property
+    def ranks_of_round(self) -> int:
+        """The number of ranks that get one matrix each in a round."""
+        return math.prod(self._sizes[axis] for axis in self._sharded + self._copied)
+
     def rounds(self) -> Iterator[range]:
         """Return the positions of the matrices of each round."""
-        size, count = math.prod(self._sizes[axis] for axis in self._sharded + self._copied), len(self._shapes)
+        size, count = self.ranks_of_round, len(self.shapes)
         return (range(start, min(start + size, count)) for start in range(0, count, size))
 
     def apply(self, numbers: range, mine: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -91,8 +97,10 @@ class MatrixExchange:
         """Return the shape of the matrices that the ranks exchange: of a stack, those of this rank's part of it."""
         return (matrix.to_local().shape[0], *matrix.shape[1:]) if self._apart else tuple(matrix.shape)
 
-    def _all_parts(self, matrices: Sequence[DTensor]) -> list[list[Part]]:
-        places = []
+    @cached_property
+    def _parts(self) -> list[list[Part]]:
+        """[matrix][shard] in the order of the sharded axes, the last one fastest. Exchanged in the first round."""
+        places, matrices = [], self._matrices
         for matrix in matrices:
             shape, offset = compute_local_shape_and_global_offset(matrix.shape, self._mesh, matrix.placements)
             # An empty shard may have any offset.
@@ -189,7 +197,7 @@ class MatrixExchange:
 
     def _joined(self, number: int, flat: Tensor) -> Tensor:
         """Return the whole matrix of its padded shards."""
-        whole = flat.new_empty(self._shapes[number])
+        whole = flat.new_empty(self.shapes[number])
         shards = flat.view(len(self._parts[number]), -1)
         for part, shard in zip(self._parts[number], shards, strict=True):
             whole[part.slices] = shard[: math.prod(part.shape)].view(part.shape)

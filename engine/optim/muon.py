@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .base import TrainingOptimizer
 from .elementwise import write
 from .local import local_part, sharded_dim
 from .matrix_exchange import MatrixExchange
-from .newton_schulz import newton_schulz
+from .newton_schulz import newton_schulz, newton_schulz_flops
 from .positions import row_chunks
 
 _CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
@@ -34,6 +35,20 @@ class _Update(NamedTuple):
     group: dict[str, Any]
     parameter: Tensor
     state: dict[str, Tensor]
+
+
+class Orthogonalization(NamedTuple):
+    """A matrix, or a stack of them, of which a step computes the products of Newton and Schulz."""
+
+    parameter: Tensor
+    shape: tuple[int, ...]
+    """Of what is computed at once."""
+    flops: float
+    """Floating-point operations of the products."""
+    exchange: Hashable
+    """What those have in common that are exchanged together; None: this rank has it whole, and computes it itself."""
+    ranks: int
+    """Ranks that compute one of these each at the same time."""
 
 
 class Muon(TrainingOptimizer):
@@ -97,16 +112,26 @@ class Muon(TrainingOptimizer):
                 continue
             update = _Update(name, group, parameter, self.state_of(parameter))
             update.state["step"] += 1
-            if isinstance(parameter, DTensor) and _splits_matrices(parameter):
-                if parameter.ndim > 2 and local_part(parameter).shape[0] == 0:
-                    continue  # a part of a stack without matrices, on all ranks that would exchange it
-                shared[parameter.device_mesh, parameter.placements, parameter.ndim].append(update)
-            else:
+            if (exchange := _exchange_of(parameter)) is None:
                 whole.append(update)
+            elif parameter.ndim == 2 or local_part(parameter).shape[0] > 0:
+                shared[exchange].append(update)
+            # else: a part of a stack without matrices, on all ranks that would exchange it
         for update in whole:
             self._apply(update, self._orthogonalized(self._direction(update)))
         for updates in shared.values():
             self._exchange(updates)
+
+    def orthogonalizations(self) -> Iterator[Orthogonalization]:
+        """Return what a step orthogonalizes on this rank, or on those that share the work with it, in its order."""
+        for _, _, parameter in self.named():
+            exchange = _exchange_of(parameter)
+            shape, ranks = tuple(local_part(parameter).shape), 1
+            if exchange is not None:
+                work = MatrixExchange([parameter])  # type: ignore[list-item]
+                shape, ranks = work.shapes[0], work.ranks_of_round
+            flops = newton_schulz_flops(shape, self._num_steps)
+            yield Orthogonalization(parameter, shape, flops, exchange, ranks)
 
     def _exchange(self, updates: list[_Update]) -> None:
         """Update parameters of which other ranks have parts; all on the same mesh with the same placement."""
@@ -160,6 +185,13 @@ class Muon(TrainingOptimizer):
         flat, flat_values = target.view(-1, target.shape[-1]), values.view(-1, target.shape[-1])
         for rows, positions in row_chunks(update.parameter, _CHUNK_ELEMENTS.get(target.device.type, 2**16)):
             write(flat[rows], flat_values[rows], random_bits(positions, key), skipped)
+
+
+def _exchange_of(parameter: Tensor) -> Hashable:
+    """Return what parameters have in common that are exchanged together; None for one that is not exchanged."""
+    if isinstance(parameter, DTensor) and _splits_matrices(parameter):
+        return parameter.device_mesh, parameter.placements, parameter.ndim
+    return None
 
 
 def _splits_matrices(parameter: DTensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,3 +35,17 @@ def newton_schulz(matrix: Tensor, num_steps: int) -> Tensor:
         gram = x @ x.mT
         x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def newton_schulz_flops(shape: Sequence[int], num_steps: int) -> float:
+    """Return the floating-point operations of the products of :func:`newton_schulz`.
+
+    With m <= n the sizes of a matrix, an iteration has two products of 2 m^2 n operations and one of 2 m^3.
+
+    Args:
+        shape: of the matrix, or of several, see there.
+        num_steps: iterations.
+    """
+    *stack, rows, columns = shape
+    short, long = sorted((rows, columns))
+    return num_steps * math.prod(stack) * (4.0 * short * short * long + 2.0 * short**3)

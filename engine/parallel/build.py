@@ -31,6 +31,7 @@ from . import (
     router_losses,
     tensor,
     trainable,
+    z_loss,
 )
 from . import compile as block_compile
 from .data_parallel import DataParallel
@@ -131,6 +132,43 @@ def materialize_empty(model: LanguageModel, device: torch.device, weights_device
     model.materialize(device, weights_device)
 
 
+def build_stage(
+    config: RunConfig,
+    architecture: Architecture,
+    layers: LayerRange,
+    ranks: Ranks,
+    mesh: Mesh,
+    choices: Choices,
+    materialize: Materialize,
+) -> tuple[LanguageModel, DataParallel]:
+    """Build some layers of the model: meta device -> tensor -> expert -> adapter -> context -> float8 -> recompute ->
+    compile -> offload -> freeze -> shard -> materialize.
+
+    The arguments are those of :func:`build_model`; ``layers`` are those of the stage.
+    """
+    training, parallel = config.training, config.parallel
+    model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
+    model.z_loss = training.z_loss
+    if parallel.tensor > 1:
+        assert isinstance(model, Decoder)
+        tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
+    expert.apply(model, mesh.experts)
+    adapter.apply(model, config, ranks.device)
+    context.apply(model, mesh.context_group, context_kind(parallel, architecture))
+    neftune.apply(model, config, mesh)
+    float8.apply(model, training, ranks.device)
+    recompute.apply(model, parallel, training.fuse_projections)
+    if choices.compiled:
+        block_compile.apply(model)
+    if parallel.offload_activations:
+        activation_offload.apply(model, ranks.device)
+    trainable.apply(model, training, config.adapter)
+    wrapped = data_parallel.wrap(model, mesh, parallel, DTYPES[training.precision], training.fuse_projections)
+    materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
+    wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
+    return model, wrapped
+
+
 def build_model(
     config: RunConfig,
     architecture: Architecture,
@@ -140,8 +178,7 @@ def build_model(
     stages: list[LayerRange] | None = None,
     materialize: Materialize = materialize_empty,
 ) -> tuple[ModelParts, ForwardBackward]:
-    """Build the model: meta device -> tensor -> expert -> adapter -> context -> float8 -> recompute -> compile ->
-    offload -> freeze -> shard -> materialize.
+    """Build this rank's stages of the model, the losses of its routers, and what computes forward and backward.
 
     Weights are loaded afterwards.
 
@@ -158,41 +195,21 @@ def build_model(
         UserError: a requested implementation cannot run here.
     """
     training, parallel = config.training, config.parallel
-    compute_dtype, kind = DTYPES[training.precision], context_kind(parallel, architecture)
     numbers = pipeline.stage_numbers(
         parallel.pipeline_schedule, mesh.coordinate.pipeline, parallel.pipeline, parallel.pipeline_stages_per_rank
     )
     stages = stages or pipeline.cut_layers(architecture, parallel.pipeline * parallel.pipeline_stages_per_rank)
 
-    def build_stage(layers: LayerRange) -> tuple[LanguageModel, DataParallel]:
-        model = meta_model(architecture, layers).cast_parameters(DTYPES[training.weight_dtype])
-        model.z_loss = training.z_loss
-        if parallel.tensor > 1:
-            assert isinstance(model, Decoder)
-            tensor.apply(model, mesh.devices["tensor"], parallel.async_tensor)
-        expert.apply(model, mesh.experts)
-        adapter.apply(model, config, ranks.device)
-        context.apply(model, mesh.context_group, kind)
-        neftune.apply(model, config, mesh)
-        float8.apply(model, training, ranks.device)
-        recompute.apply(model, parallel, training.fuse_projections)
-        if choices.compiled:
-            block_compile.apply(model)
-        if parallel.offload_activations:
-            activation_offload.apply(model, ranks.device)
-        trainable.apply(model, training, config.adapter)
-        wrapped = data_parallel.wrap(model, mesh, parallel, compute_dtype, training.fuse_projections)
-        materialize(model, ranks.device, torch.device("cpu") if parallel.cpu_offload else ranks.device)
-        wrapped.on_materialized(accumulates=choices.num_micro_batches > 1)
-        return model, wrapped
-
-    built = [build_stage(stages[number]) for number in numbers]
+    built = [build_stage(config, architecture, stages[number], ranks, mesh, choices, materialize) for number in numbers]
     decoders, wrapped = [model for model, _ in built], [wrapped for _, wrapped in built]
+    kind = context_kind(parallel, architecture)
     prepare = BatchPreparer(mesh, ranks.device, choices.attention, architecture.sliding_windows, kind)
-    # With tensor parallelism all ranks route the same tokens, and their gradients are summed.
-    routers = router_losses.attach(decoders, training, ranks.device, counts=mesh.coordinate.tensor == 0)
-    parts = ModelParts(decoders, routers)
+    # With tensor parallelism all ranks have the same tokens, and their gradients are summed.
+    counts = mesh.coordinate.tensor == 0
+    routers = router_losses.attach(decoders, training, ranks.device, counts)
+    parts = ModelParts(decoders, routers, z_loss.attach(decoders, training, ranks.device, counts))
     if parallel.pipeline > 1:
         count = choices.num_micro_batches
-        return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, compute_dtype)
+        dtype = DTYPES[training.precision]
+        return parts, pipeline.Pipelined(decoders, wrapped, numbers, config, prepare, count, dtype)
     return parts, NonPipelined(decoders[0], wrapped[0], prepare, parallel.reduce_gradients == "micro_batch")

@@ -18,6 +18,7 @@ from .context import own_tokens
 from .data_parallel import DataParallel
 from .mesh import Mesh
 from .router_losses import RouterLosses
+from .z_loss import ZLoss
 
 
 class BatchPreparer:
@@ -66,10 +67,11 @@ class ModelParts:
     Args:
         decoders: with memory for their parameters.
         routers: the losses of their routers; None: they have no experts.
+        z_loss: that of their logits; None: they have none.
     """
 
-    def __init__(self, decoders: list[LanguageModel], routers: RouterLosses | None = None):
-        self.decoders, self.routers = decoders, routers
+    def __init__(self, decoders: list[LanguageModel], routers: RouterLosses | None = None, z_loss: ZLoss | None = None):
+        self.decoders, self.routers, self.z_loss = decoders, routers, z_loss
         # Every step asks for them, and finding them in a model takes the host longer than to compute with them.
         self._named = [named for decoder in decoders for named in decoder.named_parameters()]
         self._unique = [parameter for decoder in decoders for parameter in _unique_parameters(decoder)]
@@ -106,6 +108,8 @@ class ModelParts:
         """Prepare the backward passes of a step whose loss is multiplied by ``loss_scale``; None: one."""
         if self.routers is not None:
             self.routers.begin_step(loss_scale)
+        if self.z_loss is not None:
+            self.z_loss.begin_step()
 
     def end_step(self, skip: Tensor) -> None:
         """Update what no gradient does, unless ``skip``, [] fp32 on the device, is 1. All ranks must call this."""

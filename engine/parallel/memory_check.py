@@ -30,8 +30,7 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     Raises:
         UserError: with both sides of the arithmetic.
     """
-    layout = plan_layout(config.parallel, world_size)
-    sharing = layout.world_size // layout.replicate
+    sharing = _sharing_ranks(config, world_size)
     training, adapter = config.training, config.adapter
     total, trained = architecture.num_parameters, trainable.count(architecture, training, adapter)
     weight_bytes = DTYPES[training.weight_dtype].itemsize
@@ -40,9 +39,7 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
     if adapter.kind is not None:  # weights of the base have the dtype of the computation, or few bits
         per_weight, per_trained = adapters.base_bytes(architecture, config) / total, weight_bytes + per_trained
     needed = int(total * per_weight + trained * per_trained) // sharing
-    on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
-    available = device_memory(torch.device("cpu") if on_host else device) // ranks_here
+    available = _available(config, device, world_size)
     if needed > available:
         raise UserError(
             f"model: ({total:,} parameters x {per_weight:.4g} bytes + {trained:,} trainable ones x {per_trained:.4g} "
@@ -50,6 +47,39 @@ def require_memory(config: RunConfig, architecture: Architecture, device: torch.
             "each rank, which has "
             f"{available / 1e9:,.1f} GB; use more ranks or a smaller model, see tools/plan.py"
         )
+
+
+def require_memory_for_weights(
+    config: RunConfig, architecture: Architecture, device: torch.device, world_size: int
+) -> None:
+    """Refuse a model whose weights alone are larger than the memory of its ranks, for work without training.
+
+    Raises:
+        UserError: with both sides of the arithmetic.
+    """
+    sharing, itemsize = _sharing_ranks(config, world_size), DTYPES[config.training.weight_dtype].itemsize
+    needed = architecture.num_parameters * itemsize // sharing
+    available = _available(config, device, world_size)
+    if needed > available:
+        fewer = ", training.weight_dtype bf16" if itemsize > 2 else ""
+        raise UserError(
+            f"model.initialize_from: {architecture.num_parameters:,} parameters x {itemsize} bytes / {sharing} ranks "
+            f"that share them = {needed / 1e9:,.1f} GB for each rank, which has {available / 1e9:,.1f} GB; use more "
+            f"ranks{fewer} or a smaller model"
+        )
+
+
+def _sharing_ranks(config: RunConfig, world_size: int) -> int:
+    """Return the number of ranks that have one copy of the model together."""
+    layout = plan_layout(config.parallel, world_size)
+    return layout.world_size // layout.replicate
+
+
+def _available(config: RunConfig, device: torch.device, world_size: int) -> int:
+    """Return the bytes of memory that a rank has where the weights are."""
+    on_host = device.type == "cpu" or bool(config.parallel.cpu_offload)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_host and world_size > 1 else 1
+    return device_memory(torch.device("cpu") if on_host else device) // ranks_here
 
 
 def device_memory(device: torch.device) -> int:

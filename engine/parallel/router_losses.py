@@ -51,7 +51,8 @@ class RouterNumbers(NamedTuple):
     loads: dict[int, float]
     """Load of the expert with most tokens divided by the mean load, by number of the layer."""
     starving: dict[int, int]
-    """Number of experts that starved in the last complete window of :data:`WINDOW` steps, by number of the layer."""
+    """Number of experts that starved in the last complete window of :data:`WINDOW` steps that were not skipped, by
+    number of the layer."""
 
 
 class RouterLosses:
@@ -93,7 +94,10 @@ class RouterLosses:
         self._counts = torch.ones(rows, experts, dtype=torch.float64, device=device)
         """Tokens of each expert in the last step that was not skipped. Each step makes a new tensor."""
         self._has_counts = False
-        self._recent, self._steps = torch.zeros_like(self._counts), 0
+        self._recent = torch.zeros_like(self._counts)
+        """Tokens of each expert in the steps of the current window."""
+        self._steps = torch.zeros((), dtype=torch.float64, device=device)
+        """Number of these steps. On the device, because the host does not know which are skipped."""
         self._starving = torch.zeros(rows, device=device)
         self._gradient_LE = torch.zeros(rows, experts, device=device)
         self._z_gradient = torch.zeros((), device=device)
@@ -136,7 +140,7 @@ class RouterLosses:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._totals)
         counts_LE, scores_LE, z_L1 = self._totals.split([self.settings.num_experts, self.settings.num_experts, 1], 1)
-        self._note(counts_LE, scores_LE, z_L1)
+        self._note(counts_LE, scores_LE, z_L1, 1 - skip)
         for row, bias in self._biases:
             # Wang et al., 2024, https://arxiv.org/abs/2408.15664, algorithm 1.
             excess_E = counts_LE[row] - counts_LE[row].mean()
@@ -144,17 +148,18 @@ class RouterLosses:
         self._counts = torch.where(skip > 0, self._counts, counts_LE)
         self._has_counts = True
 
-    def _note(self, counts_LE: Tensor, scores_LE: Tensor, z_L1: Tensor) -> None:
+    def _note(self, counts_LE: Tensor, scores_LE: Tensor, z_L1: Tensor, is_made: Tensor) -> None:
         experts, per_token = self.settings.num_experts, self.settings.per_token
         rows_L1 = counts_LE.sum(-1, keepdim=True)
         tokens_L1 = (rows_L1 / per_token).clamp(min=1)
         aux_L1 = experts * (counts_LE * scores_LE).sum(-1, keepdim=True) / tokens_L1.square()
         losses = torch.cat([aux_L1, z_L1 / tokens_L1], 1).sum(0) / (rows_L1 > 0).sum().clamp(min=1)
         loads_L = counts_LE.amax(-1) * experts / rows_L1[:, 0].clamp(min=1)
-        self._recent, self._steps = self._recent + counts_LE, self._steps + 1
-        if self._steps == WINDOW:
-            self._starving = (self._recent < STARVING * self._recent.mean(-1, keepdim=True)).sum(-1)
-            self._recent, self._steps = torch.zeros_like(self._recent), 0
+        recent_LE, steps = self._recent + counts_LE * is_made, self._steps + is_made
+        starving_L = (recent_LE < STARVING * recent_LE.mean(-1, keepdim=True)).sum(-1)
+        is_complete = steps >= WINDOW
+        self._starving = torch.where(is_complete, starving_L, self._starving)
+        self._recent, self._steps = (value * ~is_complete for value in (recent_LE, steps))
         self.numbers = torch.cat([losses, loads_L, self._starving]).float()
 
     def read(self, numbers: Sequence[float]) -> RouterNumbers:
@@ -168,13 +173,13 @@ class RouterLosses:
         )
 
     def state_dict(self) -> dict[str, str]:
-        """Return the tokens of each expert in the last step, by number of the layer. Waits for the device."""
+        """Return the tokens of each expert in the last step, by number of the layer, and with the prefix ``window.``
+        those in the steps of the current window, and the number of these steps. Waits for the device.
+        """
         if not self._has_counts:
             return {}
-        return {
-            str(layer): " ".join(str(int(number)) for number in row)
-            for layer, row in zip(self.layers, self._counts.tolist(), strict=True)
-        }
+        window = _as_text(self._recent, [f"window.{layer}" for layer in self.layers])
+        return {**_as_text(self._counts, self.layers), **window, "window.steps": str(int(self._steps))}
 
     def load_state_dict(self, state: Mapping[str, str]) -> bool:
         """Continue from :meth:`state_dict`; begin with a uniform load if it is that of other layers or experts.
@@ -182,14 +187,25 @@ class RouterLosses:
         Returns:
             whether the state was continued.
         """
-        rows = [[float(number) for number in state.get(str(layer), "").split()] for layer in self.layers]
-        self._has_counts = all(len(row) == self.settings.num_experts for row in rows)
-        self._counts = torch.ones_like(self._counts)
-        if self._has_counts:
-            self._counts.copy_(torch.tensor(rows, dtype=torch.float64))
-        self._recent, self._steps = torch.zeros_like(self._recent), 0
+        counts = self._of_text(state, "")
+        self._has_counts = counts is not None
+        self._counts = torch.ones_like(self._counts) if counts is None else counts
+        # Checkpoints of earlier versions have no window.
+        window = self._of_text(state, "window.")
+        self._recent = torch.zeros_like(self._recent) if window is None else window
+        steps = 0.0 if window is None else float(state.get("window.steps", "0"))
+        self._steps = torch.full_like(self._steps, steps)
         self._starving, self.numbers = torch.zeros_like(self._starving), None
         return self._has_counts
+
+    def _of_text(self, state: Mapping[str, str], prefix: str) -> Tensor | None:
+        """Return [L, E] the numbers under the layers' names with a prefix; None if they are of other layers or
+        experts.
+        """
+        rows = [[float(number) for number in state.get(f"{prefix}{layer}", "").split()] for layer in self.layers]
+        if any(len(row) != self.settings.num_experts for row in rows):
+            return None
+        return torch.tensor(rows, dtype=torch.float64).to(self._counts.device)
 
     def add(self, row: int, scores_TE: Tensor, softmax_TE: Tensor, lse_T: Tensor, experts_TK: Tensor) -> Tensor:
         """Count the tokens of a router, and return [T, E] gradients of its logits.
@@ -216,6 +232,11 @@ class RouterLosses:
         if is_sigmoid:
             gradient_TE = gradient_TE * (1 - scores_TE)
         return gradient_TE + softmax_TE * (lse_T * self._z_gradient)[:, None]
+
+
+def _as_text(counts_LE: Tensor, names: Sequence[object]) -> dict[str, str]:
+    rows = zip(names, counts_LE.tolist(), strict=True)
+    return {str(name): " ".join(str(int(number)) for number in row) for name, row in rows}
 
 
 _METERS: weakref.WeakValueDictionary[int, Meter] = weakref.WeakValueDictionary()

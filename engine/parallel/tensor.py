@@ -258,8 +258,7 @@ def _loss_sum(
     **options: Any,
 ) -> Tensor:
     options |= {"weights_T": weights_T, "z_loss": model.active_z_loss}
-    result = linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options)
-    return result.cross_entropy_sum
+    return model.training_loss(linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options))
 
 
 def _on_whole_vocabulary(mesh: DeviceMesh, architecture: DecoderArchitecture, compute: Callable[..., Tensor]) -> Loss:

@@ -469,9 +469,10 @@ def test_values_out_of_range(config_file, option, value):
         (["--optimizer.decay_tokens=5"], "optimizer.decay_tokens is 5, but only optimizer.schedule wsd uses it"),
         (
             ["--optimizer.schedule=wsd", "--optimizer.decay_tokens=999_001"],
-            "optimizer.decay_tokens is 999,001; it must be between 1 and train_tokens - warmup_tokens = 999,000",
+            "optimizer.decay_tokens 999,001 is not between 1 and the 999,000 tokens after the warm-up "
+            "(training.train_tokens 1,000,000, training.warmup_tokens 1,000); change optimizer.decay_tokens",
         ),
-        (["--optimizer.schedule=wsd", "--optimizer.decay_tokens=0"], "optimizer.decay_tokens is 0; it must be between"),
+        (["--optimizer.schedule=wsd", "--optimizer.decay_tokens=0"], "optimizer.decay_tokens 0 is not between 1 and"),
         (["--data.train=[]"], "data.train is empty"),
         (["--data.train=[{path: a/x}, {path: b/x}]"], "data.train has two sources named 'x'"),
         (["--data.train=[{path: a, weight: 0}]"], "data.train[0].weight is 0.0; it must be positive"),

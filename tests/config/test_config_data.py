@@ -70,7 +70,7 @@ def test_stages_on_the_command_line(parse):
     [
         ("      train_tokens: 600_000\n", "", "data.stages[0].train_tokens is null; only the last stage may"),
         ("600_000", "999", "data.stages[0].train_tokens is 999; it must be at least one sample of"),
-        ("400_000", "399_999", "is 1,000,000, but the train_tokens of data.stages sum to 999,999; leave"),
+        ("400_000", "399_999", "1,000,000 is more than the train_tokens of data.stages, which sum to 999,999; leave"),
         ("max_epochs: 1.5", "max_epochs: 0", "data.stages[0].train[0].max_epochs is 0.0; it must be positive"),
         ("max_epochs: 1.5", "max_epochs: .inf", "data.stages[0].train[0].max_epochs is inf; it must be positive"),
         ("max_tokens: 50_000", "max_tokens: 999", "train[1].max_tokens is 999; it must be at least one sample"),

@@ -108,7 +108,7 @@ STEPS = "has no effect: the run has fewer steps"
         ),
         ({"training__eval_interval": 2001}, {}, f"training.eval_interval 2,001 {STEPS}; it evaluates only at the end"),
         ({"training__check_replicas_interval": 2001}, {"same_weights": True}, f"replicas_interval 2,001 {STEPS}"),
-        ({"training__check_replicas_interval": 5}, {}, "no two ranks hold the same weights"),
+        ({"training__check_replicas_interval": 5}, {}, "no two ranks hold the same values"),
         ({"checkpoint__save_interval": 3000}, {}, f"checkpoint.save_interval 3,000 {STEPS}; it saves only at the end"),
         ({"checkpoint__keep_every": 999}, {}, "checkpoint.keep_every 999 has no effect: no step"),
         ({"training__rewind_steps": 5, "training__max_rewinds": 1}, {}, "training.loss_spike_action is skip"),
@@ -174,6 +174,8 @@ def test_a_default_is_not_mentioned():
     ("values", "key"),
     [
         ({"optimizer__decay_tokens": 5}, "optimizer.decay_tokens is 5, but"),
+        ({"optimizer__decay_steps": 5}, "optimizer.decay_steps is 5, but"),
+        ({"optimizer__decay_ratio": 0.5}, "optimizer.decay_ratio is 0.5, but"),
         ({"training__loss_spike_action": "rewind"}, "training.loss_spike_action is rewind, but"),
         ({"checkpoint__push_to_hub": "a/b"}, "checkpoint.push_to_hub is a/b, but"),
         ({"parallel__pipeline_schedule": "interleaved_1f1b"}, "parallel.pipeline_schedule is interleaved_1f1b, but"),

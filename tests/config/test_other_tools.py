@@ -1,11 +1,12 @@
 """Settings of other training programs: the names exist there, the answers exist here, and each is one line."""
 
 import dataclasses
+import inspect
 
 import pytest
 import yaml
 
-from retemper.engine.config.other_tools import LORA, MEGATRON, NAMES, TRANSFORMERS, keys_in
+from retemper.engine.config.other_tools import LORA, MEGATRON, NAMES, OF_SCHEDULES, TRANSFORMERS, keys_in
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.spelling import known_keys
 from retemper.engine.errors import UserError
@@ -27,6 +28,12 @@ def test_every_answer_names_a_setting_that_exists():
         assert keys <= KNOWN, name
         assert keys or hint.split(",")[0].split(":")[0] in KNOWN, name
         assert name not in {known.rpartition(".")[2] for known in KNOWN}, f"{name} has this name here as well"
+
+
+def test_the_schedules_of_transformers_have_these_arguments():
+    transformers = pytest.importorskip("transformers")
+    schedules = (transformers.get_wsd_schedule, transformers.get_cosine_with_min_lr_schedule_with_warmup)
+    assert OF_SCHEDULES.keys() <= {name for schedule in schedules for name in inspect.signature(schedule).parameters}
 
 
 def test_transformers_and_peft_have_these_names():
@@ -58,6 +65,14 @@ def test_transformers_and_peft_have_these_names():
         ("save_steps", "use checkpoint.save_interval, in steps"),
         ("train_iters", "use training.train_steps"),
         ("lr_decay_style", "use optimizer.schedule"),
+        ("lr_wsd_decay_iters", "use optimizer.decay_steps"),
+        ("lr_wsd_decay_samples", "use optimizer.decay_tokens: samples x training.sequence_length"),
+        ("num_decay_steps", "use optimizer.decay_steps"),
+        ("decay_ratio", "did you mean 'optimizer.decay_ratio'?"),
+        (
+            "lr_scheduler_kwargs",
+            "use optimizer.decay_steps, optimizer.decay_shape and optimizer.min_learning_rate_ratio",
+        ),
         ("tensor_model_parallel_size", "use parallel.tensor"),
         ("warmup_ratio", "did you mean 'training.warmup_ratio'?"),
         ("global_batch_size", "did you mean 'training.global_batch_size'?"),

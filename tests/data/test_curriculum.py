@@ -263,6 +263,8 @@ def test_a_run_longer_than_its_data_is_refused_with_the_arithmetic():
     assert "ends after 40 samples = 4,000 tokens" in message
     assert "(a 30 samples, b 10 samples)" in message
     assert "raise max_epochs or max_tokens" in message
+    with pytest.raises(UserError, match=r"^training.train_steps needs 41 .* or lower training.train_steps$"):
+        Curriculum([CurriculumStage(capped)]).require(41, 100, "training.train_steps")
     assert "data.stages ends" in refusal(
         [CurriculumStage(capped[:1], 20), CurriculumStage((SourceWeight("c"),), 50)], 51
     )

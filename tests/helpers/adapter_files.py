@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 from retemper.engine.config.settings import AdapterConfig
@@ -15,12 +17,15 @@ from retemper.engine.model.adapters import adapter_parameters
 from retemper.engine.model.architecture import Architecture
 from retemper.engine.parallel.process_group import Ranks
 from retemper.engine.weights.adapters.base import BaseRecord
+from retemper.engine.weights.adapters.merged import merged_parameters
 from retemper.engine.weights.adapters.opening import open_parameters
+from retemper.engine.weights.adapters.peft import PEFT_WEIGHTS, PeftExport
+from retemper.engine.weights.adapters.peft_config import PeftConfig
 from retemper.engine.weights.adapters.stored import StoredAdapter
 from retemper.engine.weights.checkpoint.assets import HfAssets
 from retemper.engine.weights.checkpoint.manifest import Manifest, read_manifest
 from retemper.engine.weights.checkpoint.store import CheckpointStore
-from retemper.engine.weights.hugging_face.model import open_hf_model
+from retemper.engine.weights.hugging_face.model import HfModel, open_hf_model
 from retemper.engine.weights.saving import save_tensors
 from retemper.engine.weights.table import read_table
 
@@ -50,13 +55,13 @@ def peft_model(base: torch.nn.Module, config: AdapterConfig, targets: list[str],
     return model.eval()
 
 
-def tensors_of(model: PeftModel) -> dict[str, Tensor]:
-    """The trained tensors under the names of a checkpoint."""
+def tensors_of(model: PeftModel, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """The trained tensors under the names of a checkpoint; ``value`` may take their gradients."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").replace(".default", "")
-            found[plain.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter.detach()
+            found[plain.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = value(parameter)
     return found
 
 
@@ -76,6 +81,18 @@ def stored_adapter(
     save_tensors(folder, tensors, distributed=False)
     settings: dict[str, Any] = vars(config)
     return StoredAdapter.of_checkpoint(folder, settings, architecture, read_table(folder))
+
+
+def export(base: HfModel, adapter: StoredAdapter, folder: Path) -> tuple[PeftExport, Path]:
+    """The adapter as a folder of PEFT."""
+    merged = merged_parameters(base.parameters, adapter, base.layout)
+    config = PeftConfig(adapter.parameters, base.architecture, base.layout)
+    peft = PeftExport(config, adapter, base.parameters, merged)
+    folder.mkdir()
+    save_file({name: peft.tensors.read(name) for name in peft.tensors.tensors}, folder / PEFT_WEIGHTS)
+    for name, content in peft.config.files(str(base.weights.folder)).items():
+        (folder / name).write_bytes(content)
+    return peft, folder
 
 
 def save_adapter(base: Path, run_folder: Path, ranks: Ranks, start: Path | None = None) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from retemper.engine.observe.curves import _TAIL_BYTES, last_record
 from retemper.engine.observe.guarded import Guarded
@@ -140,7 +141,9 @@ def test_only_the_main_rank_prints(capsys):
     assert capsys.readouterr().out == "hello\n"
 
 
-def test_tensorboard_reads_one_curve_after_a_resume(tmp_path):
+def test_tensorboard_reads_one_curve_after_a_resume(tmp_path, monkeypatch):
+    """Also where names of files do not sort, because the number in the second one has a digit more."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     write_run(tmp_path, 0, range(1, 6), tensorboard=True)
     write_run(tmp_path, 3, range(4, 8), tensorboard=True, shift=0.5)
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
+import pytest
 from helpers import tiny_run
 
 from retemper.engine import pretrain
 from retemper.engine.observe.end_summary import describe_end
-from retemper.engine.observe.start_summary import describe_outputs, describe_start
+from retemper.engine.observe.start_summary import _has_replicas, describe_outputs, describe_start
+from retemper.engine.parallel.layout import Layout
 from retemper.engine.run_folder import open_run_folder
 
 HEADING = re.compile(r"-- (.+) -+")
@@ -59,3 +62,28 @@ def test_outputs_are_those_of_the_settings(tmp_path):
         first, *more = describe_outputs(tiny_run.configure(path, *words))
         assert str(tmp_path / "run") in first and [line[:11].rstrip() for line in more] == [key]
         assert all(is_aligned(line) for line in (first, *more))
+
+
+BIAS = frozenset({"model.layers.3.mlp.gate.e_score_correction_bias"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "mine", "of_the_model", "expected"),
+    [
+        (Layout(shard=2), frozenset(), frozenset(), False),
+        (Layout(shard=2), BIAS, BIAS, True),  # every rank holds the biases
+        (Layout(), BIAS, BIAS, False),
+        (Layout(pipeline=2), BIAS, BIAS, False),
+        (Layout(pipeline=2, shard=2), frozenset(), BIAS, True),  # those of the other stage
+        (Layout(shard=2), frozenset(), BIAS, False),  # of a model of transformers: kept in fp32, and sharded
+        (Layout(tensor=2), frozenset(), frozenset(), True),
+        (Layout(replicate=2), frozenset(), frozenset(), True),
+    ],
+)
+def test_replicas_are_copies_norms_and_constants(layout, mine, of_the_model, expected):
+    run = SimpleNamespace(
+        mesh=SimpleNamespace(layout=layout),
+        model=SimpleNamespace(constants=mine),
+        start=SimpleNamespace(architecture=SimpleNamespace(float32_tensors=of_the_model)),
+    )
+    assert _has_replicas(run) is expected

@@ -235,6 +235,23 @@ def test_another_layout_continues_from_the_same_bits(two_ranks, even_file, runs,
     assert_average_of_the_weights(folder, averages_of(last(folder, 3)), 3)
 
 
+def test_turned_on_later_it_begins_with_the_weights_and_resumes_bitwise(two_ranks, even_file, tmp_path):
+    begin, whole, resumed = (tmp_path / name for name in ("begin", "whole", "resumed"))
+    options = [*LENGTH, "--checkpoint.save_interval", "1", "--parallel.tensor", "2", "--run_folder"]
+    two_ranks.run(tiny_run.train_until, even_file, [*options, str(begin)], 2)
+    for folder in (whole, resumed):
+        tiny_run.copy_of(begin, folder)
+    on = ["--training.ema_decay", str(DECAY), "--training.ema_dtype", "bf16"]
+    two_ranks.run(tiny_run.train, even_file, [*options, str(whole), *on])
+    weights = tiny_run.tensors_of(last(whole, 2))
+    names = averages_of(last(whole)).keys()
+    assert_average_of_the_weights(whole, {name: weights[name] for name in names}, 2)
+    two_ranks.run(tiny_run.train_until, even_file, [*options, str(resumed), *on], 4)
+    two_ranks.run(tiny_run.train, even_file, [*options, str(resumed), *on])
+    mine, theirs = (tiny_run.tensors_of(last(folder)) for folder in (resumed, whole))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_turned_on_later_and_off_again(one_rank, even_file, runs, tmp_path, capsys):
     folder = tmp_path / "run"
     options = [*LENGTH, "--checkpoint.save_interval", "1", "--run_folder", str(folder)]

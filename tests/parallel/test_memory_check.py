@@ -18,7 +18,7 @@ from retemper.engine.config.settings import (
 from retemper.engine.errors import UserError
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.parallel import memory_check as memory_bound
-from retemper.engine.parallel.memory_check import device_memory, require_memory
+from retemper.engine.parallel.memory_check import device_memory, require_memory, require_memory_for_weights
 
 CPU = torch.device("cpu")
 SMALL = parse_architecture(
@@ -80,6 +80,17 @@ def test_a_quantized_base_counts_with_its_codes_and_scales(monkeypatch: pytest.M
     needed = 2 * (SMALL.num_parameters - elements) + codes + adapter
     assert not refused(run, needed, monkeypatch)
     assert refused(run, needed - 2, monkeypatch)
+
+
+def test_weights_without_training_count_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    number = SMALL.num_parameters
+    for config, ranks, needed in ((a_run(), 1, 4 * number), (a_run(weight_dtype="bf16"), 2, 2 * number // 2 * 2)):
+        monkeypatch.setattr(memory_bound, "device_memory", lambda device, needed=needed: needed)
+        require_memory_for_weights(config, SMALL, CPU, ranks)
+        monkeypatch.setattr(memory_bound, "device_memory", lambda device, needed=needed: needed - 1)
+        with pytest.raises(UserError, match=rf"^model.initialize_from: {number:,} parameters x [^\n]*use more ranks"):
+            require_memory_for_weights(config, SMALL, CPU, ranks)
 
 
 def test_ranks_share_what_is_sharded_and_the_memory_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

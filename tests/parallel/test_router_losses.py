@@ -158,7 +158,9 @@ def test_a_skipped_step_leaves_the_state():
     step(parts, batches, 39)
     assert parts.routers is not None
     state = parts.routers.state_dict()
-    assert set(state) == {"0", "1"} and sum(map(int, state["0"].split())) == 2 * TOKENS
+    assert {"0", "1"} == {name for name in state if "window" not in name} and sum(
+        map(int, state["0"].split())
+    ) == 2 * TOKENS
     others = [mixtures.documents(TOKENS, 5)[1]]
     step(parts, others, 39, SKIPPED)
     assert parts.routers.state_dict() == state

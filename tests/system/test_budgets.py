@@ -47,6 +47,23 @@ def test_the_start_says_what_the_epochs_are(one_rank, run_file, tmp_path, capsys
     [budget] = [line for line in describe_start(run) if line.startswith("budget ")]
     tokens = _tokens_of_the_data(run_file)
     assert f"0.3 x {tokens:,} = {-(-3 * tokens // 10):,} tokens = " in budget
+    assert f"warm-up {round(-(-3 * tokens // 10) / 4):,} tokens (warmup_ratio 0.25); " in budget
+
+
+def test_a_decay_in_steps_is_the_one_in_tokens_and_is_shown(one_rank, run_file, tmp_path):
+    """The last 4 of 12 steps fall from the peak to the minimum in equal parts, also after a resume."""
+    wsd = [*("--optimizer.schedule", "wsd", "--optimizer.learning_rate", "1e-3"), "--training.train_steps", "12"]
+    wsd += ["--training.warmup_tokens", "0", "--optimizer.min_learning_rate", "2e-4", "--optimizer.decay_steps", "4"]
+    overrides = ["--run_folder", str(tmp_path), *wsd]
+    run = pretrain.build(tiny_run.configure(run_file, *overrides), one_rank)
+    [budget] = [line for line in describe_start(run) if line.startswith("budget ")]
+    assert ", decay 1,024 tokens (decay_steps 4); " in budget
+    tiny_run.train_until(one_rank, run_file, overrides, 10)
+    tiny_run.train(one_rank, run_file, overrides)
+    rates = [record["learning_rate"] for record in tiny_run.records(tmp_path) if "learning_rate" in record]
+    assert rates == pytest.approx([1e-3] * 8 + [8e-4, 6e-4, 4e-4, 2e-4])
+    optimizer = yaml.safe_load((tmp_path / "config.yaml").read_text())["optimizer"]
+    assert (optimizer["decay_steps"], optimizer["decay_tokens"]) == (4, None)
 
 
 def test_a_longer_run_in_epochs_continues(one_rank, run_file, tmp_path):

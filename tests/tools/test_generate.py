@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -371,6 +372,49 @@ def test_prompts_from_options_lines_and_a_terminal(folders: dict[str, Path], run
     status, out, err = run(*options, stdin=f"{prompts[0]}\n\n{long}\n{prompts[1]}\n", terminal=True)
     assert status == 0 and out.replace("prompt> ", "").strip() == expected.strip()
     assert err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_the_texts_that_are_done(
+    number: int, folders: dict[str, Path], tmp_path: Path, run: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, partial = tmp_path / "results.jsonl", tmp_path / "results.jsonl.partial"
+    generate_batch, calls = TextGenerator._generate_batch, 0
+
+    def interrupted(self: TextGenerator, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            assert len(partial.read_text().splitlines()) == 4  # also what a SIGKILL would leave
+            signal.raise_signal(number)
+        return generate_batch(self, *arguments)
+
+    prompts = "".join(f"the cat sat on {count}\n" for count in range(7))
+    options = ("--model", folders["qwen2"], "--max-new-tokens", 4, "--batch-size", 2, "--output", output)
+    with monkeypatch.context() as patched:
+        patched.setattr(TextGenerator, "_generate_batch", interrupted)
+        status, _, err = run(*options, stdin=prompts)
+    assert status == 130 and f"4 of 7 texts are in {partial}" in err and not output.exists()
+    kept = partial.read_text()
+    status, _, err = run(*options, stdin=prompts)
+    assert status == 1 and f"{partial} has the texts of an interrupted command; rename or remove it" in err
+    partial.rename(tmp_path / "kept")
+    status, _, _ = run(*options, stdin=prompts)
+    assert status == 0 and output.read_text().startswith(kept) and len(output.read_text().splitlines()) == 7
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "results.jsonl"}
+
+
+def test_results_are_in_order_whatever_is_computed_first(tmp_path: Path) -> None:
+    said: list[str] = []
+    path, partial = tmp_path / "r.jsonl", tmp_path / "r.jsonl.partial"
+    with prompts.ResultFile(path, 3, said.append) as results:
+        for number in (1, 2, 0):
+            results.add(number, {"n": number})
+        assert partial.read_text() == '{"n": 1}\n{"n": 2}\n{"n": 0}\n' and not path.exists()
+    assert path.read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n' and not partial.exists() and not said
+    with pytest.raises(UserError), prompts.ResultFile(tmp_path / "none.jsonl", 3, said.append):
+        raise UserError("before the first text")
+    assert [one.name for one in tmp_path.iterdir()] == ["r.jsonl"] and not said
 
 
 def test_files_of_prompts_and_results(folders: dict[str, Path], tmp_path: Path, run: Callable[..., tuple]) -> None:

@@ -152,6 +152,43 @@ def test_the_numbers_are_those_of_the_metrics_file(run: Path, capsys: pytest.Cap
     assert "before def f( the after def f( x):" in page.text and "validation: domain: sets/domain" in page.text
 
 
+def write_model(run: Path, name: str, step: int, ema: bool = False) -> Path:
+    folder = run / name
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(2_000_000))
+    record = {"source": {"step": step}, "options": {"ema": ema}}
+    (folder / "conversion.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def test_models_are_listed_with_their_losses(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss of the record of the step, the evaluation of the first set; the best is of a step without one."""
+    assert "final_model" not in show(capsys, run)
+    write_model(run, "final_model", 20)
+    write_model(run, "best_model", 10, ema=True)
+    out = show(capsys, run, "--overwrite")
+    assert table_row(out, "final_model") == ["final_model", "20", "2.0000", "2.5000", "2 MB", "of the step"]
+    assert table_row(out, "best_model") == ["best_model", "10", "3.0000", "2 MB", "the average"]
+    page = Page((run / "report.html").read_text("utf-8"))
+    assert "Models" in page.text and " ".join(table_row(out, "final_model")) in page.text
+    record = json.loads(show(capsys, run, "--overwrite", "--json"))
+    assert [(one["name"], one["step"], one["is_average"]) for one in record["models"]] == [
+        ("final_model", 20, False),
+        ("best_model", 10, True),
+    ]
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"source": {"step": null}}', "{"])
+def test_a_model_folder_without_its_record_gives_a_remark(
+    content: str | None, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model(run, "final_model", 20)
+    (folder / "conversion.json").unlink()
+    if content is not None:
+        (folder / "conversion.json").write_text(content, encoding="utf-8")
+    assert "! final_model is not shown: its conversion.json: " in show(capsys, run)
+
+
 def test_the_page_is_sound_and_repeatable(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(capsys, run)
     text = (run / "report.html").read_text("utf-8")

@@ -5,11 +5,14 @@ The harness reads Hugging Face folders, so a checkpoint is first written as one 
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,12 @@ import torch
 from ...engine.config.settings import RunConfig
 from ...engine.errors import UserError, install_command
 from ...engine.observe.waiting import Say
+from ...engine.parallel.memory_check import device_memory
 from ...engine.tokenizer.backends import one_line
 from ...engine.weights.checkpoint.assets import is_hf_folder
 from ...engine.weights.conversion.dcp_to_hf import convert
+from ...engine.weights.hugging_face.folder import HfWeights
+from ...engine.weights.hugging_face.weight_dtypes import WEIGHT_DTYPES
 from .options import HarnessOptions
 from .scores import ModelScore, TaskScore
 
@@ -39,6 +45,15 @@ def require_harness() -> None:
             raise UserError(f"--lm-eval needs the package {module}, which is not installed: {install_command(module)}")
 
 
+def require_tasks(options: HarnessOptions) -> None:
+    """Refuse names that are no tasks, which needs no model.
+
+    Raises:
+        UserError: names the first, and similar ones that exist.
+    """
+    _find_tasks(options)
+
+
 def run_harness(score: ModelScore, config: RunConfig, options: HarnessOptions, say: Say) -> ModelScore:
     """Return ``score`` with the results of the tasks.
 
@@ -52,12 +67,10 @@ def run_harness(score: ModelScore, config: RunConfig, options: HarnessOptions, s
         UserError: a task is unknown, or the harness fails.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    manager = TaskManager(include_path=options.include_path)
-    tasks = [spec for name in options.tasks for spec in _specs(name, manager)]
+    manager, tasks = _find_tasks(options)
     with _hugging_face_folder(Path(score.folder), say) as folder:
+        _require_memory(folder, _DTYPES[config.training.precision], torch.device(_device(config.device)))
         say(f"lm-eval     {score.model}: {', '.join(options.tasks)}")
         arguments = {
             "pretrained": str(folder),
@@ -68,7 +81,7 @@ def run_harness(score: ModelScore, config: RunConfig, options: HarnessOptions, s
             found = simple_evaluate(
                 model="hf",
                 model_args=arguments,
-                tasks=tasks,
+                tasks=list(tasks),
                 num_fewshot=options.num_fewshot,
                 batch_size=options.batch_size,
                 device=_device(config.device),
@@ -105,6 +118,32 @@ def task_scores(found: Any) -> Iterator[TaskScore]:
             )
 
 
+@cache
+def _find_tasks(options: HarnessOptions) -> tuple[Any, tuple[str, ...]]:
+    """Return the harness's manager of tasks, and what to give it for the tasks of ``options``.
+
+    The manager reads 14,000 definitions of tasks, which takes seconds, so it is made once.
+    """
+    from lm_eval.tasks import TaskManager
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    manager = TaskManager(include_path=options.include_path)
+    return manager, tuple(spec for name in options.tasks for spec in _specs(name, manager))
+
+
+def _require_memory(folder: Path, dtype: str, device: torch.device) -> None:
+    """Refuse a Hugging Face folder whose weights alone are larger than the memory of ``device``."""
+    itemsize = None if dtype == "auto" else WEIGHT_DTYPES[dtype].itemsize
+    tensors = HfWeights(folder).tensors.values()
+    needed = sum(math.prod(tensor.shape) * (itemsize or tensor.dtype.itemsize) for tensor in tensors)
+    available = device_memory(device)
+    if needed > available:
+        raise UserError(
+            f"--lm-eval: the weights of {folder} are {needed / 1e9:,.1f} GB, and {device} has {available / 1e9:,.1f} "
+            "GB; set --training.precision bf16, or use a larger device or a smaller model"
+        )
+
+
 def _specs(name: str, manager: Any) -> list[str]:
     """Return the tasks that ``name`` means: a name or pattern of the harness, a YAML file, or a folder of them."""
     if known := manager.match_tasks([name]):
@@ -112,9 +151,11 @@ def _specs(name: str, manager: Any) -> list[str]:
     path = Path(name)
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path] if path.is_file() else []
     if not files:
+        similar = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.7)
+        meant = f"did you mean {', '.join(similar)}? " if similar else ""
         raise UserError(
-            f"--lm-eval {name}: no task of this name, and no YAML file or folder with one; `lm-eval ls tasks` lists "
-            "names, and --lm-eval-include-path adds a folder of tasks"
+            f"--lm-eval {name}: no task of this name, and no YAML file or folder with one; {meant}`lm-eval ls tasks` "
+            "lists names, and --lm-eval-include-path adds a folder of tasks"
         )
     return [str(file.resolve()) for file in files]
 

@@ -16,6 +16,7 @@ from ...engine.observe.waiting import Say, report_if_slow
 from ...engine.parallel import build
 from ...engine.parallel import compile as block_compile
 from ...engine.parallel.forward_backward import ForwardBackward, ModelParts
+from ...engine.parallel.memory_check import require_memory_for_weights
 from ...engine.parallel.mesh import Mesh
 from ...engine.parallel.precision import with_precision
 from ...engine.parallel.process_group import Ranks
@@ -109,6 +110,7 @@ def _choose(config: RunConfig, start: Start, ranks: Ranks, mesh: Mesh) -> tuple[
         compiled = block_compile.enabled(config, ranks.device, attention.backend)
         choices = build.Choices(attention, compiled, plan.num_micro_batches, precision.reason)
         build.check(config, architecture, choices, ranks.device, ranks.world_size)
+        require_memory_for_weights(config, architecture, ranks.device, ranks.world_size)
         return choices
 
     return config, replace(start, architecture=architecture), ranks.fail_together(decide)

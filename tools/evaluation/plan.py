@@ -18,7 +18,7 @@ from ...engine.files.paths import is_url
 from ...engine.parallel.layout import plan_layout
 from ...engine.weights.checkpoint.assets import newest_of_run
 from ...engine.weights.hugging_face.initial import INITIALIZE_FROM
-from .harness import require_harness
+from .harness import require_harness, require_tasks
 from .model import default_sequence_length, longest_sequence
 from .options import SETTINGS, EvaluateOptions
 
@@ -68,6 +68,8 @@ def plan_evaluation(options: EvaluateOptions, words: Sequence[str], world_size: 
         if model is not None:
             with named_options(option, options):
                 configs[option] = _configure(options, words, model, world_size, configs.get("--model"))
+    if options.harness is not None:
+        require_tasks(options.harness)  # last: it takes seconds
     return EvaluationPlan(options, configs)
 
 

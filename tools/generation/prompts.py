@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +81,75 @@ def require_output(path: Path, reads: Iterable[Use]) -> None:
     """
     require_separate(reads, [Use("--output", path)])
     require_absent(path)
+    if os.path.lexists(partial_path(path)):
+        raise UserError(
+            f"--output {path}: {partial_path(path)} has the texts of an interrupted command; rename or remove it"
+        )
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UserError(f"--output {path}: the folder {folder} does not exist; create it, or name another file")
 
 
-def write_results(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line. The file appears when it is complete.
+class ResultFile:
+    """A file of JSON lines that appears when it is complete; until then its lines are in ``FILE.partial``.
 
-    Raises:
-        UserError: it cannot be written.
+    Lines are there as soon as they are known, so an interruption of any kind, also a SIGKILL, loses none of them.
+
+    Args:
+        path: of the file, which :func:`require_output` has accepted.
+        total: number of lines of the complete file.
+        remark: prints a line.
     """
-    try:
-        replace_file(path, (f"{json.dumps(record, ensure_ascii=False)}\n".encode() for record in records))
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from error
+
+    def __init__(self, path: Path, total: int, remark: Callable[[str], object]):
+        self._path, self._total, self._remark = path, total, remark
+        self._partial = partial_path(path)
+        self._lines: dict[int, bytes] = {}
+
+    def __enter__(self) -> ResultFile:
+        """Create the partial file.
+
+        Raises:
+            UserError: it cannot be created.
+        """
+        with self._named_errors():
+            self._file = open(self._partial, "xb", buffering=0)
+        return self
+
+    def add(self, number: int, record: Mapping[str, Any]) -> None:
+        """Write the line ``number``, counted from 0; lines may come in any order.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        line = f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+        with self._named_errors():
+            self._file.write(line)
+        self._lines[number] = line
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Write the complete file in order, and remove the partial one; or keep that, and say so.
+
+        Raises:
+            UserError: the file cannot be written. The partial one stays.
+        """
+        self._file.close()
+        if kind is None:
+            with self._named_errors():
+                replace_file(self._path, (self._lines[number] for number in sorted(self._lines)))
+        if kind is None or not self._lines:
+            self._partial.unlink()
+        else:
+            self._remark(f"{len(self._lines)} of {self._total} texts are in {self._partial}")
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--output {self._path}: cannot be written: {error.strerror or error}") from error
+
+
+def partial_path(path: Path) -> Path:
+    """Return the file with the results so far of the output ``path``."""
+    return path.with_name(f"{path.name}.partial")

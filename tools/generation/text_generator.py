@@ -164,11 +164,22 @@ class TextGenerator:
         done: dict[Request, Completion] = {}
         expected = iter(requests)
         awaited = next(expected, None)
-        for batch in self._batches(requests, prompts, batch_size):
-            done |= zip(batch, self._generate_batch(batch, prompts, sampling), strict=True)
+        for request, completion in self.generate_in_batches(prompts, sampling, batch_size):
+            done[request] = completion
             while awaited in done:
                 yield done.pop(awaited)
                 awaited = next(expected, None)
+
+    def generate_in_batches(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 1
+    ) -> Iterator[tuple[Request, Completion]]:
+        """Yield the same continuations, each when its batch has been computed, with the numbers of prompt and sample.
+
+        Prompts of one length are computed together if the model needs that; else the order is that of the prompts.
+        """
+        requests = [Request(prompt, sample) for prompt in range(len(prompts)) for sample in range(sampling.samples)]
+        for batch in self._batches(requests, prompts, batch_size):
+            yield from zip(batch, self._generate_batch(batch, prompts, sampling), strict=True)
 
     def limit(self, num_tokens: int, sampling: Sampling) -> int:
         """Return the maximum length of a text with a prompt of so many tokens."""

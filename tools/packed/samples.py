@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.config.budget import TRAIN, given_key
 from ...engine.config.checks import with_known_budget
 from ...engine.config.parser import parse_config
 from ...engine.config.remote_file import without_query
@@ -96,7 +97,7 @@ def open_run(config_file: str) -> PackedData:
     order = catalog.sample_order(config.seed)
     budget = with_known_budget(config, catalog.epoch_tokens).training.budget
     num_rows = plan.steps_for(budget) * plan.global_batch_size
-    order.require(num_rows)
+    order.require(num_rows, given_key(config, TRAIN))
     record = {"config": without_query(config_file), "seed": config.seed, "global_batch_size": plan.global_batch_size}
     return _packed(catalog, order, num_rows, plan, config.data, vocab_size, record)
 

@@ -10,7 +10,6 @@ from ...engine.config.settings import RunConfig, to_dict
 from ...engine.errors import UserError
 from ...engine.offload_choice import with_named_offload
 from ...engine.parallel.precision import with_named_precision
-from .gpus import GiB
 from .known_budget import with_planned_budget
 from .layout_plan import LayoutPlan, dtypes
 from .offload_choice import choose_offload
@@ -27,7 +26,6 @@ from .report import (
 from .savings import find_savings
 from .search import (
     calibrate,
-    describe,
     narrower,
     plan_briefly,
     plan_in_full,
@@ -166,12 +164,16 @@ def _nothing_fits(plans: list[LayoutPlan], cluster: ClusterSpec) -> str:
     room = f"{cluster.gpu.name} on {cluster.nodes} x {cluster.assumptions.gpus_per_node} GPUs"
     if not plans:
         return f"--gpu {room}: no layout fits by formulas; use more or larger GPUs, or parallel.cpu_offload true"
-    smallest = min(plans, key=lambda one: one.peak_bytes)
+    smallest = min(plans, key=lambda one: (one.headroom < 0, one.host_bytes if one.headroom >= 0 else one.peak_bytes))
     return (
-        f"--gpu {room}: no layout fits; the smallest one ({describe(smallest)}, with "
-        f"{dtypes(smallest.config)}) needs {-smallest.headroom / GiB:.1f} GiB more on each GPU; use more or larger "
-        "GPUs, or parallel.cpu_offload true"
+        f"--gpu {room}: no layout fits; the smallest one ({smallest.shown_layout}, with "
+        f"{dtypes(smallest.config)}) needs {smallest.shortage}; use more or larger GPUs, "
+        f"{_REMEDY[smallest.headroom < 0]}"
     )
+
+
+_REMEDY = {True: "or parallel.cpu_offload true", False: "more nodes, or less offload"}
+"""By whether a GPU is too small."""
 
 
 def _settings(plan: LayoutPlan, configured: RunConfig) -> str:

@@ -35,7 +35,9 @@ from .gpu_paths import (
     states_only,
     triton_loss,
 )
+from .host_memory import pinned_rounding
 from .memory import MemoryCounter
+from .orthogonalization import Matrices, matrices_of
 from .simulated_cluster import has_values, materialize_without_values, simulated_cluster
 from .work import NO_EXPERTS, Collective, CollectiveTotal, ExpertWork, WorkCounter, hidden_bytes
 
@@ -63,8 +65,14 @@ class RankUsage:
     collectives: dict[Collective, CollectiveTotal]
     sent_activations: float = 0.0
     """Bytes of activations that are sent to host memory."""
+    host_activations: float = 0.0
+    """Bytes of pinned host memory that activations take, at most."""
+    host_rounding: float = 0.0
+    """Bytes that pinned host memory adds to the sizes of weights and gradients."""
     experts: ExpertWork = NO_EXPERTS
     """Work of the experts, if the model has any."""
+    matrices: Matrices = ()
+    """What Muon orthogonalizes, whose operations are not in ``flops``."""
 
     @property
     def most(self) -> dict[str, float]:
@@ -226,7 +234,7 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             stack.enter_context(attention_options())
         stack.enter_context(labelled(counter))
         stack.enter_context(counter)
-        sent = stack.enter_context(activations_on_host(counter))
+        on_host = stack.enter_context(activations_on_host(counter))
         rank = SimulatedRank(spec, ranks, counter)
         if spec.whole_steps:
             rank.one_step()
@@ -234,14 +242,16 @@ def count_step(spec: RankSpec, ranks: Ranks) -> RankUsage:
             allocate_states(rank.optimizer)
             rank.declare_states()
         counter.reset_peaks()
-        kept, work.flops, work.collectives, sent[0] = dict(counter.bytes), 0.0, {}, 0.0
-        work.experts = NO_EXPERTS
+        on_host.reset()
+        kept, work.flops, work.collectives, work.experts = dict(counter.bytes), 0.0, {}, NO_EXPERTS
         rank.one_step()
     sizes = [(_local(parameter).numel(), parameter.requires_grad) for parameter in rank.model.parameters()]
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     blocks = sum(1 for _ in rank.model.blocks())
     peaks, most = counter.peaks, counter.most
-    work_done = work.flops, work.collectives, sent[0], work.experts
+    host = on_host.sent, on_host.most, pinned_rounding(rank.model.decoders, spec.config)
+    matrices = matrices_of(rank.optimizer, rank.model.blocks())
+    work_done = work.flops, work.collectives, *host, work.experts, matrices
     return RankUsage(spec.place, blocks, parameters, trained, kept, peaks, most, *work_done)
 
 

@@ -21,6 +21,7 @@ from ...engine.parallel.pipeline import cut_layers, stage_numbers
 from ...engine.parallel.trainable import is_same_in_every_block
 from ...engine.schedule import plan_batches
 from .dry_run import RankSpec, RankUsage
+from .orthogonalization import Matrices
 from .work import CollectiveTotal, ExpertWork
 
 RunAll = Callable[[list[RankSpec]], list[RankUsage]]
@@ -147,8 +148,19 @@ def extrapolate(spec: RankSpec, usages: list[RankUsage]) -> RankUsage:
         total(lambda usage: usage.flops),
         collectives,
         total(lambda usage: usage.sent_activations),
+        line(first.host_activations, *(other.host_activations for other in others)),
+        line(first.host_rounding, *(other.host_rounding for other in others)),
         ExpertWork(*(total(operator.attrgetter(f"experts.{name}")) for name in ExpertWork._fields)),
+        _matrices(spec, first),
     )
+
+
+def _matrices(spec: RankSpec, short: RankUsage) -> Matrices:
+    """Return the matrices of all blocks: blocks of one size have the same ones."""
+    sizes, dry_run = spec.architecture.block_sizes, _short_stages(spec)[0]
+    *of_blocks, others = short.matrices
+    of_size = {sizes[number]: matrices for number, matrices in zip(dry_run, of_blocks, strict=False)}
+    return (*(of_size[sizes[number]] for number in _own_blocks(spec)), others)
 
 
 def _own_blocks(spec: RankSpec) -> list[int]:

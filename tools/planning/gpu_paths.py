@@ -27,6 +27,7 @@ from ...kernels import linear_cross_entropy as loss
 from ...kernels.attention import flash
 from ...kernels.attention.per_document import apply_sinks
 from ...kernels.linear_cross_entropy import chunked
+from .host_memory import HostActivations
 from .memory import MemoryCounter
 from .simulated_cluster import replaced
 
@@ -103,17 +104,18 @@ def labelled(counter: MemoryCounter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def activations_on_host(counter: MemoryCounter) -> Iterator[list[float]]:
-    """Do not count activations in host memory; yield a list of the number of bytes that were sent there."""
-    sent, to_host = [0.0], ActivationOffload._to_host
+def activations_on_host(counter: MemoryCounter) -> Iterator[HostActivations]:
+    """Do not count activations in host memory as those of the GPU; yield a counter of them."""
+    on_host, to_host = HostActivations(), ActivationOffload._to_host
 
-    def uncounted(offload: ActivationOffload, whole: Tensor) -> Tensor:
-        sent[0] += whole.untyped_storage().nbytes()
+    def separately(offload: ActivationOffload, whole: Tensor) -> Tensor:
         with counter.paused():
-            return to_host(offload, whole)
+            copy = to_host(offload, whole)
+        on_host.add(copy)
+        return copy
 
-    with replaced(ActivationOffload, _to_host=uncounted):
-        yield sent
+    with replaced(ActivationOffload, _to_host=separately):
+        yield on_host
 
 
 @contextlib.contextmanager

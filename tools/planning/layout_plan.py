@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ...engine.config.settings import RunConfig
+from ...engine.model.architecture import Architecture
+from ...engine.model.attention_choice import context_kind
 from ...engine.observe.flops import flops_per_token
 from ...engine.parallel.layout import Layout
 from ...engine.parallel.trainable import learning
@@ -15,6 +17,7 @@ from .dry_run import RankUsage
 from .gpus import GiB
 from .memory import KINDS
 from .options import ClusterSpec
+from .orthogonalization import waited_flops
 from .prediction import StepPrediction, predict
 
 _ON_HOST = ("parameters", "gradients", "optimizer states")
@@ -51,14 +54,36 @@ class LayoutPlan:
         return {kind: fullest.get(kind, 0.0) for kind in KINDS}
 
     @property
+    def shown_layout(self) -> str:
+        """Return the layout in a few words."""
+        return shown_layout(self.config, self.layout, self.cluster.architecture)
+
+    @property
     def peak_bytes(self) -> float:
         """Return the peak bytes on the GPU of the fullest rank."""
         return sum(self.peak_of(self.fullest).values())
 
+    def host_bytes_of(self, rank: RankUsage) -> float:
+        """Return the bytes of host memory that a rank needs for what is offloaded."""
+        states = sum(rank.most[kind] for kind in _ON_HOST) + rank.host_rounding if self._offloads else 0.0
+        return states + rank.host_activations
+
     @property
     def host_bytes(self) -> float:
-        """Return the bytes of host memory that weights, gradients and states of the fullest rank take."""
-        return max(sum(rank.most[kind] for kind in _ON_HOST) for rank in self.ranks) if self._offloads else 0.0
+        """Return the bytes of host memory that the ranks of a node need for what is offloaded, of the node with most.
+
+        A place of the pipeline that was not dry run counts as the largest of the others.
+        """
+        per_node, per_place = self.cluster.assumptions.gpus_per_node, self.layout.world_size // self.layout.pipeline
+        of_place = {rank.place: self.host_bytes_of(rank) for rank in self.ranks}
+        most, world = max(of_place.values()), self.layout.world_size
+        each = [of_place.get(rank // per_place, most) for rank in range(world)]
+        return max(sum(each[start : start + per_node]) for start in range(0, world, per_node))
+
+    @property
+    def fits_host(self) -> bool:
+        """Return whether the host memory of a node is enough, if it is known."""
+        return self.cluster.host_memory is None or self.host_bytes <= self.cluster.host_memory
 
     @property
     def _offloads(self) -> bool:
@@ -71,8 +96,17 @@ class LayoutPlan:
 
     @property
     def fits(self) -> bool:
-        """Return whether there is headroom."""
-        return self.headroom >= 0
+        """Return whether there is headroom on the GPUs, and enough host memory if that is known."""
+        return self.headroom >= 0 and self.fits_host
+
+    @property
+    def shortage(self) -> str:
+        """Return what is missing if the layout does not fit."""
+        missing = [f"{-self.headroom / GiB:.1f} GiB more on each GPU"] if self.headroom < 0 else []
+        if self.cluster.host_memory is not None and not self.fits_host:
+            more = self.host_bytes - self.cluster.host_memory
+            missing.append(f"{more / GiB:.1f} GiB more host memory in each node")
+        return " and ".join(missing)
 
     def prediction_of(self, rank: RankUsage) -> StepPrediction:
         """Return the predicted step of a rank."""
@@ -88,6 +122,7 @@ class LayoutPlan:
             rank.parameters,
             rank.sent_activations,
             rank.experts,
+            waited_flops(rank.matrices, self._offloads),
         )
 
     @property
@@ -128,10 +163,12 @@ class LayoutPlan:
         return checkpoint_bytes(self.config, self.cluster.architecture)
 
 
-def shown_layout(config: RunConfig, layout: Layout) -> str:
-    """Describe a layout in a few words."""
+def shown_layout(config: RunConfig, layout: Layout, architecture: Architecture) -> str:
+    """Describe a layout in a few words; context parallelism with the kind that ``context_kind: auto`` chooses."""
     parallel = config.parallel
-    parts = [f"{axis} {size}" for axis, size in layout._asdict().items() if size > 1] or ["one rank"]
+    kind = {"context": f" ({context_kind(parallel, architecture)})"}
+    sizes = layout._asdict().items()
+    parts = [f"{axis} {size}{kind.get(axis, '')}" for axis, size in sizes if size > 1] or ["one rank"]
     if parallel.expert > 1:
         parts.append(f"expert {parallel.expert}")
     parts.append(f"micro batch {config.training.micro_batch_size}")

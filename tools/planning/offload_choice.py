@@ -75,7 +75,7 @@ def choose_offload(
             continue
         say(f"parallel.cpu_offload auto: dry run of a few blocks with {name}")
         plans += plan_briefly([(other, layout)], cluster, pool)
-        parts.append(f"{name} needs {gib(plans[-1].peak_bytes)} GiB")
+        parts.append(f"{name} needs {gib(plans[-1].peak_bytes)} GiB{_host_need(plans[-1])}")
         if plans[-1].fits:
             break
     memory, reserve = cluster.gpu.memory, cluster.reserve
@@ -83,6 +83,14 @@ def choose_offload(
     reason = f"predicted for the fullest GPU: {', '.join(parts)}; it has {room}"
     best = plans[-1] if plans[-1].fits else min(plans, key=lambda plan: plan.peak_bytes)
     return OffloadChoice(best, reason)
+
+
+def _host_need(plan: LayoutPlan) -> str:
+    """Return the arithmetic of the host memory if that is known and not enough, as the end of a part of the reason."""
+    memory = plan.cluster.host_memory
+    if memory is None or plan.fits_host:
+        return ""
+    return f" but {gib(plan.host_bytes)} GiB of host memory in each node, which has {gib(memory)} GiB"
 
 
 def _shown(value: object) -> str:

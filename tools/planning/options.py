@@ -51,6 +51,8 @@ class ClusterSpec:
     nodes: int
     assumptions: Assumptions
     reserve: float = RESERVE
+    host_memory: float | None = None
+    """Bytes of host memory of each node; None: unknown, and not compared."""
 
     @property
     def world_size(self) -> int:
@@ -79,6 +81,8 @@ class PlanOptions:
     """GB/s to the other GPUs of a server."""
     host_bandwidth: float = HOST_BANDWIDTH / 1e9
     """GB/s of host memory, for each GPU."""
+    host_memory: float | None = None
+    """GiB of host memory of each node."""
 
     def chosen_gpu(self) -> Gpu:
         """Return the GPU by name, or as described.
@@ -116,6 +120,8 @@ class PlanOptions:
             raise UserError(f"--network {self.network:g}: must be positive, in Gbit/s for each GPU")
         if not 0 < self.host_bandwidth < 1e6:
             raise UserError(f"--host-bandwidth {self.host_bandwidth:g}: must be above 0 and below 1,000,000 GB/s")
+        if self.host_memory is not None and not 0 < self.host_memory < math.inf:
+            raise UserError(f"--host-memory {self.host_memory:g}: must be above 0, in GiB for each node")
         gpu = self.chosen_gpu()
         if not 0 <= self.reserve * GiB < gpu.memory:
             raise UserError(
@@ -124,7 +130,8 @@ class PlanOptions:
         if self.network is not None:
             gpu = replace(gpu, inter_node=self.network * 1e9 / 8)
         assumptions = Assumptions(self.gpus_per_node, self.efficiency, host_bandwidth=self.host_bandwidth * 1e9)
-        return ClusterSpec(architecture, gpu, self.nodes, assumptions, self.reserve * GiB)
+        host_memory = None if self.host_memory is None else self.host_memory * GiB
+        return ClusterSpec(architecture, gpu, self.nodes, assumptions, self.reserve * GiB, host_memory)
 
 
 def read_architecture(model: ModelConfig) -> Architecture:

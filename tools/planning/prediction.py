@@ -37,6 +37,8 @@ class StepPrediction:
     """Idle time in the pipeline."""
     optimizer: float
     """The update; with ``parallel.cpu_offload`` on the host, and transfers for which it waits."""
+    products: float = 0.0
+    """Products that orthogonalize Muon's matrices."""
 
     @property
     def exposed(self) -> float:
@@ -46,7 +48,7 @@ class StepPrediction:
     @property
     def step(self) -> float:
         """The whole step."""
-        return self.computing + self.waiting + self.idle + self.exposed + self.optimizer
+        return self.computing + self.waiting + self.idle + self.exposed + self.optimizer + self.products
 
 
 def predict(
@@ -61,13 +63,16 @@ def predict(
     parameters: float | None = None,
     sent_activations: float = 0.0,
     experts: ExpertWork = NO_EXPERTS,
+    product_flops: float = 0.0,
 ) -> StepPrediction:
     """Predict the step of the rank with ``flops``, ``collectives`` and ``trained`` parameters.
 
     ``parameters`` are all of them, if some are frozen; ``sent_activations`` are the bytes of activations that go to
-    host memory in a step; ``experts`` is the work of experts, whose operations are also in ``flops``.
+    host memory in a step; ``experts`` is the work of experts, whose operations are also in ``flops``;
+    ``product_flops`` are the operations of Muon's products.
     """
-    computing = flops / (gpu.flops * assumptions.efficiency) + expert_seconds(experts, gpu, assumptions)
+    speed = gpu.flops * assumptions.efficiency
+    computing = flops / speed + expert_seconds(experts, gpu, assumptions)
     waiting = weights = 0.0
     for collective, sent in collectives.items():
         seconds = sent.sent / (bandwidth(collective, gpu) * assumptions.link_efficiency)
@@ -93,6 +98,7 @@ def predict(
         weights + moved.transfers,
         (computing + waiting) * idle_share(config, layout, num_micro_batches),
         moved.waiting if config.parallel.cpu_offload else optimizer,
+        product_flops / speed,
     )
 
 
@@ -141,8 +147,8 @@ def optimizer_bytes(config: RunConfig, num_micro_batches: int) -> int:
 
     Clipping reads the gradient. The optimizer reads it, and reads and writes the weight and the states: two moments of
     AdamW, the momentum of Lion and Muon. PyTorch's fused AdamW, for fp32, also writes the clipped gradient. The
-    products of Muon are not included, and all states of ``adamw_8bit`` count as 8-bit ones. An average reads the
-    weight, and is read and written.
+    products of Muon are not here (:mod:`.orthogonalization`), and all states of ``adamw_8bit`` count as 8-bit ones. An
+    average reads the weight, and is read and written.
     """
     weight = bytes_of(config.training.weight_dtype)
     state = 1 + 4 / BLOCK_SIZE if config.optimizer.name == "adamw_8bit" else bytes_of(config.optimizer.state_dtype)

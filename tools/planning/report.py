@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ...engine.model.attention_choice import context_kind
 from ...engine.observe.flops import flops_per_token
 from ...engine.observe.progress import duration
 from ...engine.parallel.trainable import learning
 from ...kernels.grouped_linear import GROUPED_CAPABILITY
 from .experts import describe_missing
-from .layout_plan import LayoutPlan, digits, gib, shown_layout
+from .layout_plan import LayoutPlan, digits, gib
 from .memory import KINDS
+from .orthogonalization import on_the_host
 from .prediction import StepPrediction
 from .savings import Saving
 from .search import SearchResult
@@ -19,11 +21,11 @@ from .search import SearchResult
 
 def format_plan(plan: LayoutPlan) -> str:
     """Format a layout in full."""
-    cluster, config = plan.cluster, plan.config
+    cluster = plan.cluster
     gpu, assumptions, batches = cluster.gpu, cluster.assumptions, plan.batches
     lines = [
         f"mesh        {cluster.nodes} nodes x {assumptions.gpus_per_node} GPUs ({gpu.name}) = "
-        f"{plan.layout.world_size} ranks: {shown_layout(config, plan.layout)}",
+        f"{plan.layout.world_size} ranks: {plan.shown_layout}",
         f"step        {batches.global_batch_size} samples x {batches.sequence_length:,} tokens = "
         f"{batches.tokens_per_step:,} tokens, in {batches.num_micro_batches} micro-batches of "
         f"{batches.micro_batch_size} on each rank",
@@ -61,17 +63,32 @@ def _memory_table(plan: LayoutPlan) -> list[str]:
         lines.append(f"| {kind}{note} | {gib(rank.kept[kind])} | {gib(rank.most[kind])} | {gib(peak[kind])} |")
     total = sum(peak.values())
     lines.append(f"| **all** | {gib(sum(rank.kept.values()))} | | **{gib(total)}** |")
-    if offloaded:
-        lines += ["", f"host        {gib(plan.host_bytes)} GiB of host memory for each rank, and pinned buffers"]
+    if plan.host_bytes:
+        lines += ["", f"host        {_host(plan)}"]
     lines += ["", f"memory      {_sizes(plan)}"]
     missing = describe_missing(plan)
     return lines if missing is None else [*lines, missing]
 
 
 def _sizes(plan: LayoutPlan) -> str:
-    verdict = f"fits, {gib(plan.headroom)} GiB of headroom" if plan.fits else f"{gib(-plan.headroom)} GiB too much"
+    fits = plan.headroom >= 0
+    verdict = f"fits, {gib(plan.headroom)} GiB of headroom" if fits else f"{gib(-plan.headroom)} GiB too much"
     reserve, memory = plan.cluster.reserve, plan.cluster.gpu.memory
     return f"{gib(plan.peak_bytes)} GiB at the peak + {gib(reserve)} GiB reserve of {gib(memory)} GiB: {verdict}"
+
+
+def _host(plan: LayoutPlan) -> str:
+    """Describe the host memory of a node, compared with what it has if that is known."""
+    needed, memory = plan.host_bytes, plan.cluster.host_memory
+    activations = max(rank.host_activations for rank in plan.ranks)
+    waiting = f", of which activations take up to {gib(activations)} GiB for each rank" if activations else ""
+    others = "more for pinned buffers, copies for checkpoints and the processes"
+    text = f"{gib(needed)} GiB of host memory in each node{waiting}; {others}"
+    if memory is None:
+        return f"{text}; --host-memory GIB compares it"
+    left = memory - needed
+    verdict = f"fits, {gib(left)} GiB are left" if left >= 0 else f"{gib(-left)} GiB too much"
+    return f"{text}; of {gib(memory)} GiB (--host-memory): {verdict}"
 
 
 def _traffic_table(plan: LayoutPlan) -> list[str]:
@@ -124,6 +141,7 @@ def _seconds(prediction: StepPrediction) -> str:
         "pipeline idle": prediction.idle,
         "weights and gradients beyond that": prediction.exposed,
         "optimizer": prediction.optimizer,
+        "Muon's products": prediction.products,
     }
     shown = " + ".join(f"{name} {digits(value)}" for name, value in parts.items() if value)
     return f"{digits(prediction.step)} s = {shown}; {digits(prediction.weights)} s of gathering and reducing in all"
@@ -158,9 +176,25 @@ def assumption_lines(plan: LayoutPlan) -> list[str]:
             "transfers overlap with computing, the update does not"
         )
     if plan.config.optimizer.name == "muon":
-        lines.append("not counted the products that orthogonalize Muon's matrices, and the memory of one of these")
+        lines += _muon_lines(plan)
     if "." in plan.config.optimizer.name:
         lines.append(f"not counted the memory that a step of {plan.config.optimizer.name} needs beyond its states")
+    return lines
+
+
+def _muon_lines(plan: LayoutPlan) -> list[str]:
+    config = plan.config
+    options, matrices = config.optimizer.muon, plan.slowest.matrices
+    speed = " as if they were bf16" if options.newton_schulz_dtype == "fp32" else ""
+    lines = [
+        f"muon        {options.newton_schulz_steps} iterations of three products for each matrix, computed{speed} at "
+        "--efficiency; ranks that share matrices compute one each, and wait for the largest",
+        "not counted the exchange of Muon's matrices between ranks, and the memory of one of them",
+    ]
+    if config.parallel.cpu_offload and on_the_host(matrices):
+        lines.append(
+            "not counted products of Muon that the host computes, because the weights are there: they take long"
+        )
     return lines
 
 
@@ -176,18 +210,22 @@ def format_needless_recomputation(plan: LayoutPlan, faster: LayoutPlan) -> str:
 
 def format_found(found: SearchResult) -> str:
     """Format the ranking of a search."""
+    has_host = any(plan.host_bytes for plan in found.plans)
+    host, line = (" host GiB/node |", " ---: |") if has_host else ("", "")
     lines = [
-        "| layout | tokens/s/GPU | MFU (causal) | peak GiB | headroom GiB | fits |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        f"| layout | tokens/s/GPU | MFU (causal) | peak GiB | headroom GiB |{host} fits |",
+        f"| --- | ---: | ---: | ---: | ---: |{line} --- |",
     ]
     lines += [
-        f"| {shown_layout(plan.config, plan.layout)}{' (configured)' if plan is found.configured else ''} "
+        f"| {plan.shown_layout}{' (configured)' if plan is found.configured else ''} "
         f"| {digits(plan.tokens_per_second)} "
         f"| {plan.mfu(causal_halved=True):.1%} | {gib(plan.peak_bytes)} | {gib(plan.headroom)} "
-        f"| {'yes' if plan.fits else 'no'} |"
+        f"{f'| {gib(plan.host_bytes)} ' if has_host else ''}| {_verdict(plan)} |"
         for plan in found.plans
     ]
     lines.append("")
+    if has_host and found.plans[0].cluster.host_memory is None:
+        lines.append("Host memory was not compared: --host-memory GIB states what a node has")
     lines.append(
         f"{found.num_possible} layouts are possible: {found.num_too_large} are too large by formulas, {found.num_left} "
         "slower by formulas than those above, which were dry run with a few blocks"
@@ -198,6 +236,12 @@ def format_found(found: SearchResult) -> str:
             "on an idle machine"
         )
     return "\n".join(lines)
+
+
+def _verdict(plan: LayoutPlan) -> str:
+    if plan.fits:
+        return "yes"
+    return "no" if plan.fits_host else "no: host memory"
 
 
 def format_savings(plan: LayoutPlan, savings: list[Saving]) -> str:
@@ -212,7 +256,7 @@ def format_savings(plan: LayoutPlan, savings: list[Saving]) -> str:
         speed = _relative_speed(saving, plan)
         lines.append(
             f"| {saving.change} | {gib(saving.saved_bytes)} | {gib(saving.plan.peak_bytes)} "
-            f"| {speed:.0%} | {saving.change.drawback} |"
+            f"| {speed:.0%} | {saving.remark} |"
         )
     if not savings:
         lines.append("| no change of one setting saves memory: use more or larger GPUs | | | | |")
@@ -225,7 +269,7 @@ def savings_record(plan: LayoutPlan, savings: list[Saving]) -> list[dict[str, An
         {
             "settings": dict(saving.change.settings),
             "shown": str(saving.change),
-            "drawback": saving.change.drawback,
+            "drawback": saving.remark,
             "saved_bytes": saving.saved_bytes,
             "peak_bytes": saving.plan.peak_bytes,
             "speed": _relative_speed(saving, plan),
@@ -257,6 +301,9 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
         "fits": plan.fits,
         "peak_bytes": plan.peak_bytes,
         "headroom_bytes": plan.headroom,
+        "context_kind": context_kind(plan.config.parallel, cluster.architecture) if plan.layout.context > 1 else None,
+        "host_bytes": plan.host_bytes,
+        "host_memory_bytes": cluster.host_memory,
         "ranks": [
             {
                 "place": rank.place,
@@ -268,6 +315,7 @@ def to_record(plan: LayoutPlan) -> dict[str, Any]:
                 "peak_bytes": plan.peak_of(rank),
                 "peaks_bytes": rank.peaks,
                 "flops": rank.flops,
+                "muon_flops": sum(one.flops for group in rank.matrices for one in group),
                 "experts": rank.experts._asdict(),
                 "collectives": [
                     {**key._asdict(), **dataclasses.asdict(sent)} for key, sent in rank.collectives.items()

@@ -11,7 +11,7 @@ from ...engine.config.settings import RunConfig
 from ...engine.errors import UserError
 from ...engine.parallel.layout import Layout
 from .experts import sizes_of as expert_sizes
-from .layout_plan import LayoutPlan
+from .layout_plan import LayoutPlan, gib
 from .options import ClusterSpec
 from .pool import DryRunPool
 from .search import plan_briefly, require_possible
@@ -56,10 +56,18 @@ class Saving:
     saved_bytes: float
     """Of the peak of the fullest GPU."""
 
+    @property
+    def remark(self) -> str:
+        """Return the drawback, and the host memory that the ranks of a node need; empty without either."""
+        host = self.plan.host_bytes
+        needed = [f"{gib(host)} GiB of host memory in each node"] if host else []
+        return ", ".join([*filter(None, [self.change.drawback]), *needed])
+
 
 def find_savings(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> tuple[LayoutPlan, list[Saving]]:
-    """Return the plan of ``config``, and the possible changes that need less memory.
+    """Return the plan of ``config``, and the possible changes that need less memory on the GPU.
 
+    What needs more host memory than a node is known to have is left out.
     Changes without a drawback come first, each group with the largest saving first.
 
     Raises:
@@ -74,7 +82,7 @@ def find_savings(config: RunConfig, cluster: ClusterSpec, pool: DryRunPool) -> t
         for (change, _, _), plan in zip(possible, plans, strict=True)
     ]
     least = _LEAST_SAVED * configured.peak_bytes
-    found = [saving for saving in savings if saving.saved_bytes >= least]
+    found = [saving for saving in savings if saving.saved_bytes >= least and saving.plan.fits_host]
     return configured, sorted(found, key=lambda saving: (bool(saving.change.drawback), -saving.saved_bytes))
 
 

@@ -97,8 +97,8 @@ def search(
     say(f"{len(all_candidates)} layouts are possible, {too_large} of them too large by formulas")
     configured = _plan_configured(config, cluster, pool)
     if configured is not None:
-        known = describe(configured)
-        hopeful = [one for one in hopeful if shown_layout(one.config, one.layout) != known]
+        known, architecture = configured.shown_layout, cluster.architecture
+        hopeful = [one for one in hopeful if shown_layout(one.config, one.layout, architecture) != known]
     plans: list[LayoutPlan] = []
     position = 0
     while position < len(hopeful) and sum(o.fits for o in plans) < wanted and time.monotonic() - start < seconds:
@@ -270,8 +270,3 @@ def _plain(config: RunConfig, **changes: Any) -> Any:
 
 def _powers(most: int) -> list[int]:
     return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
-
-
-def describe(plan: LayoutPlan) -> str:
-    """Describe the layout for messages."""
-    return shown_layout(plan.config, plan.layout)

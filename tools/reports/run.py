@@ -29,6 +29,7 @@ from ...engine.weights.checkpoint.manifest import MANIFEST_FILE, Manifest
 from ...engine.weights.checkpoint.run_record import CONFIG_FILE
 from ..checkpoint_report.listing import Row, list_checkpoints
 from .metrics import Curves, read_curves
+from .models import ModelFolder, read_model_folders
 
 _MOVED = re.compile(r"records +[\d,]+ of metrics\.jsonl after step ([\d,]+) moved to .*?([^/]+)$")
 _LOGGED = re.compile(r"\S+ \S+ (model|ranks|blocks|attention) +(.*)")
@@ -106,6 +107,8 @@ class RecordedRun:
     """Number of starts; None without a log."""
     restarts: list[Restart] = field(default_factory=list)
     checkpoints: list[Row] = field(default_factory=list)
+    models: list[ModelFolder] = field(default_factory=list)
+    """``final_model`` and ``best_model``, as far as they are written."""
     sources: list[DataSource] = field(default_factory=list)
     validation: dict[str, str] = field(default_factory=dict)
     """Datasets by name of the validation set."""
@@ -201,6 +204,7 @@ def read_run(folder: Path) -> RecordedRun:
         starts=log.starts or None,
         restarts=list(_restarts(folder, curves, log, config, remarks)),
         checkpoints=checkpoints,
+        models=list(read_model_folders(folder, curves, remarks)),
         sources=_sources(newest, config, remarks),
         validation={
             name: str(one.get("path") if isinstance(one, dict) else one)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...engine.observe.loss_changes import LossChange
 from ..checkpoint_report.listing import COLUMNS, listing_cells
 from .charts import COLORS, SMALL, Axis, ChartLine, Mark, compact, line_chart, percent
+from .models import COLUMNS as MODEL_COLUMNS
 from .page import bullets, definitions, escape, header, note, page, preformatted, section, table
 from .run import GeneratedSample, RecordedRun, Restart, differences
 from .text import fact_lines, table_lines, visible
@@ -33,6 +34,7 @@ def format_run(run: RecordedRun, other: RecordedRun | None = None) -> str:
         [*_lines(loss_table(run)), *map(visible, verdicts(run))],
         *map(_lines, tables[:3]),
         [f"and {left_out:,} older checkpoints"] if left_out > 0 else [],
+        _lines(model_table(run)),
         *map(_lines, tables[3:]),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -56,6 +58,7 @@ def run_page(run: RecordedRun, other: RecordedRun | None = None, title: str = ""
         section("Samples", "".join(map(_sample, run.samples))),
         section("Data", _data(run)),
         section("Checkpoints", table(*checkpoint_table(run))),
+        section("Models", table(*model_table(run))),
         *more,
         section("Configuration", preformatted(run.configuration.strip())),
         section("Written by", definitions(run.environment)),
@@ -162,6 +165,11 @@ def data_table(run: RecordedRun) -> Table:
 def checkpoint_table(run: RecordedRun) -> Table:
     """Return all checkpoints by step, and why each is kept."""
     return COLUMNS, [listing_cells(row) for row in run.checkpoints]
+
+
+def model_table(run: RecordedRun) -> Table:
+    """Return the model folders of the run."""
+    return MODEL_COLUMNS, [model.cells for model in run.models]
 
 
 def comparison_table(run: RecordedRun, other: RecordedRun) -> Table:

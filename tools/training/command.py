@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ...engine.early_stopping import is_stopped
 from ...engine.errors import UserError
 from ...engine.files.atomic import replace_file
 from ...engine.files.outputs import write_report
+from ...engine.model.architecture import Architecture
 from ...engine.model.config_file import read_hf_config
 from ...engine.model.wrappers import text_config_of
 from ...engine.parallel import adapter, trainable
@@ -33,7 +35,7 @@ from ...engine.weights.hugging_face.config_source import architecture_source, co
 from .fitting import CHANGEABLE, Machine, find_machine, fit
 from .launch import run_training, training_command
 from .options import TrainOptions, named
-from .recipe import Situation, adapter_settings, choose_training, intervals
+from .recipe import QLORA_FORMAT, Situation, adapter_settings, choose_training, intervals
 from .sources import SizedSource, Sizing, with_shares
 
 RUN_FILE = "run.yaml"
@@ -54,6 +56,7 @@ _SET_BY_OPTIONS = {
     "data.validation": "evaluate",
     "data.weights": "data",
     "adapter.rank": "lora_rank",
+    "adapter.quantize_base": "qlora",
     "run_folder": "output",
 }
 """Settings of a run that an option of this command sets."""
@@ -106,7 +109,8 @@ def plan_training(
         architecture = configured_architecture(model)
     except UserError as error:
         raise UserError(str(error).replace("model.initialize_from", "--model")) from None
-    machine = find_machine(options.ranks, gpu, given.get("device", "auto"))
+    ranks = options.ranks or (1 if options.qlora else None)  # a quantized base is on one rank
+    machine = find_machine(ranks, gpu, given.get("device", "auto"))
     cache = cache_folder(DataConfig(cache_folder=given.get("data", {}).get("cache_folder")))
     data, replay = _sized(options, Sizing(tokenizer_of(model, "--data"), cache, options.validation, dry))
     shares = [share for _, share in options.replay]
@@ -125,13 +129,18 @@ def plan_training(
     )
     _keep_recorded(given, dry)
     if options.lora:
-        given.update(adapter_settings(options.lora_rank, given))
+        given.update(adapter_settings(options.lora_rank, given, options.qlora))
     given["training"] = choose_training(situation, given.get("training", {}))
     save_interval, log_interval = intervals(given["training"], budget)
     _fill(given, "checkpoint", {"save_interval": save_interval, "export_hf": True})
     _fill(given, "logging", {"log_interval": log_interval})
     config = build_config(merged)
-    changes, memory = fit(config, architecture, machine, options.auto, fixed, _with_adapter(config, given), _say)
+    try:
+        adapter.check(architecture, config, machine.ranks)
+    except UserError as error:
+        raise UserError(f"--qlora: {error}" if options.qlora else str(error)) from None
+    adapted = _with_adapter(config, given, architecture, machine.ranks)
+    changes, memory = fit(config, architecture, machine, options.auto, fixed, adapted, _say)
     for section, keys in changes.items():
         given[section] = {**given.get(section, {}), **keys}
     config = build_config(merged) if changes else config
@@ -227,7 +236,7 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
         merged.tree["run_folder"] = options.run_folder
     training = merged.tree.setdefault("training", {})
     if options.tokens is not None or options.epochs is not None:
-        for key in TRAIN:
+        for key in TRAIN.keys:
             training.pop(key, None)
     if options.tokens is not None:
         training["train_tokens"] = options.tokens
@@ -235,10 +244,10 @@ def _given(options: TrainOptions, files: Sequence[str], settings: Sequence[str])
     chosen = {key: _value(merged.tree, key) for key in _SET_BY_OPTIONS}
     add_arguments(merged, settings)
     for key, option in _SET_BY_OPTIONS.items():
-        if getattr(options, option) not in (None, ()) and _value(merged.tree, key) != chosen[key]:
+        if getattr(options, option) not in (None, (), False) and _value(merged.tree, key) != chosen[key]:
             merged.found.add(f"--{key} and --{option.replace('_', '-')} set the same; remove one of them")
     for option in [name for name in ("tokens", "epochs") if getattr(options, name) is not None]:
-        for key in TRAIN:
+        for key in TRAIN.keys:
             if _value(merged.tree, f"training.{key}") not in (None, before.get(key)):
                 merged.found.add(f"--training.{key} and --{option} set the same; remove one of them")
     merged.found.raise_if_any()
@@ -294,13 +303,28 @@ def _fill(tree: dict[str, Any], section: str, defaults: Mapping[str, Any]) -> No
     tree[section] = {**defaults, **tree.get(section, {})}
 
 
-def _with_adapter(config: RunConfig, given: Mapping[str, Any]) -> RunConfig | None:
-    """Return the run with an adapter instead of all parameters; None if the user has said what is trained."""
-    if "kind" in given.get("adapter", {}) or config.training.trainable != "all":
-        return None
-    chosen = adapter_settings(None, given)
-    optimizer = replace(config.optimizer, learning_rate=chosen["optimizer"]["learning_rate"])
-    return replace(config, adapter=AdapterConfig(**chosen["adapter"]), optimizer=optimizer)
+def _with_adapter(
+    config: RunConfig, given: Mapping[str, Any], architecture: Architecture, ranks: int
+) -> list[RunConfig]:
+    """Return the run with an adapter instead of all parameters, and with one on a base in 4 bits if it can run.
+
+    What the user has said stays.
+    """
+    settings, found = given.get("adapter", {}), []
+    if config.training.trainable != "all" or settings.get("kind", "lora") is None:
+        return []
+    if "kind" not in settings:
+        chosen = adapter_settings(None, given)
+        optimizer = replace(config.optimizer, learning_rate=chosen["optimizer"]["learning_rate"])
+        config = replace(config, adapter=AdapterConfig(**chosen["adapter"]), optimizer=optimizer)
+        found.append(config)
+    if "quantize_base" in settings or config.training.compile == "on":
+        return found
+    quantized = replace(config, adapter=replace(config.adapter, quantize_base=QLORA_FORMAT))
+    with suppress(UserError):
+        adapter.check(architecture, quantized, ranks)
+        found.append(quantized)
+    return found
 
 
 def _budget(
@@ -311,7 +335,7 @@ def _budget(
     Those of ``training.train_epochs``, which is over data and replay, may differ a little from what the run counts.
     """
     training = given.get("training", {})
-    tokens, steps, epochs = (training.get(key) for key in TRAIN)
+    tokens, steps, epochs = (training.get(key) for key in TRAIN.keys)
     if tokens is not None:
         return int(tokens)
     if epochs is not None:
@@ -384,9 +408,10 @@ def _describe(
 def _adapter_line(config: RunConfig, num_trained: int) -> str:
     adapter = config.adapter
     layers = "all linear layers" if adapter.targets == ["*"] else ", ".join(adapter.targets)
+    base = "" if adapter.quantize_base == "none" else f", its matrices in {adapter.quantize_base}"
     return (
         f"adapter     LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}, on {layers}: {num_trained:,} parameters "
-        "learn; the model itself is frozen"
+        f"learn; the model itself is frozen{base}"
     )
 
 

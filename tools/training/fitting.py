@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from ..planning.search import plan_briefly
 
 CHANGEABLE = ("training.micro_batch_size", "parallel.recompute", "parallel.cpu_offload")
 """Settings that this module may choose."""
-_OF_ADAPTER = ("adapter.kind", "adapter.rank", "adapter.alpha", "optimizer.learning_rate")
+_OF_ADAPTER = ("adapter.kind", "adapter.rank", "adapter.alpha", "adapter.quantize_base", "optimizer.learning_rate")
 """Settings that it may choose if not all parameters can be trained."""
 _Recompute = Literal["none", "selective", "full"]
 _MORE_RECOMPUTATION: dict[_Recompute, tuple[_Recompute, ...]] = {
@@ -43,10 +43,12 @@ class Machine:
     Args:
         ranks: of the run, on one machine.
         gpu: None: a CPU.
+        host_memory: bytes; None: of another machine, and unknown.
     """
 
     ranks: int
     gpu: Gpu | None
+    host_memory: int | None = None
 
     @property
     def shown(self) -> str:
@@ -77,7 +79,7 @@ def find_machine(ranks: int | None, gpu: str | None, device: str = "auto") -> Ma
     if ranks is not None and ranks > count:
         raise UserError(f"--ranks {ranks}: this machine has {count} GPUs; use at most {count}, or device cpu")
     properties = torch.cuda.get_device_properties(0)
-    return Machine(ranks or count, _known_gpu(properties.name, properties.total_memory))
+    return Machine(ranks or count, _known_gpu(properties.name, properties.total_memory), _host_memory())
 
 
 def fit(
@@ -86,7 +88,7 @@ def fit(
     machine: Machine,
     auto: bool,
     fixed: Set[str],
-    adapted: RunConfig | None,
+    adapted: Sequence[RunConfig],
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Return settings with which the model fits, by section, and a line that says how.
@@ -97,36 +99,36 @@ def fit(
         machine: where it trains.
         auto: whether settings may change; without it, none do.
         fixed: those of ``CHANGEABLE`` that never change, because the user has set them.
-        adapted: the same with an adapter, which is trained if all parameters cannot be; None: never.
+        adapted: the same with adapters, the first that fits of which is trained if all parameters cannot be.
         say: receives progress lines.
 
     Raises:
         UserError: it does not fit. Says which settings would.
     """
     if machine.gpu is None:
-        return _fit_on_cpu(config, architecture, machine, adapted if auto else None)
-    cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE)
+        return _fit_on_cpu(config, architecture, machine, adapted if auto else ())
+    cluster = ClusterSpec(architecture, machine.gpu, 1, Assumptions(machine.ranks), RESERVE, machine.host_memory)
     plain, _ = without_gpu_features(config, cluster)
-    smallest = None if adapted is None else without_gpu_features(adapted, cluster)[0]
+    smaller = [without_gpu_features(one, cluster)[0] for one in adapted]
     with DryRunPool() as pool:
 
         def dry_run(candidate: RunConfig) -> LayoutPlan:
             if choice := choose_offload(candidate, cluster, pool, say):
                 return choice.plan
             layout = plan_layout(candidate.parallel, machine.ranks)
-            say(f"dry run: {shown_layout(candidate, layout)}")
+            say(f"dry run: {shown_layout(candidate, layout, architecture)}")
             return plan_briefly([(candidate, layout)], cluster, pool)[0]
 
         plan = dry_run(plain)
         best = plan if plan.fits else None
         if best is None:
-            smaller = _smaller(plain, smallest, fixed, machine.ranks)
-            best = next((other for each in smaller if (other := dry_run(each)).fits), None)
+            candidates = _smaller(plain, smaller, fixed, machine.ranks)
+            best = next((other for each in candidates if (other := dry_run(each)).fits), None)
         elif auto and "training.micro_batch_size" not in fixed:
             best = _with_larger_micro_batch(plan, dry_run)
     if best is None:
         raise UserError(
-            f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU, and "
+            f"the model does not fit on {machine.shown}: it needs {plan.shortage}, and "
             "recomputation, an adapter and offload do not save as much; use more or larger GPUs, see retemper plan "
             "--search"
         )
@@ -134,7 +136,7 @@ def fit(
     if changes and not auto:
         shown = ", ".join(f"{section}.{key} {keys[key]}" for section, keys in changes.items() for key in keys)
         raise UserError(
-            f"the model does not fit on {machine.shown}: it needs {-plan.headroom / GiB:.1f} GiB more on each GPU; it "
+            f"the model does not fit on {machine.shown}: it needs {plan.shortage}; it "
             f"fits with {shown}: add --auto, or set them"
         )
     return changes, _why_adapter(best.config, config) + _memory_line(best)
@@ -154,15 +156,15 @@ def _with_larger_micro_batch(plan: LayoutPlan, dry_run: Callable[[RunConfig], La
     return best
 
 
-def _smaller(config: RunConfig, adapted: RunConfig | None, fixed: Set[str], ranks: int) -> Iterator[RunConfig]:
+def _smaller(config: RunConfig, adapted: Sequence[RunConfig], fixed: Set[str], ranks: int) -> Iterator[RunConfig]:
     """Yield ``config`` with settings that need less memory on the GPU, in the order of their cost in speed.
 
     An adapter comes before offloading, which is many times slower.
     """
     yield from _with_fewer_activations(config, fixed)
-    if adapted is not None:
-        yield adapted
-        yield from _with_fewer_activations(adapted, fixed)
+    for one in adapted:
+        yield one
+        yield from _with_fewer_activations(one, fixed)
     if "parallel.cpu_offload" not in fixed and not config.parallel.cpu_offload:
         *_, smallest = config, *_with_fewer_activations(config, fixed)
         if ranks == config.parallel.pipeline:
@@ -192,17 +194,17 @@ def _changes(chosen: RunConfig, config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _fit_on_cpu(
-    config: RunConfig, architecture: Architecture, machine: Machine, adapted: RunConfig | None
+    config: RunConfig, architecture: Architecture, machine: Machine, adapted: Sequence[RunConfig]
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Return settings and the line about memory; activations are not counted."""
-    cpu, chosen = torch.device("cpu"), config
-    try:
-        require_memory(with_named_precision(config, "fp32"), architecture, cpu, machine.ranks)
-    except UserError:
-        if adapted is None:
-            raise
-        chosen = adapted
-        require_memory(with_named_precision(chosen, "fp32"), architecture, cpu, machine.ranks)
+    cpu, candidates = torch.device("cpu"), (config, *adapted)
+    for chosen in candidates:
+        try:
+            require_memory(with_named_precision(chosen, "fp32"), architecture, cpu, machine.ranks)
+            break
+        except UserError:
+            if chosen is candidates[-1]:
+                raise
     line = (
         f"weights, gradients and optimizer states of {architecture.num_parameters:,} parameters fit in "
         f"{gib(_host_memory())} GiB; activations are not counted on a CPU"
@@ -212,16 +214,20 @@ def _fit_on_cpu(
 
 def _why_adapter(chosen: RunConfig, config: RunConfig) -> str:
     """Return why an adapter was chosen; empty if none was."""
-    if chosen.adapter.kind == config.adapter.kind:
+    if chosen.adapter == config.adapter:
         return ""
-    return f"training all parameters does not fit, so a LoRA adapter of rank {chosen.adapter.rank} is trained; "
+    rank, format_ = chosen.adapter.rank, chosen.adapter.quantize_base
+    if format_ == config.adapter.quantize_base:
+        return f"training all parameters does not fit, so a LoRA adapter of rank {rank} is trained; "
+    tried = "LoRA does not fit" if config.adapter.kind else "training all parameters does not fit, and LoRA neither"
+    return f"{tried}, so a LoRA adapter of rank {rank} is trained on matrices in {format_} (QLoRA); "
 
 
 def _memory_line(plan: LayoutPlan) -> str:
     room = plan.cluster.gpu.memory - plan.cluster.reserve
     return (
         f"fits: {gib(plan.peak_bytes)} of {gib(room)} GiB on the fullest GPU, predicted from a dry run "
-        f"({shown_layout(plan.config, plan.layout)})"
+        f"({plan.shown_layout})"
     )
 
 

@@ -47,6 +47,8 @@ class TrainOptions:
     """Choose layout, micro-batch, recomputation, an adapter and offload so that the model fits."""
     lora: bool = False
     """Train an adapter."""
+    qlora: bool = False
+    """Train an adapter on a base in 4 bits; then ``lora`` is set as well."""
     lora_rank: int | None = None
     """Of the adapter. None: the usual one."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ...engine.config.budget import TRAIN
 from ...engine.config.budget import WARMUP as WARMUP_KEYS
@@ -32,6 +32,7 @@ LORA_RANK = 64
 """Continued pretraining changes more of a model than instruction tuning, for which ranks of 8 to 16 are usual."""
 LORA_ALPHA_PER_RANK = 2
 LORA_RATE_FACTOR = 10
+QLORA_FORMAT: Literal["nf4"] = "nf4"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
     steps = math.ceil(now.train_tokens / (batch * length))
     evaluated = max(LEAST_EVALUATED, round(EVALUATED_SHARE * now.train_tokens))
     chosen: dict[str, Any] = {
-        **({} if _gives(given, TRAIN) else {"train_tokens": now.train_tokens}),
-        **({} if _gives(given, WARMUP_KEYS) else {"warmup_tokens": round(WARMUP * now.train_tokens)}),
+        **({} if _gives(given, TRAIN.keys) else {"train_tokens": now.train_tokens}),
+        **({} if _gives(given, WARMUP_KEYS.keys) else {"warmup_tokens": round(WARMUP * now.train_tokens)}),
         "sequence_length": length,
         "global_batch_size": batch,
         "micro_batch_size": micro,
@@ -79,8 +80,10 @@ def choose_training(now: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, **(evaluation if now.evaluates else {}), **given}
 
 
-def adapter_settings(rank: int | None, given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the sections ``adapter`` and ``optimizer`` of a run with LoRA.
+def adapter_settings(
+    rank: int | None, given: Mapping[str, Mapping[str, Any]], quantized: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return the sections ``adapter`` and ``optimizer`` of a run with LoRA, or with ``quantized`` of one with QLoRA.
 
     alpha is twice the rank, and learning rates are ten times those of full training (Biderman et al., 2024,
     https://arxiv.org/abs/2405.09673).
@@ -88,11 +91,13 @@ def adapter_settings(rank: int | None, given: Mapping[str, Mapping[str, Any]]) -
     Args:
         rank: of the adapter; None: the one that is given, else :data:`LORA_RANK`.
         given: settings of the user, by section; they are kept.
+        quantized: whether the base is held in 4 bits (Dettmers et al., 2023, https://arxiv.org/abs/2305.14314).
     """
     adapter, optimizer = given.get("adapter", {}), given.get("optimizer", {})
     rank = rank or adapter.get("rank") or LORA_RANK
     chosen = {"kind": "lora", "rank": rank, "alpha": LORA_ALPHA_PER_RANK * rank}
     rate = {"learning_rate": LORA_RATE_FACTOR * OptimizerConfig.learning_rate}
+    chosen |= {"quantize_base": QLORA_FORMAT} if quantized else {}
     chosen |= {key: value for key, value in adapter.items() if key not in ("kind", "rank")}
     return {"adapter": chosen, "optimizer": {**rate, **optimizer}}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .marks import FilePath
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -17,6 +19,10 @@ class AdapterConfig:
     kind: Literal["lora"] | None = None
     """Kind of adapter. lora: add the product of two low-rank matrices to linear layers (arXiv 2106.09685). Null: no
     adapter; the parameters in ``training.trainable`` train."""
+    initialize_from: FilePath | None = None
+    """Folder of PEFT whose adapter the run continues to train: an export (``adapter.export``), or one that PEFT has
+    saved. ``rank``, ``alpha``, ``targets``, ``rslora``, ``dora`` and ``modules_to_save`` must be those of the folder.
+    Null: a new adapter, with which the model computes what its base does at first."""
     rank: int = 16
     """Rank of the product. Trained parameters and their memory grow in proportion; continued pretraining usually needs
     more than instruction tuning, such as 64 to 256."""

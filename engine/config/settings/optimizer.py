@@ -74,13 +74,19 @@ class OptimizerConfig:
     min_learning_rate_ratio: float | None = None
     """Learning rate at the end of the decay as a fraction of the peak, instead of ``min_learning_rate``. Null: 0.1."""
     schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
-    """Shape after the warm-up. cosine, linear: fall to the minimum at ``train_tokens``. wsd: stay at the peak and fall
-    over the last ``decay_tokens``. constant: stay at the peak. inverse_sqrt: peak x sqrt(warm-up tokens / tokens), down
-    to the minimum, whatever the length of the run."""
+    """Shape after the warm-up. cosine, linear: fall to the minimum at the end of the run. wsd: stay at the peak and
+    fall over the last ``decay_tokens``, ``decay_steps`` or ``decay_ratio``. constant: stay at the peak. inverse_sqrt:
+    peak x sqrt(warm-up tokens / tokens), down to the minimum, whatever the length of the run."""
     decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the wsd schedule's decay. linear; sqrt: 1 - sqrt(progress), which falls faster at first; cosine."""
     decay_tokens: int | None = None
-    """Length of the wsd schedule's decay. Null: a tenth of the schedule."""
+    """Length of the wsd schedule's decay. Null, without ``decay_steps`` and ``decay_ratio``: a tenth of the
+    schedule."""
+    decay_steps: int | None = None
+    """Instead of ``decay_tokens``: number of steps of the decay."""
+    decay_ratio: float | None = None
+    """Instead of ``decay_tokens``: decay as a fraction of the schedule, which is the whole run unless
+    ``schedule_start_tokens`` is set."""
     schedule_start_tokens: int = 0
     """Token count, on the scale of ``training.train_tokens``, at which the schedule begins. To train on with a
     second warm-up after the budget was raised, set it to the old budget. That warm-up begins at the minimum instead of

@@ -63,7 +63,7 @@ class TrainingConfig:
     z_loss: float = 0.0
     """Factor of a penalty on large logits, such as 1e-4: z_loss x (log of the sum of exp(logits))^2 of each token. It
     keeps long runs in bf16 stable. Only gradients contain it; the losses that are shown are those of the language
-    model. 0: none."""
+    model. The metrics show its mean over all targets as ``z_loss``, without the factor. 0: none."""
     router_aux_loss_coef: float | None = None
     """Factor of the load-balancing loss of a mixture of experts, a mean over its layers and over all tokens of the
     global batch. It keeps the load of the experts even. Null: ``router_aux_loss_coef`` of the model's config.json, or
@@ -140,7 +140,8 @@ class TrainingConfig:
     """Maximum number of rewinds. The next loss spike ends the run."""
     check_replicas_interval: int = 0
     """Number of steps between checks that compare replicated weights and optimizer states bit for bit. A difference
-    ends the run; the error names the ranks and the tensor. 0: never."""
+    ends the run; the error names the ranks and the tensor. Copies and ranks that share matrices hold the same values;
+    with plain sharding these are only constants, such as the biases by which routers choose experts. 0: never."""
     stop_after_minutes: float | None = None
     """Minutes after the start of the command at which the run saves, at the end of the step, and exits with status 0.
     For queues with a time limit: subtract the time of a step and of a checkpoint. The same command continues the run.

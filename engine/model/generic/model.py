@@ -140,9 +140,9 @@ class TransformersModel(LanguageModel):
         options: dict[str, Any] = {"weights_T": weights_T, "z_loss": self.active_z_loss}
         if form is None:
             size = self.architecture.vocab_size
-            return chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, **options).cross_entropy_sum
+            return self.training_loss(chunked_cross_entropy(self.head_logits, hidden_TH, targets_T, size, **options))
         options |= self._head_options(form)
-        return linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options).cross_entropy_sum
+        return self.training_loss(linear_cross_entropy(hidden_TH, weight_VH, targets_T, **options))
 
     def _token_losses(self, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
         form = self._form

@@ -20,7 +20,7 @@ from .peft_config import WEIGHT, PeftConfig
 from .stored import StoredAdapter
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class PeftExport:
         kinds = (LORA_A, LORA_B, MAGNITUDE) if self.adapter.parameters.config.dora else (LORA_A, LORA_B)
         for module, names in self.config.modules.items():
             for kind in kinds:
-                target = f"{_PREFIX}{module}.{kind}"
+                target = f"{PREFIX}{module}.{kind}"
                 if self.config.is_fused(module):
                     tensors[target], parts[target] = self._fused(module, kind)
                 else:
                     tensors[target], parts[target] = own.tensors[f"{names[0]}.{kind}"], own.parts[f"{names[0]}.{kind}"]
         published = self.config.layout.published(self.merged)
         for name in (name for names in self.config.saved.values() for name in names):
-            tensors[_PREFIX + name], parts[_PREFIX + name] = published.tensors[name], published.parts[name]
+            tensors[PREFIX + name], parts[PREFIX + name] = published.tensors[name], published.parts[name]
         if self.config.trains_tied:  # PEFT looks for both
             architecture = self.config.architecture
-            name, head = architecture.embedding_name, _PREFIX + architecture.head_name
+            name, head = architecture.embedding_name, PREFIX + architecture.head_name
             tensors[head], parts[head] = self.merged.tensors[name], self.merged.parts[name]
         return TensorParts(own.where, tensors, parts)
 

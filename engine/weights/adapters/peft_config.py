@@ -66,7 +66,7 @@ class PeftConfig:
             "lora_dropout": config.dropout,
             "use_rslora": config.rslora,
             "use_dora": config.dora,
-            "target_modules": _shortened(list(self.modules), self._all_modules),
+            "target_modules": shortened(list(self.modules), self._all_modules),
             "modules_to_save": sorted(saved) or None,
             "rank_pattern": {module: count * config.rank for module, count in stacked.items()},
             "alpha_pattern": {module: grown(count) * config.alpha for module, count in stacked.items()},
@@ -87,17 +87,7 @@ class PeftConfig:
         Raises:
             UserError: says why.
         """
-        stack = next((name for name, linear in self.parameters.modules.items() if linear.num_experts is not None), None)
-        if stack is not None:
-            raise UserError(
-                f"the experts of {stack} have an adapter, and PEFT has other forms for experts than one for each "
-                f"matrix; {_REMEDY}, or target other layers"
-            )
-        if text_config_of(model_config)[1]:
-            raise UserError(
-                "the adapter is for the text model inside of another model, whose layers have other names in PEFT; "
-                f"{_REMEDY}"
-            )
+        self.require_names(model_config, _REMEDY)
         if not is_hf_folder(base_folder):
             raise UserError(
                 f"the base model {base_folder} is a checkpoint, which PEFT cannot load; convert it with dcp_to_hf.py, "
@@ -111,13 +101,39 @@ class PeftConfig:
             )
         assert self.saved is not None  # refuses parts
 
+    def require_names(self, model_config: dict[str, Any], remedy: str) -> None:
+        """Refuse an adapter of layers for which PEFT has no names, or other ones.
+
+        Args:
+            model_config: content of the ``config.json`` of the model with the adapter.
+            remedy: what to do.
+
+        Raises:
+            UserError: says why.
+        """
+        stack = next((name for name, linear in self.parameters.modules.items() if linear.num_experts is not None), None)
+        if stack is not None:
+            raise UserError(
+                f"the experts of {stack} have an adapter, and PEFT has other forms for experts than one for each "
+                f"matrix; {remedy}, or target other layers"
+            )
+        if text_config_of(model_config)[1]:
+            raise UserError(
+                "the adapter is for the text model inside of another model, whose layers have other names in PEFT; "
+                f"{remedy}"
+            )
+
     @cached_property
+    def own_layout(self) -> Layout:
+        """The layout of the parameters in modules of transformers, by whose names PEFT knows them."""
+        if self.architecture.implementation == "transformers":  # the modules here are those of transformers
+            return Layout.with_pieces(self.layout.shapes, {})
+        return self.layout
+
+    @property
     def pieces(self) -> Mapping[str, list[Piece]]:
         """For every parameter of a module of transformers, the pieces of our parameters that it consists of."""
-        if self.architecture.implementation == "transformers":  # the modules here are those of transformers
-            starts = {name: (0,) * len(shape) for name, shape in self.layout.shapes.items()}
-            return {name: [Piece(name, start, self.layout.shapes[name], start)] for name, start in starts.items()}
-        return self.layout.parameters_in
+        return self.own_layout.parameters_in
 
     @cached_property
     def modules(self) -> dict[str, list[str]]:
@@ -166,7 +182,7 @@ class PeftConfig:
         return [name.removesuffix(WEIGHT) for name in self.pieces if name.endswith(WEIGHT)]
 
 
-def _shortened(modules: list[str], every: Collection[str]) -> list[str]:
+def shortened(modules: list[str], every: Collection[str]) -> list[str]:
     """Return the last part of names for kinds of modules of which all are among ``modules``, as in PEFT's defaults."""
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in modules)
     chosen, short = set(modules), []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...optim import TrainingOptimizer, average_of
 from ..parts import TensorParts
+from .manifest import Manifest
 from .tensors import AVERAGE_PREFIX, average_tensors, check_casts, load_tensors
 
 
@@ -36,3 +39,18 @@ def load_average(checkpoint: str | None, parts: TensorParts | None, optimizer: T
     if parts is None:
         return []
     return [f"note: {checkpoint} holds no moving average of the weights: that of training.ema_decay begins with them"]
+
+
+def holds_average(manifest: Manifest) -> bool:
+    """Return whether the training checkpoint of ``manifest`` holds the average of its weights."""
+    return _training(manifest).get("ema_decay") is not None
+
+
+def evaluates_average(manifest: Manifest) -> bool:
+    """Return whether the run that wrote the training checkpoint of ``manifest`` evaluated the average."""
+    return holds_average(manifest) and bool(_training(manifest).get("eval_ema"))
+
+
+def _training(manifest: Manifest) -> dict[str, Any]:
+    section = manifest.config.get("training")
+    return section if isinstance(section, dict) else {}

@@ -83,7 +83,7 @@ class Manifest:
     """``folder`` and content ``hash`` of the base of an adapter, whose frozen weights the checkpoint does not contain;
     see :mod:`retemper.engine.weights.base_identity`."""
     router_load: dict[str, str] = field(default_factory=dict)
-    """Tokens of each expert in the last step, by number of the layer; see
+    """Tokens of each expert in the last step and in the window of some steps, by number of the layer; see
     :meth:`retemper.engine.parallel.router_losses.RouterLosses.state_dict`."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run, including its seed."""

@@ -122,7 +122,9 @@ def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-_PATHS = re.compile(r"^model\.(initialize_from|tokenizer|architecture)$|^data\.validation\.|\]\.path$")
+_PATHS = re.compile(
+    r"^(model|adapter)\.initialize_from$|^model\.(tokenizer|architecture)$|^data\.validation\.|\]\.path$"
+)
 
 
 def _is_same_path(key: str, now: Any, then: Any) -> bool:

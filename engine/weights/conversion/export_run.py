@@ -21,7 +21,8 @@ from ...files.hashing import hash_file
 from ...guards.background import run_in_background
 from ...parallel.process_group import Ranks
 from ..block_copy import OutputFile, WrittenFile, copy_files
-from ..checkpoint.manifest import MANIFEST_FILE
+from ..checkpoint.average import holds_average
+from ..checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..checkpoint.names import EXPORTS, PEFT_EXPORTS
 from ..checkpoint.store import CheckpointStore, require_visible, step_of
 from ..finite import OPTION
@@ -149,12 +150,23 @@ def _export(
 ) -> None:
     """Write one export, if it does not exist."""
     ranks = store.ranks
+    if ema and not ranks.broadcast(ranks.run_on_rank0(lambda: holds_average(read_manifest(checkpoint)))):
+        ema = False
+        say(note_of_weights(checkpoint))
     if ranks.broadcast(ranks.run_on_rank0(lambda: _is_there(output, checkpoint, ema))):
         say(f"exported    {output} already exists")
         return
     require_undamaged_checkpoint(store, checkpoint, "checkpoint.export_hf")
     written = write_export(ranks, checkpoint, form, output, ema, stop_agreed, say)
     say(f"exported    {output}: {written}")
+
+
+def note_of_weights(checkpoint: Path) -> str:
+    """Return a line about an export of the average of ``checkpoint``, which holds none."""
+    return (
+        f"note: {checkpoint} was written without training.ema_decay: its average would begin with its weights, which "
+        "are exported"
+    )
 
 
 class ExportStopped(Exception):

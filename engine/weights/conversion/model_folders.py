@@ -26,12 +26,21 @@ from ...model.config_file import ADAPTER_FILE
 from ...model.implementations import parse_architecture
 from ...parallel.process_group import Ranks
 from ..checkpoint.assets import HfAssets
+from ..checkpoint.average import evaluates_average, holds_average
 from ..checkpoint.manifest import MANIFEST_FILE, read_manifest
 from ..checkpoint.names import BEST_MODEL, FINAL_MODEL, step_of
 from ..checkpoint.store import CheckpointStore
 from ..hugging_face.folder import INDEX_FILE
 from ..safetensors_format import SUFFIX
-from .export_run import ExportStopped, Form, export_folder, made_of, require_undamaged_checkpoint, write_export
+from .export_run import (
+    ExportStopped,
+    Form,
+    export_folder,
+    made_of,
+    note_of_weights,
+    require_undamaged_checkpoint,
+    write_export,
+)
 from .provenance import CONVERSION_FILE
 
 MOST_PARAMETERS = 10_000_000_000
@@ -128,11 +137,15 @@ def write_model_folders(
             reported. Checkpoints, and a former folder, are unchanged.
     """
     config, ranks = run.checkpoint, store.ranks
-    wanted = ranks.broadcast(ranks.run_on_rank0(lambda: _wanted(run, store.complete(), step, start)))
-    for name, checkpoint in wanted or ():
-        folder = store.folder.parent / name
+    find = lambda: [  # noqa: E731
+        (name, _source(run, name, checkpoint)) for name, checkpoint in _wanted(run, store.complete(), step, start)
+    ]
+    for name, source in ranks.broadcast(ranks.run_on_rank0(find)) or ():
+        folder, checkpoint = store.folder.parent / name, source.checkpoint
+        if config.export_ema and not source.ema:
+            say(note_of_weights(checkpoint))
         try:
-            _make(ranks, store, _source(run, name, checkpoint), folder, stop_agreed, say)
+            _make(ranks, store, source, folder, stop_agreed, say)
         except ExportStopped:
             say(f"stopped the export to {folder} as requested; the same command completes it")
             return
@@ -148,11 +161,13 @@ def write_model_folders(
 def _source(run: RunConfig, name: str, checkpoint: Path) -> _Source:
     """Return what the folder ``name`` is made of.
 
-    The best evaluation with ``eval_ema`` is that of an average, which ``best_model`` then contains.
+    An evaluation with ``eval_ema`` was that of an average, which ``best_model`` then contains. A checkpoint from before
+    ``ema_decay`` was turned on has only the weights, with which the average began.
     """
     form: Form = "peft" if run.adapter.kind is not None and run.adapter.export == "peft" else "merged"
-    ema = run.checkpoint.export_ema or (name == BEST_MODEL and run.training.eval_ema)
-    return _Source(checkpoint, form, ema)
+    manifest = read_manifest(checkpoint)
+    asked = run.checkpoint.export_ema and holds_average(manifest)
+    return _Source(checkpoint, form, asked or (name == BEST_MODEL and evaluates_average(manifest)))
 
 
 def are_written(run: RunConfig, complete: Sequence[Path]) -> bool:

@@ -18,11 +18,11 @@ import torch
 from .... import __version__
 from ..block_copy import WrittenFile
 from ..checkpoint.manifest import code_versions
+from ..checkpoint.names import CONVERSION_FILE as CONVERSION_FILE
 from ..hugging_face.weight_dtypes import dtype_name
 from ..partial_folder import DiscardOutput
 from ..tensor_source import StoredTensor
 
-CONVERSION_FILE = "conversion.json"
 _FORMAT_VERSION = 1
 _LAYOUT_VERSION = 1
 """Version of the files that conversions write. After an increase, files left by an older program are not reused."""

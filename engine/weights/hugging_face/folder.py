@@ -56,11 +56,12 @@ class HfWeights(TensorParts):
         if index.is_file():
             listed = _read_index(index)
             self._require_one_set(listed)
-            self._files = {file: self._open(file, f"{INDEX_FILE} lists it") for file in dict.fromkeys(listed.values())}
+            why = f"{INDEX_FILE} lists it"
+            self._files = {file: _header(self.folder / file, why) for file in dict.fromkeys(listed.values())}
             self._require_listed(listed)
         else:
             self._require_safetensors()
-            self._files = {WEIGHTS_FILE: self._open(WEIGHTS_FILE, "it holds the weights")}
+            self._files = {WEIGHTS_FILE: _header(self.folder / WEIGHTS_FILE, "it holds the weights")}
         file_of = self._file_of_each_tensor()
         tensors, parts = {}, {}
         for name, file in file_of.items():
@@ -100,19 +101,6 @@ class HfWeights(TensorParts):
                 "transformers uses the first, other programs the second; remove one of them"
             )
 
-    def _open(self, file: str, why: str) -> dict[str, HeaderEntry]:
-        """Return the header of a file."""
-        path = self.folder / file
-        try:
-            with open_regular(path) as opened:
-                return read_header(path, opened.fileno())
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
-        except DamagedCheckpoint as error:
-            raise UserError(str(error).replace("use another checkpoint", "fetch it again")) from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
-
     def _require_listed(self, listed: Mapping[str, str]) -> None:
         """Check that every tensor of the index is in the file that the index names."""
         for name, file in listed.items():
@@ -149,6 +137,34 @@ class HfWeights(TensorParts):
             if found:
                 raise UserError(f"{problem}, but {found[0]}, {remedy}")
         raise UserError(f"{problem}; name a Hugging Face folder")
+
+
+def open_file(path: Path, why: str) -> TensorParts:
+    """Return the tensors of one safetensors file, under their names in it.
+
+    Args:
+        path: of the file.
+        why: it is needed, for the error.
+
+    Raises:
+        UserError: it is missing, damaged or unreadable, or has a dtype that cannot be read.
+    """
+    header = _header(path, why)
+    tensors = {name: _described(path, name, entry) for name, entry in header.items()}
+    return TensorParts(path, tensors, {name: [_whole(path, entry)] for name, entry in header.items()})
+
+
+def _header(path: Path, why: str) -> dict[str, HeaderEntry]:
+    """Return the header of a file."""
+    try:
+        with open_regular(path) as opened:
+            return read_header(path, opened.fileno())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, though {why}; fetch the folder again") from None
+    except DamagedCheckpoint as error:
+        raise UserError(str(error).replace("use another checkpoint", "fetch it again")) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; make it readable") from None
 
 
 def _holds_weights(name: str) -> bool:

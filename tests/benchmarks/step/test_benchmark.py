@@ -208,8 +208,10 @@ def test_settings_of_what_is_left_out_are_left_out_too(run_file, tmp_path):
     exports = ["--adapter.kind", "lora", "--adapter.export", "both", "--checkpoint.export_hf", "true"]
     best = ["--checkpoint.keep_best", "improved", "--checkpoint.export_best", "true", "--checkpoint.export_ema", "true"]
     decay = ["--optimizer.schedule", "wsd", "--optimizer.decay_shape", "sqrt", "--optimizer.decay_tokens", "1024"]
-    config = parse_config(["--config", str(run_file), *stops, *exports, *best, *decay])
-    assert not list(problems(measure.prepare_config(config, StepBenchmarkOptions(1, 0), tmp_path)))
+    in_steps = [*decay[:-2], "--optimizer.decay_steps", "2"]
+    for given in (decay, in_steps):
+        config = parse_config(["--config", str(run_file), *stops, *exports, *best, *given])
+        assert not list(problems(measure.prepare_config(config, StepBenchmarkOptions(1, 0), tmp_path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from evaluating import FP32, evaluate, request, save_model, texts, write_dataset
 from oracles.html_page import Page
 
 from retemper.engine.errors import UserError
+from retemper.engine.parallel import build, memory_check
 from retemper.tools import evaluate_model
 from retemper.tools.evaluation import command as command_module
 from retemper.tools.evaluation import harness
@@ -153,6 +154,46 @@ def test_offload_is_not_predicted_for_an_evaluation(one_rank, model: Path, data:
     with pytest.raises(UserError, match="auto, which predicts the memory of training") as found:
         evaluate(one_rank, request(model, data, sequence_length=32), words)
     assert "\n" not in str(found.value)
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(
+    one_rank, model: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 50_000)
+    monkeypatch.setattr(build, "build_model", None)  # is not reached
+    with pytest.raises(UserError, match=r"^--model: [\d,]+ parameters x 4 bytes / 1 ranks that share them = ") as found:
+        evaluate(one_rank, request(model, data, sequence_length=32))
+    assert "\n" not in str(found.value) and "training.weight_dtype bf16" in str(found.value)
+    size = (model / "model.safetensors").stat().st_size
+    for dtype, enough in (("auto", size), ("float32", size), ("bfloat16", size // 2)):
+        monkeypatch.setattr(harness, "device_memory", lambda device, enough=enough: enough)
+        harness._require_memory(model, dtype, torch.device("cpu"))
+        monkeypatch.setattr(harness, "device_memory", lambda device, enough=enough: enough - 10_000)
+        with pytest.raises(UserError, match=r"^--lm-eval: the weights of \S+ are 0.0 GB, and cpu has"):
+            harness._require_memory(model, dtype, torch.device("cpu"))
+
+
+def test_an_unknown_task_is_refused_before_a_model_is_opened(run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the interface of the harness's TaskManager, which a slow test runs itself."""
+
+    class TaskManager:
+        all_tasks = ("hellaswag", "hellaswag_de", "arc_easy")
+
+        def __init__(self, include_path: str | None) -> None:
+            assert include_path is None
+
+        def match_tasks(self, names: list[str]) -> list[str]:
+            return [task for task in self.all_tasks if task in names]
+
+    monkeypatch.setattr(harness, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=TaskManager))
+    monkeypatch.setattr(command_module, "find_weights", None)  # is not reached
+    monkeypatch.setattr(command_module, "open_model", None)
+    command = run(evaluate_model, "--model", model, "--lm-eval", "arc_easy,hellaswga")
+    assert command.status == 1 and command.stderr.count("\n") == 1
+    assert "--lm-eval hellaswga: no task of this name" in command.stderr
+    assert "did you mean hellaswag, hellaswag_de?" in command.stderr
 
 
 def test_a_gpu_without_memory_takes_one_line(one_rank, model: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:

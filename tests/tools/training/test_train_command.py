@@ -18,6 +18,7 @@ import tiny_run
 import yaml
 from oracles.tiny_tokenizer import train_tiny_tokenizer
 
+from retemper.engine.config import packages
 from retemper.engine.config.parser import parse_config
 from retemper.engine.config.settings import DataConfig, ParallelConfig, RunConfig, TrainingConfig
 from retemper.engine.errors import UserError
@@ -182,6 +183,40 @@ def test_lora_has_settings_of_its_own(planned, tmp_path):
         planned("--lora-rank", 8, "--adapter.rank", 4)
     with pytest.raises(UserError, match="--lora-rank 0: must be at least 1"):
         planned("--lora-rank", 0)
+
+
+def test_qlora_is_lora_on_a_base_in_4_bits_on_one_rank(planned, monkeypatch):
+    tree, lines = planned("--qlora", "--lora-rank", 8)
+    assert tree["adapter"] == {"kind": "lora", "rank": 8, "alpha": 16, "quantize_base": "nf4"}
+    assert tree["optimizer"] == {"learning_rate": pytest.approx(5e-4)} and "frozen, its matrices in nf4" in lines
+    with pytest.raises(UserError, match=r"--adapter\.quantize_base and --qlora set the same"):
+        planned("--qlora", "--adapter.quantize_base", "int8")
+    with pytest.raises(UserError, match=r"^--qlora: adapter.quantize_base is nf4 on 2 ranks, but [^\n]*use one rank"):
+        planned("--qlora", "--ranks", 2)
+    monkeypatch.setattr(packages, "_is_installed", lambda module: False)
+    with pytest.raises(UserError, match=r"^--qlora: adapter.quantize_base is nf4, but bitsandbytes is not installed"):
+        planned("--qlora")
+
+
+def test_auto_quantizes_where_lora_does_not_fit_and_the_machine_can(planned, monkeypatch):
+    """On a CPU, by arithmetic: matrices in 4 bits take about an eighth of those in fp32."""
+    monkeypatch.setattr(recipe, "LORA_RANK", 2)
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 160_000)
+    tree, lines = planned("--auto")
+    assert tree["adapter"] == {"kind": "lora", "rank": 2, "alpha": 4, "quantize_base": "nf4"}
+    assert "all parameters does not fit, and LoRA neither, so a LoRA adapter of rank 2 is trained on matrices" in lines
+    tree, lines = planned("--auto", "--lora-rank", 2)
+    assert tree["adapter"]["quantize_base"] == "nf4" and "LoRA does not fit, so" in lines
+    for excluded in (("--adapter.quantize_base", "none"), ("--adapter.kind", "null")):
+        with pytest.raises(UserError, match="trainable ones"):
+            planned("--auto", *excluded)
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 80_000)
+    with pytest.raises(UserError, match="2 ranks that share them"):  # half as much for each of two ranks
+        planned("--auto", "--ranks", 2)
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 160_000)
+    monkeypatch.setattr(packages, "_is_installed", lambda module: False)
+    with pytest.raises(UserError, match="trainable ones"):
+        planned("--auto")
 
 
 def test_auto_trains_an_adapter_where_all_parameters_do_not_fit(planned, monkeypatch):

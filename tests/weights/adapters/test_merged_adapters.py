@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import peft_model, random_adapter, stored_adapter, tensors_of
+from adapter_files import export, peft_model, random_adapter, stored_adapter, tensors_of
 from family_models import hf_config, hf_model, parts_of
 from library_models import library_model
 from peft import PeftModel
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from retemper.engine.config.settings import AdapterConfig
@@ -20,8 +19,6 @@ from retemper.engine.model.decoder import Decoder
 from retemper.engine.model.implementations import parse_architecture
 from retemper.engine.weights import parts as parts_module
 from retemper.engine.weights.adapters.merged import merged_parameters
-from retemper.engine.weights.adapters.peft import PEFT_WEIGHTS, PeftExport
-from retemper.engine.weights.adapters.peft_config import PeftConfig
 from retemper.engine.weights.hugging_face.model import HfModel, open_hf_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -36,18 +33,6 @@ def saved(model: torch.nn.Module, folder: Path) -> HfModel:
     """``model`` as a folder, opened."""
     model.save_pretrained(folder)
     return open_hf_model(folder)
-
-
-def export(base: HfModel, adapter, folder: Path) -> tuple[PeftExport, Path]:
-    """The adapter as a folder of PEFT."""
-    merged = merged_parameters(base.parameters, adapter, base.layout)
-    config = PeftConfig(adapter.parameters, base.architecture, base.layout)
-    peft = PeftExport(config, adapter, base.parameters, merged)
-    folder.mkdir()
-    save_file({name: peft.tensors.read(name) for name in peft.tensors.tensors}, folder / PEFT_WEIGHTS)
-    for name, content in peft.config.files(str(base.weights.folder)).items():
-        (folder / name).write_bytes(content)
-    return peft, folder
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -10,12 +10,15 @@ from pathlib import Path
 import hf_exports
 import pytest
 import tiny_run
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from retemper.engine.errors import UserError
 from retemper.engine.files import atomic
 from retemper.engine.weights.checkpoint.manifest import read_manifest
 from retemper.engine.weights.conversion import dcp_to_hf, model_folders
+from retemper.tools.reports.run import read_run
 
 SHORT = [
     *("--training.train_tokens", str(4 * 8 * 32), "--optimizer.schedule", "constant", "--training.eval_interval", "1"),
@@ -65,6 +68,10 @@ def test_two_ranks_write_the_final_and_the_best(two_ranks, run_file, tmp_path):
     assert_export_of(run / "best_model", checkpoint(run, best), tmp_path)
     assert AutoModelForCausalLM.from_pretrained(run / "final_model").config.vocab_size == tiny_run.VOCAB_SIZE
     assert not leftovers(run)
+    reported = {one.name: one for one in read_run(run).models}
+    assert {name: one.step for name, one in reported.items()} == {"final_model": 4, "best_model": best}
+    assert reported["best_model"].evaluation == pytest.approx(read_manifest(checkpoint(run, 4)).best["loss"])
+    assert reported["best_model"].evaluation < reported["final_model"].evaluation
 
 
 def test_the_same_weights_are_written_once(one_rank, run_file, tmp_path, capsys):
@@ -220,11 +227,43 @@ def test_the_average_is_exported_on_request(one_rank, run_file, tmp_path):
     assert contents(tmp_path / "run/final_model") == contents(tmp_path / "ema")
 
 
+def are_averages(run: Path) -> dict[str, bool]:
+    """Whether each folder of the run was made of an average, as its record says."""
+    records = {name: json.loads((run / name / "conversion.json").read_text()) for name in ("best_model", "final_model")}
+    return {name: bool(record["options"].get("ema")) for name, record in records.items()}
+
+
 def test_the_best_is_of_the_weights_that_were_evaluated(one_rank, run_file, tmp_path):
-    options = [*AUTO, "--training.ema_decay", "0.5", "--run_folder", str(tmp_path / "run")]
-    train(one_rank, run_file, [*options, "--training.eval_ema", "true"])
-    averages = {
-        name: json.loads((tmp_path / f"run/{name}/conversion.json").read_text())["options"].get("ema")
-        for name in ("best_model", "final_model")
-    }
-    assert averages["best_model"] is True and not averages["final_model"]
+    """Also if the average is turned off later, and the best evaluation is from before."""
+    options, average = [*AUTO, "--run_folder", str(tmp_path / "run")], ["--training.ema_decay", "0.5"]
+    train(one_rank, run_file, [*options, *average, "--training.eval_ema", "true"])
+    assert are_averages(tmp_path / "run") == {"best_model": True, "final_model": False}
+    worse = [*DIVERGING, "--training.train_tokens", str(5 * 8 * 32)]
+    train(one_rank, run_file, [*options, *worse])
+    assert are_averages(tmp_path / "run") == {"best_model": True, "final_model": False}
+    assert tiny_run.records(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_an_average_that_begins_after_the_last_step_is_its_weights(one_rank, run_file, tmp_path, capsys):
+    options = [*AUTO, "--checkpoint.export_hf", "true", "--run_folder", str(tmp_path / "run")]
+    train(one_rank, run_file, options)
+    before = contents(tmp_path / "run/final_model")
+    capsys.readouterr()
+    on = ["--training.ema_decay", "0.5", "--training.eval_ema", "true", "--checkpoint.export_ema", "true"]
+    train(one_rank, run_file, [*options, *on, "--checkpoint.export_best", "true"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if "written without training.ema_decay" in line]
+    assert len(notes) >= 2 and all("step-" in line and line.endswith("which are exported") for line in notes)
+    assert contents(tmp_path / "run/final_model") == before
+    assert are_averages(tmp_path / "run") == {"best_model": False, "final_model": False}
+
+
+def test_an_average_that_begins_late_is_exported_and_the_best_may_be_from_before(one_rank, run_file, tmp_path):
+    options, run = [*AUTO, "--run_folder", str(tmp_path / "run")], tmp_path / "run"
+    train(one_rank, run_file, options)
+    on = ["--training.ema_decay", "0.5", "--training.eval_ema", "true", "--checkpoint.export_ema", "true"]
+    longer = ["--training.train_tokens", str(6 * 8 * 32), "--optimizer.schedule", "constant"]
+    train(one_rank, run_file, [*options, *on, *longer, *DIVERGING])
+    assert are_averages(run) == {"best_model": False, "final_model": True}
+    tensors = tiny_run.tensors_of(checkpoint(run, 6))
+    exported = {n: t for file in (run / "final_model").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert exported and all(torch.equal(tensor, tensors[f"ema.{name}"]) for name, tensor in exported.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from ....engine.config.budget import TRAIN, given_key
 from ....engine.config.checks import with_known_budget
 from ....engine.config.parser import parse_config
 from ....engine.config.settings import RunConfig, SourceConfig
@@ -90,7 +91,7 @@ def plan_training(config_file: str, prefix: str) -> TrainingPlan:
     order = catalog.sample_order(config.seed)
     steps = plan.steps_for(with_known_budget(config, catalog.epoch_tokens).training.budget)
     last_sample = steps * plan.global_batch_size
-    order.require(last_sample)
+    order.require(last_sample, given_key(config, TRAIN))
     # The last stage may have no end, and later stages may never be reached.
     stops = [last_sample if stage.stop is None else min(stage.stop, last_sample) for stage in catalog.stages]
     return TrainingPlan(
