@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 KINDS = (
@@ -74,7 +74,8 @@ class MemoryCounter(TorchDispatchMode):
         if self._paused:
             return result
         for value in tree_iter(result):
-            if isinstance(value, Tensor):
+            # A wrapper, such as the result of a collective that has not been waited for, has no memory of its own.
+            if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
                 self._see(value)
         hidden = self._hidden_bytes(operator, args)
         if hidden:
