@@ -88,6 +88,7 @@ def counted_with_balanced_experts(ranks: Ranks, spec: RankSpec):
         return plan_runs.counted(ranks, spec)
 
 
+@pytest.mark.slow
 def test_recomputation_of_received_rows_takes_what_real_tensors_take(tmp_path, pool, fresh_ranks):
     """To a fiftieth of the rows that a layer receives: a result that is not waited for is a wrapper of another tensor,
     and may not be counted twice. Later, real collectives of CPUs hold gradients longer."""
