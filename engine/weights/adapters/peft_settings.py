@@ -66,7 +66,7 @@ def require_same(folder: Path, content: Mapping[str, Any], names: PeftNames, pef
         peft: the adapter of the run, in the terms of PEFT.
 
     Raises:
-        UserError: names every setting that differs, both values, and what to set.
+        UserError: names the settings that differ, both values, and what to set; ranks and alphas if layers agree.
     """
     _require_implemented(folder / ADAPTER_FILE, content)
     found = [*_switches(content, peft), *_saved(folder, names, peft)]
