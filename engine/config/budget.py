@@ -18,7 +18,7 @@ from .settings import OptimizerConfig, RunConfig, TrainingConfig
 
 
 class Kind(NamedTuple):
-    """A length of which a run has one key."""
+    """A length, such as that of the warm-up, and the keys that set it. A user sets one of them."""
 
     section: str
     """Section of the configuration that has the keys."""
@@ -73,7 +73,7 @@ def alternative(config: RunConfig | Section, kind: Kind) -> str | None:
 
 
 def given_key(config: RunConfig | Section, kind: Kind) -> str:
-    """Return the dotted key of ``kind`` that the user gave; that of tokens if there is none."""
+    """Return the dotted key of ``kind`` that the user has set; the key of the tokens if none is set."""
     return f"{kind.section}.{alternative(config, kind) or kind.keys[0]}"
 
 
